@@ -1,0 +1,101 @@
+"""What every experiment shares at its command line: flags made from a frozen dataclass, one-line errors, atomic files."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+import types
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags
+
+
+class ConfigError(ValueError):
+    """A value the user gave that cannot be used: shown as one line, exit code 2, nothing written."""
+
+
+def option(default: Any, help: str) -> Any:
+    """A dataclass field that becomes a flag with this help."""
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+def define_flags(config: type) -> None:
+    """One absl flag for each field of the dataclass `config`, with its type, default and help."""
+    hints = typing.get_type_hints(config)
+    for field in dataclasses.fields(config):
+        text, kind = field.metadata["help"], hints[field.name]
+        if typing.get_origin(kind) is types.UnionType:  # X | None
+            kind = next(a for a in typing.get_args(kind) if a is not type(None))
+        if typing.get_origin(kind) is tuple:
+            of = typing.get_args(kind)[0]
+            parser = _TupleParser(of)
+            flags.DEFINE(parser, field.name, field.default, text, serializer=flags.CsvListSerializer(","))
+        else:
+            define = {bool: flags.DEFINE_bool, int: flags.DEFINE_integer, float: flags.DEFINE_float, str: flags.DEFINE_string}
+            define[kind](field.name, field.default, text)
+        flags.declare_key_flag(field.name)
+
+
+class _TupleParser(flags.ArgumentParser):
+    """`a,b,c` to a tuple."""
+
+    syntactic_help = "values separated by commas"
+
+    def __init__(self, of: type):
+        super().__init__()
+        self.of = of
+
+    def parse(self, argument: Any) -> tuple[Any, ...]:
+        if not isinstance(argument, str):
+            return tuple(argument)
+        try:
+            return tuple(self.of(part.strip()) for part in argument.split(",") if part.strip())
+        except ValueError:
+            raise ValueError(f"{argument!r} is not a list of {self.of.__name__} separated by commas") from None
+
+    def flag_type(self) -> str:
+        return f"list of {self.of.__name__}"
+
+
+def read_flags(config: type) -> Any:
+    """The dataclass filled from the parsed flags."""
+    return config(**{f.name: flags.FLAGS[f.name].value for f in dataclasses.fields(config)})
+
+
+def run(main: Callable[[], None]) -> None:
+    """Parses the flags and calls main; bad input ends with one line on stderr and exit code 2."""
+
+    def parse(argv: list[str]) -> list[str]:
+        try:
+            rest = flags.FLAGS(argv)
+        except flags.Error as error:
+            _fail(f"{str(error).splitlines()[0]} (--help lists the flags)")
+        if len(rest) > 1:
+            _fail(f"{rest[1]!r} is not a flag; flags are written --name=value (--help lists them)")
+        return rest
+
+    def guarded(_: list[str]) -> None:
+        try:
+            main()
+        except ConfigError as error:
+            _fail(str(error))
+
+    app.run(guarded, flags_parser=parse)
+
+
+def _fail(message: str) -> typing.NoReturn:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
+    """Calls write(temporary path) and renames: the file appears whole or not at all, also after a crash."""
+    partial = path.with_name(f".{path.name}.partial{path.suffix}")
+    write(partial)
+    with open(partial, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(partial, path)

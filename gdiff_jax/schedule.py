@@ -1,0 +1,130 @@
+"""The diffusion's noise schedule: betas, abar, respacing, posterior mean and standard deviation.
+
+Everything is computed once in numpy float64 and cast to float32 at the end: products of a thousand factors lose
+digits otherwise. Index i counts the *kept* steps, 0 (least noise) to num_steps - 1; `Schedule.t[i]` is the timestep that
+the network was trained with.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+VarianceType = Literal["fixed_small", "fixed_large", "learned_range"]
+BetaSchedule = Literal["linear", "scaled_linear", "squaredcos_cap_v2"]
+
+
+def make_betas(
+    schedule: BetaSchedule = "linear", num: int = 1000, start: float = 1e-4, end: float = 0.02
+) -> np.ndarray:
+    """Betas of the forward process, float64, shape (num,), named as diffusers' schedulers name them.
+
+    `linear` is DDPM's (Ho et al. 2020), `squaredcos_cap_v2` the cosine schedule (Nichol & Dhariwal 2021, Eq. 17).
+    """
+    if schedule == "linear":
+        return np.linspace(start, end, num, dtype=np.float64)
+    if schedule == "scaled_linear":
+        return np.linspace(start**0.5, end**0.5, num, dtype=np.float64) ** 2
+    if schedule == "squaredcos_cap_v2":
+        s = np.arange(num + 1, dtype=np.float64) / num
+        abar = np.cos((s + 0.008) / 1.008 * np.pi / 2) ** 2
+        return np.minimum(1 - abar[1:] / abar[:-1], 0.999)
+    raise ValueError(f"beta schedule {schedule!r} is not known; use linear, scaled_linear or squaredcos_cap_v2")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """The kept timesteps of a reverse process, a pytree of arrays of shape (num_steps,); make with `Schedule.create`."""
+
+    t: jax.Array  # int32, timestep the network is asked at
+    abar: jax.Array  # prod(1 - beta) up to t
+    abar_prev: jax.Array  # the same at the next kept step towards 0; 1 at the last one
+    mean_x0: jax.Array  # posterior mean = mean_x0 * x0 + mean_xt * x_t
+    mean_xt: jax.Array
+    log_beta: jax.Array  # log of beta_t = 1 - abar / abar_prev, the largest sensible variance
+    log_beta_tilde: jax.Array  # log of the posterior variance; at t = 0, where it is 0, that of the next step up
+    variance: VarianceType = dataclasses.field(default="fixed_small", metadata=dict(static=True))
+
+    @classmethod
+    def create(
+        cls, betas: np.ndarray | None = None, num_steps: int | None = None, variance: VarianceType = "fixed_small"
+    ) -> Schedule:
+        """Schedule that keeps `num_steps` evenly spaced timesteps, the first and the last included.
+
+        Args:
+          betas: (T,) betas the network was trained with; DDPM's linear ones if None.
+          num_steps: steps to keep, 1 <= num_steps <= T; all if None. As in guided-diffusion's respacing the betas
+            of the kept steps are 1 - abar_t / abar_prev, never betas[t] (Nichol & Dhariwal 2021, Eq. 19).
+          variance: of the reverse step: `fixed_small` is beta-tilde, `fixed_large` is beta, `learned_range`
+            interpolates their logs by the network's second output.
+
+        Raises:
+          ValueError: where num_steps is out of range, a beta is outside (0, 1), or variance is unknown.
+        """
+        betas = make_betas() if betas is None else np.asarray(betas, np.float64)
+        total = len(betas)
+        num_steps = total if num_steps is None else num_steps
+        if not 1 <= num_steps <= total:
+            raise ValueError(f"num_steps {num_steps} is outside 1..{total}, the steps the prior was trained with")
+        if not np.all((betas > 0) & (betas < 1)):
+            raise ValueError(f"betas must lie in (0, 1); got {betas.min()}..{betas.max()}")
+        if variance not in ("fixed_small", "fixed_large", "learned_range"):
+            raise ValueError(f"variance {variance!r} is not known; use fixed_small, fixed_large or learned_range")
+        # A single step starts from pure noise, so it is the last timestep.
+        t = np.round(np.linspace(0, total - 1, num_steps)).astype(np.int32) if num_steps > 1 else np.array([total - 1])
+        abar = np.cumprod(1 - betas)[t]
+        abar_prev = np.append(1.0, abar[:-1])
+        beta = 1 - abar / abar_prev
+        beta_tilde = beta * (1 - abar_prev) / (1 - abar)
+        log_tilde = np.log(np.append(beta_tilde[1] if num_steps > 1 else beta[0], beta_tilde[1:]))
+        cast = lambda a: jnp.asarray(np.asarray(a), jnp.float32)
+        return cls(
+            t=jnp.asarray(t, jnp.int32),
+            abar=cast(abar),
+            abar_prev=cast(abar_prev),
+            mean_x0=cast(np.sqrt(abar_prev) * beta / (1 - abar)),
+            mean_xt=cast(np.sqrt(1 - beta) * (1 - abar_prev) / (1 - abar)),
+            log_beta=cast(np.log(beta)),
+            log_beta_tilde=cast(log_tilde),
+            variance=variance,
+        )
+
+    @property
+    def num_steps(self) -> int:
+        return self.t.shape[0]
+
+    def add_noise(self, x0: jax.Array, eps: jax.Array, i: jax.Array) -> jax.Array:
+        """x_t of q(x_t | x0) for one image and one index i: sqrt(abar) x0 + sqrt(1 - abar) eps."""
+        return jnp.sqrt(self.abar[i]) * x0 + jnp.sqrt(1 - self.abar[i]) * eps
+
+    def predict_x0(self, x_t: jax.Array, eps: jax.Array, i: jax.Array) -> jax.Array:
+        """x0hat = (x_t - sqrt(1 - abar) eps) / sqrt(abar): Tweedie's formula (DPS, Eq. 10), not clipped."""
+        return (x_t - jnp.sqrt(1 - self.abar[i]) * eps) / jnp.sqrt(self.abar[i])
+
+    def posterior_mean(self, x0: jax.Array, x_t: jax.Array, i: jax.Array) -> jax.Array:
+        """Mean of q(x_{t-1} | x_t, x0) (DDPM, Eq. 7)."""
+        return self.mean_x0[i] * x0 + self.mean_xt[i] * x_t
+
+    def posterior_std(self, i: jax.Array, v: jax.Array | None = None) -> jax.Array:
+        """Standard deviation of the reverse step, a scalar, or of v's shape for `learned_range`; 0 at i = 0.
+
+        Args:
+          i: index of the step.
+          v: the network's variance output in [-1, 1]; frac = (v + 1) / 2 and
+            log var = frac log beta + (1 - frac) log beta_tilde (Nichol & Dhariwal 2021, Eq. 15).
+        """
+        if self.variance == "learned_range":
+            if v is None:
+                raise ValueError("variance learned_range needs a network with a variance output; this one has none")
+            frac = (v + 1) / 2
+            log_var = frac * self.log_beta[i] + (1 - frac) * self.log_beta_tilde[i]
+        elif self.variance == "fixed_large":
+            log_var = self.log_beta[i]
+        else:
+            log_var = self.log_beta_tilde[i]
+        return jnp.where(i > 0, jnp.exp(log_var / 2), 0.0)
