@@ -32,7 +32,8 @@ from tqdm import tqdm
 from experiments import cli
 from experiments.cli import ConfigError, option
 from gdiff_jax import images as image_files
-from gdiff_jax.priors import Denoiser, Prior, UNet2DConfig, init_params, save_prior
+from gdiff_jax.modules import init_params
+from gdiff_jax.priors import Denoiser, Prior, UNet2DConfig, save_prior
 from gdiff_jax.schedule import Schedule, make_betas
 
 SCHEDULER = {
@@ -168,7 +169,7 @@ def load_data(config: TrainConfig, network: UNet2DConfig) -> tuple[np.ndarray, n
     except (OSError, ValueError) as error:
         raise ConfigError(f"--data: {error}") from None
     if images.shape[1:] != network.image_shape:
-        raise ConfigError(f"--data {config.data}: images are {images.shape[1:]}, the network of --config takes {network.image_shape}")
+        raise ConfigError(f"--data {config.data}: images are {images.shape[1:]}, --config takes {network.image_shape}")
     return images, heldout
 
 
@@ -196,7 +197,8 @@ def main() -> None:
     else:
         state = jax.device_put(jax.jit(create)(), replicated)
     count = sum(a.size for a in jax.tree.leaves(state["params"]))
-    print(f"{len(images)} images, {len(heldout)} held out, {count:,} parameters, {jax.device_count()} {jax.default_backend()} device(s)")
+    devices = f"{jax.device_count()} {jax.default_backend()} device(s)"
+    print(f"{len(images)} images, {len(heldout)} held out, {count:,} parameters, {devices}")
 
     schedule = Schedule.create(make_betas())
     step = make_step(config, network, optimiser, schedule)

@@ -40,11 +40,13 @@ def conv_prior(x: jax.Array, kernel: jax.Array, stride: int = 1, padding: Paddin
     return _forward(x, kernel, stride, padding)
 
 
-def _conv_fwd(x, kernel, stride, padding):
+def _conv_fwd(x: jax.Array, kernel: jax.Array, stride: int, padding: Padding) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     return _forward(x, kernel, stride, padding), (x, kernel)
 
 
-def _conv_bwd(stride, padding, residual, g):
+def _conv_bwd(
+    stride: int, padding: Padding, residual: tuple[jax.Array, jax.Array], g: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     x, kernel = residual
     # The kernel's cotangent is only wanted in training; while sampling jit drops it as dead code.
     _, pull_kernel = jax.vjp(lambda k: _forward(x, k, stride, padding), kernel)

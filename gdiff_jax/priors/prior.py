@@ -1,13 +1,13 @@
 """A pretrained prior as a callable pytree, and the folder it lives in (diffusers' layout).
 
-A folder holds `config.json` (the network), `scheduler_config.json` (the betas) and one `diffusion_pytorch_model*.safetensors` with
-diffusers' names and torch's layouts (OIHW kernels, transposed Linears). Ours are stored in float16; they compute in float32.
+A folder holds `config.json` (the network), `scheduler_config.json` (the betas) and one
+`diffusion_pytorch_model*.safetensors` with diffusers' names and torch's layouts (OIHW kernels, transposed Linears). Ours are
+stored in float16; they compute in float32.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import json
 import os
@@ -21,35 +21,14 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 from diffusers.configuration_utils import ConfigMixin
-from flax import nnx
 
-from gdiff_jax.priors.unet2d import UNet2D, UNet2DConfig
+from gdiff_jax import modules
+from gdiff_jax.modules import Params
+from gdiff_jax.priors.unet2d import UNet2DConfig
 from gdiff_jax.schedule import Schedule, VarianceType, make_betas
-
-Params = dict[str, jax.Array]
 
 BUNDLED = ("cifar10-32",)
 _WEIGHTS = "diffusion_pytorch_model*.safetensors"
-
-
-@functools.lru_cache(maxsize=8)
-def _graph(config: UNet2DConfig) -> tuple[Any, dict[str, tuple[int, ...]], dict[str, tuple[Any, ...]]]:
-    """Graph definition, shapes and NNX paths of the network, by dotted name; nothing is computed."""
-    graph, state = nnx.split(nnx.eval_shape(lambda: UNet2D(config, nnx.Rngs(0))))
-    flat = dict(nnx.to_flat_state(state))
-    paths = {".".join(map(str, path)): path for path in flat}
-    return graph, {name: flat[path].shape for name, path in paths.items()}, paths
-
-
-def param_shapes(config: UNet2DConfig) -> dict[str, tuple[int, ...]]:
-    """Shape of each parameter by dotted name, Flax layouts."""
-    return dict(_graph(config)[1])
-
-
-def init_params(key: jax.Array, config: UNet2DConfig) -> Params:
-    """Fresh float32 parameters: a flat dict of dotted names, Flax layouts (HWIO kernels)."""
-    state = nnx.split(UNet2D(config, nnx.Rngs(key)))[1]
-    return {".".join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(state)}
 
 
 @jax.tree_util.register_dataclass
@@ -73,9 +52,7 @@ class Denoiser:
 
     def batch(self, x_t: jax.Array, t: jax.Array) -> jax.Array:
         """eps of a batch (N, H, W, C) at timesteps (N,)."""
-        graph, _, paths = _graph(self.config)
-        state = nnx.from_flat_state({paths[name]: value for name, value in self.params.items()})
-        return nnx.merge(graph, state)(x_t.astype(self.dtype), t).astype(jnp.float32)
+        return modules.apply(self.config, self.params, x_t.astype(self.dtype), t).astype(jnp.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +87,7 @@ def _from_torch(config: UNet2DConfig, tensors: dict[str, np.ndarray], source: st
     """Every tensor to exactly one parameter and back, or an error that lists what does not fit."""
     params, missing, wrong = {}, [], []
     left = set(tensors)
-    for name, shape in param_shapes(config).items():
+    for name, shape in modules.param_shapes(config).items():
         stem, leaf = name.rsplit(".", 1)
         key = f"{stem}.{'bias' if leaf == 'bias' else 'weight'}"
         if key not in tensors:

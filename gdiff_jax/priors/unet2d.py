@@ -8,6 +8,7 @@ plausible, wrong reconstructions.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -15,7 +16,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from gdiff_jax.conv import Padding, conv_prior
+from gdiff_jax.conv import conv_prior
+from gdiff_jax.modules import Conv, GroupNorm, Linear
 
 _ATTENTION = {"DownBlock2D": False, "UpBlock2D": False, "AttnDownBlock2D": True, "AttnUpBlock2D": True}
 
@@ -110,6 +112,10 @@ class UNet2DConfig:
         """The dict that `from_diffusers` reads back."""
         return {"_class_name": "UNet2DModel", **dataclasses.asdict(self)}
 
+    def build(self, rngs: nnx.Rngs) -> UNet2D:
+        """The network, freshly initialised."""
+        return UNet2D(self, rngs)
+
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(H, W, C) of the images that the network denoises."""
@@ -138,60 +144,26 @@ def timestep_embedding(t: jax.Array, dim: int, freq_shift: int, flip_sin_to_cos:
     return jnp.concatenate(parts[::-1] if flip_sin_to_cos else parts, axis=-1)
 
 
-class Conv(nnx.Module):
-    """Convolution with bias on `conv_prior`, in the dtype of its input."""
-
-    def __init__(self, c_in: int, c_out: int, size: int, *, stride: int = 1, rngs: nnx.Rngs, zero: bool = False):
-        init = nnx.initializers.zeros if zero else nnx.initializers.lecun_normal()
-        self.kernel = nnx.Param(init(rngs.params(), (size, size, c_in, c_out), jnp.float32))
-        self.bias = nnx.Param(jnp.zeros((c_out,)))
-        self.stride = stride
-        self.pad = size // 2
-
-    def __call__(self, x: jax.Array, padding: Padding | None = None) -> jax.Array:
-        padding = padding or ((self.pad, self.pad), (self.pad, self.pad))
-        y = conv_prior(x, self.kernel[...].astype(x.dtype), self.stride, padding)
-        return y + self.bias[...].astype(x.dtype)[None, None, None]
+_conv = functools.partial(Conv, conv=conv_prior)
+# Zero at the start: a fresh residual branch is the identity and a fresh network predicts 0.
+_zeros = nnx.initializers.zeros
 
 
-class Linear(nnx.Linear):
-    """`nnx.Linear` computing in the dtype of its input."""
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        y = x @ self.kernel[...].astype(x.dtype)
-        return y + self.bias[...].astype(x.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
-
-
-class GroupNorm(nnx.Module):
-    """Group normalisation with statistics in float32, two passes (E[x^2] - E[x]^2 loses digits), folded to one multiply-add."""
-
-    def __init__(self, channels: int, config: UNet2DConfig):
-        self.scale = nnx.Param(jnp.ones((channels,)))
-        self.bias = nnx.Param(jnp.zeros((channels,)))
-        self.groups = config.norm_num_groups
-        self.eps = config.norm_eps
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        n, h, w, c = x.shape
-        grouped = x.astype(jnp.float32).reshape(n, h * w, self.groups, c // self.groups)
-        mean = grouped.mean((1, 3), keepdims=True)
-        var = jnp.square(grouped - mean).mean((1, 3), keepdims=True)
-        scale = jax.lax.rsqrt(var + self.eps) * self.scale[...].reshape(1, 1, self.groups, -1)
-        shift = self.bias[...].reshape(1, 1, self.groups, -1) - mean * scale
-        return (grouped * scale + shift).reshape(n, h, w, c).astype(x.dtype)
+def _norm(channels: int, config: UNet2DConfig) -> GroupNorm:
+    return GroupNorm(channels, config.norm_num_groups, config.norm_eps)
 
 
 class ResnetBlock(nnx.Module):
     """norm, silu, conv, + time, norm, silu, conv, + skip (diffusers `ResnetBlock2D`, time_scale_shift `default`)."""
 
     def __init__(self, c_in: int, c_out: int, config: UNet2DConfig, rngs: nnx.Rngs):
-        self.norm1 = GroupNorm(c_in, config)
-        self.conv1 = Conv(c_in, c_out, 3, rngs=rngs)
+        self.norm1 = _norm(c_in, config)
+        self.conv1 = _conv(c_in, c_out, 3, rngs=rngs)
         self.time_emb_proj = Linear(4 * config.block_out_channels[0], c_out, rngs=rngs)
-        self.norm2 = GroupNorm(c_out, config)
-        self.conv2 = Conv(c_out, c_out, 3, rngs=rngs, zero=True)
+        self.norm2 = _norm(c_out, config)
+        self.conv2 = _conv(c_out, c_out, 3, rngs=rngs, init=_zeros)
         if c_in != c_out:
-            self.conv_shortcut = Conv(c_in, c_out, 1, rngs=rngs)
+            self.conv_shortcut = _conv(c_in, c_out, 1, rngs=rngs)
 
     def __call__(self, x: jax.Array, temb: jax.Array) -> jax.Array:
         h = self.conv1(jax.nn.silu(self.norm1(x)))
@@ -204,11 +176,11 @@ class Attention(nnx.Module):
     """Self-attention over the pixels, residual; the softmax is float32 whatever the dtype of the rest."""
 
     def __init__(self, channels: int, config: UNet2DConfig, rngs: nnx.Rngs):
-        self.group_norm = GroupNorm(channels, config)
+        self.group_norm = _norm(channels, config)
         self.to_q = Linear(channels, channels, rngs=rngs)
         self.to_k = Linear(channels, channels, rngs=rngs)
         self.to_v = Linear(channels, channels, rngs=rngs)
-        self.to_out = nnx.List([Linear(channels, channels, rngs=rngs, kernel_init=nnx.initializers.zeros)])
+        self.to_out = nnx.List([Linear(channels, channels, rngs=rngs, init=_zeros)])
         self.heads = channels // (config.attention_head_dim or channels)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -223,17 +195,17 @@ class Attention(nnx.Module):
 
 class Downsample(nnx.Module):
     def __init__(self, channels: int, config: UNet2DConfig, rngs: nnx.Rngs):
-        self.conv = Conv(channels, channels, 3, stride=2, rngs=rngs)
         # diffusers: padding 0 means one row below and one column to the right.
-        self.padding: Padding = ((1, 1), (1, 1)) if config.downsample_padding else ((0, 1), (0, 1))
+        pad = (config.downsample_padding, 1)
+        self.conv = _conv(channels, channels, 3, stride=2, padding=(pad, pad), rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.conv(x, self.padding)
+        return self.conv(x)
 
 
 class Upsample(nnx.Module):
     def __init__(self, channels: int, rngs: nnx.Rngs):
-        self.conv = Conv(channels, channels, 3, rngs=rngs)
+        self.conv = _conv(channels, channels, 3, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         n, h, w, c = x.shape
@@ -280,7 +252,7 @@ class UNet2D(nnx.Module):
         widths, layers = config.block_out_channels, config.layers_per_block
         self.config = config
         self.time_embedding = TimeEmbedding(widths[0], rngs)
-        self.conv_in = Conv(config.in_channels, widths[0], 3, rngs=rngs)
+        self.conv_in = _conv(config.in_channels, widths[0], 3, rngs=rngs)
         skips = [widths[0]]  # channels of what is pushed on the way down, popped on the way up
         down = []
         c = widths[0]
@@ -306,8 +278,8 @@ class UNet2D(nnx.Module):
                 block.upsamplers = nnx.List([Upsample(width, rngs)])
             up.append(block)
         self.up_blocks = nnx.List(up)
-        self.conv_norm_out = GroupNorm(c, config)
-        self.conv_out = Conv(c, config.out_channels, 3, rngs=rngs, zero=True)
+        self.conv_norm_out = _norm(c, config)
+        self.conv_out = _conv(c, config.out_channels, 3, rngs=rngs, init=_zeros)
 
     def __call__(self, x: jax.Array, t: jax.Array) -> jax.Array:
         cfg = self.config

@@ -1,0 +1,127 @@
+"""One trial of the sweep, its grid, and the compiled function that runs a chunk of trials.
+
+A trial is (victim, training state, method, sigma, image, seed). Its random numbers come from (image, seed) alone: the
+same noise n at every sigma (g + sigma n), the same start and steps for every method and victim, so curves over sigma compare
+like with like, and a result depends on neither its chunk nor its neighbours.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import gdiff_jax as gd
+from gdiff_jax.matching import l2
+
+PRIOR_ONLY = "prior-only"
+GUIDED = ("dsg", "dps")
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Trials that share a compiled program and the victim's weights."""
+
+    method: str
+    victim: str  # "" for prior-only
+    training_steps: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    group: Group
+    sigma: float  # nan for prior-only
+    image: int
+    seed: int
+
+
+def make_grid(
+    methods: tuple[str, ...],
+    victims: tuple[str, ...],
+    training: tuple[int, ...],
+    sigmas: tuple[float, ...],
+    images: int,
+    seeds: int,
+) -> Iterator[Trial]:
+    """All trials, group by group; prior-only once an image and seed, since neither victim nor sigma touches it."""
+    pairs = [(image, seed) for image in range(images) for seed in range(seeds)]
+    for image, seed in pairs:
+        yield Trial(Group(PRIOR_ONLY, "", 0), float("nan"), image, seed)
+    for victim in victims:
+        for steps in training:
+            for method in methods:
+                for sigma in sigmas:
+                    for image, seed in pairs:
+                        yield Trial(Group(method, victim, steps), sigma, image, seed)
+
+
+def chunks(trials: Iterator[Trial], size: int) -> list[list[Trial]]:
+    """At most `size` trials of one group each, in order."""
+    result: list[list[Trial]] = []
+    for trial in trials:
+        if not result or len(result[-1]) == size or result[-1][0].group != trial.group:
+            result.append([])
+        result[-1].append(trial)
+    return result
+
+
+class Inputs(dict[str, Any]):
+    """Arrays of a chunk with a leading trial axis: key, sigma, image, label."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What the samplers are run with; zeta and guidance_rate are traced, the rest is compiled in."""
+
+    steps: int
+    zeta: float
+    guidance_rate: float
+    interval: int
+    clip: bool
+
+
+def trial_key(seed: int, image: int, trial_seed: int) -> jax.Array:
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), image), trial_seed)
+
+
+def make_runner(
+    method: str, loss: Callable[..., jax.Array] | None, settings: Settings, shape: tuple[int, ...]
+) -> Callable[..., Any]:
+    """run(denoise, schedule, params, step_size, key, sigma, image, label) for a chunk, jitted once for the whole grid.
+
+    Weights are arguments; trials are vmapped. Returns a dict of arrays with a leading trial axis.
+    """
+
+    def one(denoise, schedule, params, step_size, key, sigma, image, label):
+        k_noise, k_sample = jax.random.split(key)
+        if method == PRIOR_ONLY:
+            x, trace = gd.unguided_sample(k_sample, denoise, schedule, shape, clip=settings.clip, truth=image)
+            match, norms = None, {}
+        else:
+            gradient = gd.victim_gradient(loss, params, image, label)
+            leak = gd.GaussianNoise(sigma)(k_noise, gradient)
+            match = gd.GradientMatching(params, label, leak, loss, l2)
+            common = dict(clip=settings.clip, truth=image)
+            if method == "dsg":
+                sample = functools.partial(gd.dsg_sample, guidance_rate=step_size, interval=settings.interval)
+            else:
+                sample = functools.partial(gd.dps_sample, zeta=step_size)
+            x, trace = sample(k_sample, denoise, match, schedule, shape, **common)
+            norms = {
+                "gradient_norm": l2(gradient, jax.tree.map(jnp.zeros_like, gradient)),
+                "noise_norm": l2(leak, gradient),
+                "distance": match(x),
+            }
+        return dict(image=x, trace=trace._asdict(), scalars={**norms, **gd.image_metrics(x, image)})
+
+    return jax.jit(jax.vmap(one, in_axes=(None, None, None, None, 0, 0, 0, 0)))
+
+
+def pad(arrays: dict[str, np.ndarray], size: int) -> dict[str, np.ndarray]:
+    """Repeats the last trial up to `size`, so that every chunk has the compiled shape; the caller drops the copies."""
+    return {k: np.concatenate([v, np.repeat(v[-1:], size - len(v), axis=0)]) for k, v in arrays.items()}

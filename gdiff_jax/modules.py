@@ -1,0 +1,113 @@
+"""Layers shared by priors and victims, and the bridge from an NNX definition to a pure function of a flat dict of arrays.
+
+NNX only *defines* networks here; everything that is transformed is a plain function of `Params`, so jit sees weights as
+arguments and checkpoints are flat files of dotted names.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from gdiff_jax.conv import Padding
+
+Params = dict[str, jax.Array]
+
+
+class Conv(nnx.Module):
+    """Square convolution with bias, in the dtype of its input; `conv` is one of the functions of `gdiff_jax.conv`."""
+
+    def __init__(
+        self,
+        c_in: int,
+        c_out: int,
+        size: int,
+        *,
+        conv: Callable[..., jax.Array],
+        rngs: nnx.Rngs,
+        stride: int = 1,
+        padding: Padding | None = None,
+        init: Callable[..., jax.Array] | None = None,
+    ):
+        init = init or nnx.initializers.lecun_normal()
+        self.kernel = nnx.Param(init(rngs.params(), (size, size, c_in, c_out), jnp.float32))
+        self.bias = nnx.Param(jnp.zeros((c_out,)))
+        self.conv = conv
+        self.stride = stride
+        self.padding = padding or ((size // 2, size // 2), (size // 2, size // 2))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = self.conv(x, self.kernel[...].astype(x.dtype), self.stride, self.padding)
+        return y + self.bias[...].astype(x.dtype)[None, None, None]
+
+
+class Linear(nnx.Module):
+    """Dense layer with bias on the last axis, in the dtype of its input."""
+
+    def __init__(self, c_in: int, c_out: int, *, rngs: nnx.Rngs, init: Callable[..., jax.Array] | None = None):
+        init = init or nnx.initializers.lecun_normal()
+        self.kernel = nnx.Param(init(rngs.params(), (c_in, c_out), jnp.float32))
+        self.bias = nnx.Param(jnp.zeros((c_out,)))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x @ self.kernel[...].astype(x.dtype)
+        return y + self.bias[...].astype(x.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
+
+
+class GroupNorm(nnx.Module):
+    """Group normalisation of (N, H, W, C) with statistics in at least float32, in two passes: E[x^2] - E[x]^2 loses digits."""
+
+    def __init__(self, channels: int, groups: int, eps: float):
+        self.scale = nnx.Param(jnp.ones((channels,)))
+        self.bias = nnx.Param(jnp.zeros((channels,)))
+        self.groups = groups
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        n, h, w, c = x.shape
+        grouped = x.astype(jnp.promote_types(x.dtype, jnp.float32)).reshape(n, h * w, self.groups, c // self.groups)
+        mean = grouped.mean((1, 3), keepdims=True)
+        var = jnp.square(grouped - mean).mean((1, 3), keepdims=True)
+        scale = jax.lax.rsqrt(var + self.eps) * self.scale[...].reshape(1, 1, self.groups, -1)
+        shift = self.bias[...].reshape(1, 1, self.groups, -1) - mean * scale
+        return (grouped * scale + shift).reshape(n, h, w, c).astype(x.dtype)
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    return ".".join(map(str, path))
+
+
+class Spec(Protocol):
+    """What builds a network. It is a cache key, so it must compare by value: a frozen dataclass, as the configs here are."""
+
+    def __hash__(self) -> int: ...
+
+    def build(self, rngs: nnx.Rngs) -> nnx.Module: ...
+
+
+@functools.lru_cache(maxsize=64)
+def _abstract(spec: Spec) -> tuple[Any, dict[tuple[Any, ...], Any]]:
+    graph, state = nnx.split(nnx.eval_shape(lambda: spec.build(nnx.Rngs(0))))
+    return graph, dict(nnx.to_flat_state(state))
+
+
+def param_shapes(spec: Spec) -> dict[str, tuple[int, ...]]:
+    """Shape of each parameter by dotted name; nothing is computed."""
+    return {_name(path): leaf.shape for path, leaf in _abstract(spec)[1].items()}
+
+
+def init_params(key: jax.Array, spec: Spec) -> Params:
+    """Fresh float32 parameters: a flat dict of dotted names (`down_blocks.0.resnets.1.conv1.kernel`)."""
+    state = nnx.split(spec.build(nnx.Rngs(key)))[1]
+    return {_name(path): leaf[...] for path, leaf in nnx.to_flat_state(state)}
+
+
+def apply(spec: Spec, params: Params, *args: Any) -> Any:
+    """The network's `__call__` with these parameters, as a pure function."""
+    graph, flat = _abstract(spec)
+    return nnx.merge(graph, nnx.from_flat_state({path: params[_name(path)] for path in flat}))(*args)

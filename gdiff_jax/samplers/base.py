@@ -1,0 +1,90 @@
+"""What the samplers share: the posterior of one reverse step, its guidance, and the loop.
+
+A *denoiser* is a callable `eps, v = denoise(x_t, t)` on one image and an integer timestep (v is the learned variance or
+None); an *objective* is a callable `distance = objective(x0)` to a scalar. Both must be pytrees (a module, a registered
+dataclass, `jax.tree_util.Partial`) if they are to pass through jit as arguments. Images are (H, W, C) in [-1, 1]; a batch of
+trials is a `jax.vmap` over keys and objectives. Nothing here knows of victims or gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from gdiff_jax.schedule import Schedule
+
+Denoise = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array | None]]
+Objective = Callable[[jax.Array], jax.Array]
+
+
+class StepInfo(NamedTuple):
+    """What a step reports, float32 scalars; the trace of a sampler stacks them to (num_steps,), noisiest step first."""
+
+    distance: jax.Array  # objective(x0hat); nan where the step was not guided
+    guidance_norm: jax.Array  # || grad_{x_t} objective(x0hat(x_t)) ||; nan where the step was not guided
+    x0_error: jax.Array  # mean over pixels of (x0hat - truth)^2, images in [-1, 1]; nan without a truth
+
+
+class Posterior(NamedTuple):
+    """p(x_{t-1} | x_t) of one step: x0hat and mean (H, W, C), std scalar or (H, W, C)."""
+
+    x0: jax.Array
+    mean: jax.Array
+    std: jax.Array
+
+
+class Step(Protocol):
+    """One reverse step: x_t and index i to x_{t-1}."""
+
+    def __call__(self, key: jax.Array, x: jax.Array, i: jax.Array) -> tuple[jax.Array, StepInfo]: ...
+
+
+def _predict_x0(denoise: Denoise, schedule: Schedule, x: jax.Array, i: jax.Array, clip: bool) -> tuple[jax.Array, Any]:
+    eps, v = denoise(x, schedule.t[i])
+    x0 = schedule.predict_x0(x, eps, i)
+    return (jnp.clip(x0, -1.0, 1.0) if clip else x0), v
+
+
+def _posterior(schedule: Schedule, x0: jax.Array, v: jax.Array | None, x: jax.Array, i: jax.Array) -> Posterior:
+    return Posterior(x0, schedule.posterior_mean(x0, x, i), schedule.posterior_std(i, v))
+
+
+def posterior(denoise: Denoise, schedule: Schedule, x: jax.Array, i: jax.Array, clip: bool = True) -> Posterior:
+    """The prior's own reverse step (DDPM, Eq. 7), unguided."""
+    x0, v = _predict_x0(denoise, schedule, x, i, clip)
+    return _posterior(schedule, x0, v, x, i)
+
+
+def guided_posterior(
+    denoise: Denoise, objective: Objective, schedule: Schedule, x: jax.Array, i: jax.Array, clip: bool = True
+) -> tuple[Posterior, jax.Array, jax.Array]:
+    """The reverse step with distance = objective(x0hat(x_t)) and its gradient G with respect to x_t.
+
+    With `clip` G passes through the clip, so a saturated pixel gets no guidance (as in the public DPS code).
+    """
+    x0, pull, v = jax.vjp(lambda x: _predict_x0(denoise, schedule, x, i, clip), x, has_aux=True)
+    distance, grad_x0 = jax.value_and_grad(objective)(x0)
+    (grad,) = pull(grad_x0)
+    return _posterior(schedule, x0, v, x, i), distance, grad
+
+
+def x0_error(x0: jax.Array, truth: jax.Array | None) -> jax.Array:
+    """Mean squared error of x0hat, or nan without a truth."""
+    return jnp.full((), jnp.nan, x0.dtype) if truth is None else jnp.square(x0 - truth).mean()
+
+
+def reverse(key: jax.Array, step: Step, schedule: Schedule, shape: tuple[int, ...]) -> tuple[jax.Array, StepInfo]:
+    """Runs `step` from pure noise at the last index down to 0, as one `lax.scan`.
+
+    Step i draws from fold_in(key, i), so what a step draws depends on neither the other steps nor the other trials.
+    """
+    key_init, key_steps = jax.random.split(key)
+
+    def body(x: jax.Array, i: jax.Array) -> tuple[jax.Array, StepInfo]:
+        return step(jax.random.fold_in(key_steps, i), x, i)
+
+    x = jax.random.normal(key_init, shape)
+    return jax.lax.scan(body, x, jnp.arange(schedule.num_steps - 1, -1, -1))

@@ -1,0 +1,97 @@
+"""DSG, guidance with a spherical Gaussian constraint (Yang et al., ICML 2024, arXiv 2402.03201).
+
+Every step ends on the sphere on which a Gaussian of the reverse step's standard deviation concentrates, so that however
+strong the guidance, the iterate stays as noisy as the prior expects it.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from gdiff_jax.samplers import base
+from gdiff_jax.samplers.base import Denoise, Objective, StepInfo
+from gdiff_jax.schedule import Schedule
+
+
+def _unit(v: jax.Array) -> jax.Array:
+    """v / ||v||, and 0 for v = 0 (where the objective is flat there is no direction to go)."""
+    norm = jnp.linalg.norm(v)
+    return v / jnp.where(norm > 0, norm, 1.0)
+
+
+def dsg_step(
+    key: jax.Array,
+    x: jax.Array,
+    i: jax.Array,
+    denoise: Denoise,
+    objective: Objective,
+    schedule: Schedule,
+    *,
+    guidance_rate: jax.Array | float,
+    interval: int = 1,
+    clip: bool = True,
+    truth: jax.Array | None = None,
+) -> tuple[jax.Array, StepInfo]:
+    """x_{t-1} = mu + r dm / ||dm||. Arguments as in `dsg_sample`; x is x_t, i the index of the step."""
+    z = jax.random.normal(key, x.shape)
+    root_n = x.size**0.5
+
+    def guided(x: jax.Array) -> tuple[jax.Array, StepInfo]:
+        p, distance, grad = base.guided_posterior(denoise, objective, schedule, x, i, clip)
+        # The paper's r = sqrt(n) sigma, d* = -r G/||G||, ds = sigma z, dm = ds + rate (d* - ds), all divided by sigma, which
+        # is 0 in the last step; a learned sigma then scales each pixel, and the sphere becomes an ellipsoid [inferred].
+        toward = -root_n * _unit(grad)
+        mixed = z + guidance_rate * (toward - z)
+        info = StepInfo(distance, jnp.linalg.norm(grad), base.x0_error(p.x0, truth))
+        return p.mean + p.std * root_n * _unit(mixed), info
+
+    def skipped(x: jax.Array) -> tuple[jax.Array, StepInfo]:
+        p = base.posterior(denoise, schedule, x, i, clip)
+        nan = jnp.full((), jnp.nan, x.dtype)
+        return p.mean + p.std * z, StepInfo(nan, nan, base.x0_error(p.x0, truth))
+
+    if interval == 1:
+        return guided(x)
+    return jax.lax.cond(i % interval == 0, guided, skipped, x)
+
+
+def dsg_sample(
+    key: jax.Array,
+    denoise: Denoise,
+    objective: Objective,
+    schedule: Schedule,
+    shape: tuple[int, ...],
+    *,
+    guidance_rate: jax.Array | float = 0.2,
+    interval: int = 1,
+    clip: bool = True,
+    truth: jax.Array | None = None,
+) -> tuple[jax.Array, StepInfo]:
+    """One reconstruction by DSG.
+
+    Args:
+      key: typed PRNG key of the trial.
+      denoise: `eps, v = denoise(x_t, t)`, a pytree (see `samplers.base`).
+      objective: scalar distance of an image (H, W, C) to the leak; only the direction of its gradient is used.
+      schedule: kept timesteps of the prior.
+      shape: (H, W, C) of the image.
+      guidance_rate: in [0, 1]; how far each step's direction is turned from the random to the steepest one. An array is
+        traced, so a grid of it needs one compilation. At 1 a step is deterministic; at 0 it is the unguided step with
+        its noise put on the sphere of radius sqrt(n) sigma.
+      interval: guide the steps whose index is a multiple of it; the others are unguided and cost half.
+      clip: clip x0hat to [-1, 1] and differentiate through the clip, so a saturated pixel gets no guidance.
+      truth: (H, W, C); only fills `x0_error` of the trace, the sampler does not use it.
+
+    Returns:
+      image (H, W, C), about [-1, 1], and the trace. The last step is unguided: the posterior's deviation there is 0.
+    """
+    if interval < 1:
+        raise ValueError(f"interval {interval} must be at least 1; 1 guides every step")
+
+    def step(key: jax.Array, x: jax.Array, i: jax.Array) -> tuple[jax.Array, StepInfo]:
+        return dsg_step(
+            key, x, i, denoise, objective, schedule, guidance_rate=guidance_rate, interval=interval, clip=clip, truth=truth
+        )
+
+    return base.reverse(key, step, schedule, shape)
