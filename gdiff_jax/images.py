@@ -76,6 +76,8 @@ def load_images(source: str | os.PathLike[str], split: Split = "test", size: int
       FileNotFoundError: where the source does not exist or holds no picture.
       ValueError: where a file cannot be read as what it claims to be; the message names it.
     """
+    if split not in ("train", "test"):
+        raise ValueError(f"split {split!r} is not known; use train or test")
     if os.fspath(source) == BUNDLED:
         return _from_npz(Path(str(resources.files("gdiff_jax") / "data" / "cifar10_test_64.npz")))
     path = Path(source)
@@ -101,6 +103,10 @@ def _checked(images: np.ndarray, labels: np.ndarray | None, names: list[str], so
         raise ValueError(f"{source}: images must be uint8 (N, H, W, 1 or 3); got {images.dtype} {images.shape}")
     if labels is not None and labels.shape != (len(images),):
         raise ValueError(f"{source}: {len(images)} images but labels of shape {labels.shape}")
+    if labels is not None and labels.dtype.kind not in "iu":
+        raise ValueError(f"{source}: labels must be integers; got {labels.dtype}")
+    if len(names) != len(images):
+        raise ValueError(f"{source}: {len(images)} images but {len(names)} names")
     if len(images) == 0:
         raise FileNotFoundError(f"{source} holds no images")
     return ImageSet(images, None if labels is None else labels.astype(np.int32), tuple(names))
@@ -114,9 +120,9 @@ def _from_npz(path: Path) -> ImageSet:
         raise ValueError(f"{path} cannot be read as a .npz file ({error})") from None
     if "images" not in arrays:
         raise ValueError(f"{path} has no array `images`; it has {sorted(arrays)}")
-    count = len(arrays["images"])
-    names = arrays["names"].tolist() if "names" in arrays else [f"{path.stem}/{i}" for i in range(count)]
-    return _checked(arrays["images"], arrays.get("labels"), names, path)
+    images = np.atleast_1d(arrays["images"])
+    names = np.ravel(arrays["names"]).tolist() if "names" in arrays else [f"{path.stem}/{i}" for i in range(len(images))]
+    return _checked(images, arrays.get("labels"), names, path)
 
 
 def _from_npm(path: Path, split: Split) -> ImageSet:
@@ -131,8 +137,13 @@ def _from_npm(path: Path, split: Split) -> ImageSet:
         raise ValueError(f"{file} cannot be read as one image a row ({error})") from None
     finally:
         Image.MAX_IMAGE_PIXELS = limit
-    labels = np.asarray(json.loads((path / f"{split}_lables.json").read_text()))
-    return _checked(np.concatenate(rows), labels, [f"cifar10-{split}/{i}" for i in range(len(labels))], path)
+    file = path / f"{split}_lables.json"
+    try:
+        labels = np.asarray(json.loads(file.read_text()))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} cannot be read as a list of labels ({error})") from None
+    images = np.concatenate(rows)
+    return _checked(images, labels, [f"cifar10-{split}/{i}" for i in range(len(images))], path)
 
 
 class _CifarUnpickler(pickle.Unpickler):
@@ -164,12 +175,12 @@ def _from_cifar_archive(path: Path, split: Split) -> ImageSet:
                 blobs = [tar.extractfile(members[name]).read() for name in names]  # type: ignore[union-attr]
         for blob in blobs:
             batch = _CifarUnpickler(io.BytesIO(blob), encoding="bytes").load()
-            pixels.append(np.asarray(batch[b"data"], np.uint8).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
+            pixels.append(np.asarray(batch[b"data"]).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
             labels.append(np.asarray(batch[b"labels"]))
-    except (OSError, KeyError, EOFError, ValueError, tarfile.TarError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path} cannot be read as CIFAR-10's python archive ({error!r})") from None
-    images = np.concatenate(pixels)
-    return _checked(images, np.concatenate(labels), [f"cifar10-{split}/{i}" for i in range(len(images))], path)
+        images, label = np.concatenate(pixels), np.concatenate(labels)
+    except Exception as error:  # a broken pickle may raise anything
+        raise ValueError(f"{path} cannot be read as CIFAR-10's python archive ({type(error).__name__}: {error})") from None
+    return _checked(images, label, [f"cifar10-{split}/{i}" for i in range(len(images))], path)
 
 
 def _from_folder(path: Path, size: int | None) -> ImageSet:
@@ -182,12 +193,12 @@ def _from_folder(path: Path, size: int | None) -> ImageSet:
         try:
             with Image.open(file) as picture:
                 image = picture.convert("RGB")
-        except (OSError, SyntaxError, UnidentifiedImageError) as error:
+        except (OSError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
             raise ValueError(f"{file} cannot be read as a picture ({error}); remove or replace it") from None
         if size is not None and image.size != (size, size):
             side = min(image.size)
             left, top = (image.width - side) // 2, (image.height - side) // 2
-            image = image.resize((size, size), Image.Resampling.LANCZOS, (left, top, left + side, top + side))
+            image = image.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.LANCZOS)
         images.append(np.asarray(image))
         if images[-1].shape != images[0].shape:
             raise ValueError(f"{file} is {image.size}, {files[0].name} is not; give a size to resize them all to")
