@@ -11,16 +11,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags
+from absl import app, flags, logging
 
 
 class ConfigError(ValueError):
     """A value the user gave that cannot be used: shown as one line, exit code 2, nothing written."""
 
 
-def option(default: Any, help: str) -> Any:
-    """A dataclass field that becomes a flag with this help."""
-    return dataclasses.field(default=default, metadata={"help": help})
+def option(default: Any, help: str, bare: bool = False) -> Any:
+    """A dataclass field that becomes a flag with this help; a `bare` one may stand without a value and means its default."""
+    return dataclasses.field(default=default, metadata={"help": help, "bare": bare})
 
 
 def define_flags(config: type) -> None:
@@ -32,12 +32,15 @@ def define_flags(config: type) -> None:
             kind = next(a for a in typing.get_args(kind) if a is not type(None))
         if typing.get_origin(kind) is tuple:
             of = typing.get_args(kind)[0]
-            parser = _TupleParser(of)
-            flags.DEFINE(parser, field.name, field.default, text, serializer=flags.CsvListSerializer(","))
+            parser = _TupleParser(of, field.default)
+            flag = flags.Flag(parser, flags.CsvListSerializer(","), field.name, field.default, text)
+            flag.boolean = field.metadata["bare"]  # what lets absl take `--name` without a value
+            flags.DEFINE_flag(flag)
         else:
             define = {bool: flags.DEFINE_bool, int: flags.DEFINE_integer, float: flags.DEFINE_float, str: flags.DEFINE_string}
             define[kind](field.name, field.default, text)
-        flags.declare_key_flag(field.name)
+        # --help lists the flags of the main program, which for absl are those registered under its name.
+        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[field.name])
 
 
 class _TupleParser(flags.ArgumentParser):
@@ -45,13 +48,16 @@ class _TupleParser(flags.ArgumentParser):
 
     syntactic_help = "values separated by commas"
 
-    def __init__(self, of: type):
+    def __init__(self, of: type, default: tuple[Any, ...]):
         super().__init__()
         self.of = of
+        self.default = default
 
     def parse(self, argument: Any) -> tuple[Any, ...]:
         if not isinstance(argument, str):
             return tuple(argument)
+        if argument == "true":  # what absl passes for a flag without a value
+            return self.default
         try:
             return tuple(self.of(part.strip()) for part in argument.split(",") if part.strip())
         except ValueError:
@@ -84,6 +90,7 @@ def run(main: Callable[[], None]) -> None:
         except ConfigError as error:
             _fail(str(error))
 
+    logging.set_verbosity(logging.WARNING)  # jax and orbax tell each step of theirs at INFO
     app.run(guarded, flags_parser=parse)
 
 

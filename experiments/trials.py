@@ -70,45 +70,33 @@ def chunks(trials: Iterator[Trial], size: int) -> list[list[Trial]]:
     return result
 
 
-class Inputs(dict[str, Any]):
-    """Arrays of a chunk with a leading trial axis: key, sigma, image, label."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """What the samplers are run with; zeta and guidance_rate are traced, the rest is compiled in."""
-
-    steps: int
-    zeta: float
-    guidance_rate: float
-    interval: int
-    clip: bool
-
-
-def trial_key(seed: int, image: int, trial_seed: int) -> jax.Array:
-    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), image), trial_seed)
+def trial_keys(seed: int, chunk: list[Trial]) -> jax.Array:
+    """One key a trial, of (image, seed) alone."""
+    base = jax.random.key(seed)
+    return jnp.stack([jax.random.fold_in(jax.random.fold_in(base, t.image), t.seed) for t in chunk])
 
 
 def make_runner(
-    method: str, loss: Callable[..., jax.Array] | None, settings: Settings, shape: tuple[int, ...]
+    method: str, loss: Callable[..., jax.Array] | None, shape: tuple[int, ...], interval: int, clip: bool
 ) -> Callable[..., Any]:
-    """run(denoise, schedule, params, step_size, key, sigma, image, label) for a chunk, jitted once for the whole grid.
+    """run(denoise, schedule, params, step_size, key, sigma, image, label) for a chunk of trials.
 
-    Weights are arguments; trials are vmapped. Returns a dict of arrays with a leading trial axis.
+    One jit serves the whole grid: weights, sigma and step_size (zeta of dps, guidance rate of dsg) are arguments. The last four
+    arguments have a leading trial axis, and so has everything in the dict that it returns.
     """
 
     def one(denoise, schedule, params, step_size, key, sigma, image, label):
         k_noise, k_sample = jax.random.split(key)
         if method == PRIOR_ONLY:
-            x, trace = gd.unguided_sample(k_sample, denoise, schedule, shape, clip=settings.clip, truth=image)
+            x, trace = gd.unguided_sample(k_sample, denoise, schedule, shape, clip=clip, truth=image)
             match, norms = None, {}
         else:
             gradient = gd.victim_gradient(loss, params, image, label)
             leak = gd.GaussianNoise(sigma)(k_noise, gradient)
             match = gd.GradientMatching(params, label, leak, loss, l2)
-            common = dict(clip=settings.clip, truth=image)
+            common = dict(clip=clip, truth=image)
             if method == "dsg":
-                sample = functools.partial(gd.dsg_sample, guidance_rate=step_size, interval=settings.interval)
+                sample = functools.partial(gd.dsg_sample, guidance_rate=step_size, interval=interval)
             else:
                 sample = functools.partial(gd.dps_sample, zeta=step_size)
             x, trace = sample(k_sample, denoise, match, schedule, shape, **common)

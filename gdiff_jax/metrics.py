@@ -22,7 +22,8 @@ def ssim(a: jax.Array, b: jax.Array) -> jax.Array:
     """
     if min(a.shape[-3:-1]) < MIN_SSIM_SIZE:
         raise ValueError(f"SSIM needs at least {MIN_SSIM_SIZE} pixels each way; the images are {a.shape[-3:-1]}")
-    return dm_pix.ssim(a, b)
+    with jax.numpy_dtype_promotion("standard"):  # dm_pix adds an integer array to a float, an error where a caller is strict
+        return dm_pix.ssim(a, b)
 
 
 def image_metrics(reconstruction: jax.Array, truth: jax.Array) -> dict[str, jax.Array]:

@@ -1,0 +1,200 @@
+"""What a sweep says: a table, a plot of quality over sigma, a contact sheet. Reads records, computes no reconstruction."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+
+import gdiff_jax as gd
+from experiments.cli import write_atomic
+from experiments.records import Row, Store
+from experiments.trials import PRIOR_ONLY
+from gdiff_jax.images import to_unit
+
+if TYPE_CHECKING:
+    from experiments.sweep import Inputs, SweepConfig
+
+Key = tuple[str, int, str, float]  # victim, training steps, method, sigma
+METRICS = ("psnr", "ssim", "mse")
+COLOURS = {"dsg": "#0b6e99", "dps": "#d1601f"}
+
+
+def by_cell(rows: list[Row]) -> dict[Key, list[Row]]:
+    cells: dict[Key, list[Row]] = defaultdict(list)
+    for row in rows:
+        if row["method"] != PRIOR_ONLY:
+            cells[row["victim"], row["training_steps"], row["method"], row["sigma"]].append(row)
+    return dict(cells)
+
+
+def quartiles(rows: list[Row], name: str) -> tuple[float, float, float]:
+    """Median and the first and third quartile over the trials that did not fail; nan where there is none."""
+    values = [r[name] for r in rows if r.get(name) is not None and not r["failed"]]
+    return tuple(np.percentile(values, [50, 25, 75])) if values else (np.nan,) * 3
+
+
+def choices(rows: list[Row]) -> tuple[float, float]:
+    """Median over images of the PSNR of one iterate chosen among all steps and seeds of the image.
+
+    First the attacker's choice (least distance to the leak), then the oracle's (closest to the truth, which no attacker
+    has). Both choose among the same x0hat's, so the second is never below the first.
+    """
+    attacker, oracle = [], []
+    for image in sorted({r["image"] for r in rows}):
+        mine = [r for r in rows if r["image"] == image and not r["failed"]]
+        if mine:
+            attacker.append(min(mine, key=lambda r: r["least_step_distance"])["psnr_at_least_distance"])
+            oracle.append(max(r["psnr_of_best_step"] for r in mine))
+    return (float(np.median(attacker)), float(np.median(oracle))) if attacker else (np.nan, np.nan)
+
+
+def mean_image_rows(inputs: Inputs) -> list[Row]:
+    """The prior's mean training image as everybody's reconstruction; empty where the prior brings none."""
+    mean = inputs.prior.mean_image
+    if mean is None:
+        return []
+    scores = gd.image_metrics(jnp.broadcast_to(mean, inputs.images.shape), jnp.asarray(inputs.images))
+    return [{"failed": False, **{k: float(v[i]) for k, v in scores.items()}} for i in range(len(inputs.images))]
+
+
+def _spread(rows: list[Row], name: str) -> str:
+    m, lo, hi = quartiles(rows, name)
+    digits = {"psnr": 1, "ssim": 2, "mse": 4}[name]
+    return "-" if np.isnan(m) else f"{m:.{digits}f} [{lo:.{digits}f}, {hi:.{digits}f}]"
+
+
+def table(rows: list[Row], mean_rows: list[Row]) -> str:
+    """Median [first, third quartile] over images and seeds, a line for each victim, method and sigma."""
+    head = ["victim", "trained", "method", "sigma", "trials", "PSNR dB", "SSIM", "MSE", "attacker's pick", "oracle's pick"]
+    body = []
+    for (victim, steps, method, sigma), cell in sorted(by_cell(rows).items(), key=lambda kv: kv[0]):
+        picks = [f"{p:.1f}" for p in choices(cell)]
+        failed = sum(r["failed"] for r in cell)
+        count = f"{len(cell)}" + (f" ({failed} failed)" if failed else "")
+        spreads = [_spread(cell, name) for name in METRICS]
+        body.append([victim, str(steps) if steps else "no", method, f"{sigma:g}", count, *spreads, *picks])
+    for name, base in ((PRIOR_ONLY, [r for r in rows if r["method"] == PRIOR_ONLY]), ("mean image", mean_rows)):
+        if base:
+            body.append(["-", "-", name, "-", str(len(base)), *[_spread(base, m) for m in METRICS], "-", "-"])
+    widths = [max(len(line[i]) for line in [head, *body]) for i in range(len(head))]
+    rule = ["-" * w for w in widths]
+    return "\n".join(
+        "| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |" for line in [head, rule, *body]
+    )
+
+
+def _panels(rows: list[Row]) -> list[tuple[str, int]]:
+    return sorted({(victim, steps) for victim, steps, _, _ in by_cell(rows)})
+
+
+def _title(victim: str, steps: int) -> str:
+    return f"{victim}, {f'trained {steps} steps' if steps else 'untrained'}"
+
+
+def plot_quality(rows: list[Row], mean_rows: list[Row], path: Path) -> None:
+    """PSNR and SSIM over sigma: median and interquartile band a method, beside prior-only and the mean image."""
+    panels, cells = _panels(rows), by_cell(rows)
+    sigmas = sorted({sigma for _, _, _, sigma in cells})
+    names = [n for n in ("psnr", "ssim") if n in rows[0]]
+    size = (max(3.4 * len(panels), 5), 2.9 * len(names) + 0.6)
+    fig, axes = plt.subplots(
+        len(names), len(panels), figsize=size, squeeze=False, sharey="row", sharex=True, layout="constrained"
+    )
+    x = np.arange(len(sigmas))  # even spacing: the grid is logarithmic and begins with 0
+    prior = [r for r in rows if r["method"] == PRIOR_ONLY]
+    for i, name in enumerate(names):
+        for j, (victim, steps) in enumerate(panels):
+            ax = axes[i, j]
+            for method in sorted({m for v, s, m, _ in cells if (v, s) == (victim, steps)}):
+                found = [quartiles(cells.get((victim, steps, method, s), []), name) for s in sigmas]
+                middle, low, high = np.array(found).T
+                ax.plot(x, middle, "o-", color=COLOURS[method], label=method.upper(), ms=4)
+                ax.fill_between(x, low, high, color=COLOURS[method], alpha=0.18, lw=0)
+            for base, label, style in ((prior, "prior only", "--"), (mean_rows, "mean image", ":")):
+                if base:
+                    ax.axhline(quartiles(base, name)[0], ls=style, color="0.35", lw=1.2, label=label)
+            ax.set_xticks(x, [f"{s:g}" for s in sigmas], rotation=45)
+            ax.grid(alpha=0.25)
+            if i == 0:
+                ax.set_title(_title(victim, steps), fontsize=10)
+        axes[i, 0].set_ylabel({"psnr": "PSNR (dB)", "ssim": "SSIM"}[name])
+    fig.supxlabel("sigma: standard deviation of the noise on the gradient", fontsize=10)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    fig.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False)
+    write_atomic(path, lambda p: fig.savefig(p, dpi=130))
+    plt.close(fig)
+
+
+def contact_sheet(rows: list[Row], inputs: Inputs, store: Store, path: Path, images: int = 4) -> None:
+    """Truth, then seed 0's reconstruction at every sigma: a block a victim and method, a line an image."""
+    cells = by_cell(rows)
+    blocks = sorted({(v, s, m) for v, s, m, _ in cells})
+    sigmas = sorted({sigma for _, _, _, sigma in cells})
+    shown = min(images, len(inputs.images))
+    cache: dict[int, dict[str, np.ndarray]] = {}
+
+    def picture(row: Row) -> np.ndarray:
+        if row["chunk"] not in cache:
+            cache[row["chunk"]] = store.arrays(row["chunk"])
+        return to_unit(cache[row["chunk"]]["images"][row["row"]])
+
+    prior = {r["image"]: r for r in rows if r["method"] == PRIOR_ONLY and r["seed"] == 0}
+    columns = 2 + len(sigmas)
+    fig, axes = plt.subplots(
+        len(blocks) * shown, columns, figsize=(columns * 0.95 + 1.0, len(blocks) * shown * 0.95 + 0.7), squeeze=False
+    )
+    for b, (victim, steps, method) in enumerate(blocks):
+        for i in range(shown):
+            line = axes[b * shown + i]
+            at = {
+                r["sigma"]: r
+                for s in sigmas
+                for r in cells.get((victim, steps, method, s), [])
+                if (r["image"], r["seed"]) == (i, 0)
+            }
+            shots: list[Any] = [
+                to_unit(inputs.images[i]),
+                *[picture(at[s]) if s in at else None for s in sigmas],
+                picture(prior[i]),
+            ]
+            notes = ["", *[f"{at[s]['psnr']:.1f}" if s in at and not at[s]["failed"] else "failed" for s in sigmas], ""]
+            for ax, shot, note in zip(line, shots, notes, strict=True):
+                ax.set_xticks([])
+                ax.set_yticks([])
+                ax.set_frame_on(False)
+                if shot is not None:
+                    ax.imshow(np.nan_to_num(shot).squeeze(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+                ax.set_xlabel(note, fontsize=7, labelpad=1)
+        label = f"{method.upper()}\n{_title(victim, steps)}"
+        axes[b * shown + (shown - 1) // 2, 0].set_ylabel(label.replace(", ", "\n"), fontsize=8)
+    for ax, title in zip(axes[0], ["truth", *[f"σ = {s:g}" for s in sigmas], "prior only"], strict=True):
+        ax.set_title(title, fontsize=8)
+    fig.suptitle("Seed 0 of every cell, not chosen; numbers are PSNR in dB", fontsize=9)
+    fig.tight_layout(pad=0.3, h_pad=0.2, w_pad=0.2)
+    write_atomic(path, lambda p: fig.savefig(p, dpi=130))
+    plt.close(fig)
+
+
+def write(c: SweepConfig, inputs: Inputs, rows: list[Row], store: Store) -> None:
+    """Prints the table and writes summary.md, quality.png and contact_sheet.png."""
+    mean_rows = mean_image_rows(inputs)
+    text = table(rows, mean_rows)
+    about = [
+        "The attacker knows the victim's weights and loss, the label and the prior. No clipping, so no (epsilon, delta).",
+        f"Median [quartiles] over {c.num_images} images x {c.seeds} seeds of {c.images}; {c.steps} steps; prior {c.prior}; "
+        f"DSG guidance rate {c.guidance_rate:g}, DPS zeta {c.zeta:g}. PSNR, SSIM and MSE are of each trial's last image.",
+        "Picks: PSNR of one iterate an image, over all its steps and seeds: least gradient distance (attacker), closest to "
+        "the truth (oracle: no attacker can do that).",
+    ]
+    store.write_text("summary.md", "\n\n".join([text, *about]) + "\n")
+    plot_quality(rows, mean_rows, store.folder / "quality.png")
+    contact_sheet(rows, inputs, store, store.folder / "contact_sheet.png")
+    print("\n".join([text, *about, f"plot {store.folder / 'quality.png'}, images {store.folder / 'contact_sheet.png'}"]))

@@ -1,0 +1,236 @@
+"""How well private images come back from their gradients, over a grid of noise levels, victims and methods.
+
+    python experiments/sweep.py --sigma_grid                  the default grid with the bundled prior and images
+    python experiments/sweep.py --sigma_grid=0,1e-3,1e-2 --victims=lenet --methods=dsg --images=FOLDER --label=0
+
+The output folder receives every trial's record, image and trace, a table, a plot of quality over sigma and a contact
+sheet. A sweep that was killed goes on where it stopped when the same command is given again.
+The attacker modelled here knows the victim's weights and loss, the label, and a public diffusion prior.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+import gdiff_jax as gd
+from experiments import cli, report, trials, victim_files
+from experiments.cli import ConfigError, option
+from experiments.records import Row, Store
+from gdiff_jax import images as image_files
+from gdiff_jax.metrics import psnr_from_error
+
+DEFAULT_SIGMAS = (0.0, 1e-3, 1e-2, 3e-2, 1e-1, 1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class SweepConfig:
+    sigma_grid: tuple[float, ...] = option(
+        DEFAULT_SIGMAS, "standard deviations of the Gaussian noise on the gradient; without a value the default grid", bare=True
+    )
+    methods: tuple[str, ...] = option(trials.GUIDED, f"guided samplers: {', '.join(trials.GUIDED)}; prior-only always runs")
+    victims: tuple[str, ...] = option(("mlp", "lenet", "cnn"), f"attacked networks: {', '.join(victim_files.VICTIMS)}")
+    training_steps: tuple[int, ...] = option((0,), "training states of each victim, in steps; 0 is untrained")
+    checkpoints: str = option("", "folder of experiments/train_victim.py, for training states other than 0")
+    images: str = option(image_files.BUNDLED, "private images: the bundled set, a folder, a .npz or CIFAR-10's archive")
+    num_images: int = option(4, "the first so many images of the set")
+    label: int = option(-1, "label of every image, for a set that has none; -1 takes the set's own")
+    num_classes: int = option(10, "labels are 0 .. num_classes - 1")
+    seeds: int = option(1, "trials an image, each with noise, start and steps of its own")
+    seed: int = option(0, "of the victims' initial weights and of all random numbers of the trials")
+    steps: int = option(100, "reverse steps, evenly spaced over those the prior was trained with")
+    zeta: float = option(10.0, "step size of dps, on the un-squared gradient distance")
+    guidance_rate: float = option(0.2, "guidance rate of dsg, 0 to 1")
+    interval: int = option(1, "dsg guides every so many steps")
+    clip: bool = option(True, "clip x0hat to [-1, 1] in every step")
+    prior: str = option("cifar10-32", "bundled name or folder of a diffusion prior")
+    prior_dtype: str = option("float32", "arithmetic of the prior: float32 or bfloat16; the victim is always float32")
+    batch: int = option(8, "trials computed at a time; more needs more memory")
+    out: str = option("runs/sweep", "output folder")
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """Everything that a configuration names, loaded and checked; nothing has been compiled or written."""
+
+    prior: gd.Prior
+    schedule: gd.Schedule
+    images: np.ndarray  # (N, H, W, C) in [-1, 1]
+    labels: np.ndarray
+    names: tuple[str, ...]
+    victims: dict[str, gd.Victim]
+    params: dict[tuple[str, int], Any]  # by victim and training steps
+    hashes: dict[str, Any]
+
+
+def _need(ok: bool, message: str) -> None:
+    if not ok:
+        raise ConfigError(message)
+
+
+def _check_numbers(c: SweepConfig) -> None:
+    _need(len(c.sigma_grid) > 0, "--sigma_grid is empty; give standard deviations such as 0,1e-3,1e-2")
+    for sigma in c.sigma_grid:
+        _need(math.isfinite(sigma) and sigma >= 0, f"--sigma_grid holds {sigma}; a standard deviation is finite and >= 0")
+    for name in ("sigma_grid", "methods", "victims", "training_steps"):
+        values = getattr(c, name)
+        _need(
+            len(set(values)) == len(values) > 0, f"--{name} {','.join(map(str, values))!r} must be non-empty, without repeats"
+        )
+    for method in c.methods:
+        _need(method in trials.GUIDED, f"method {method!r} is not known; known: {', '.join(trials.GUIDED)}")
+    for name in ("num_images", "seeds", "steps", "interval", "batch", "num_classes"):
+        _need(getattr(c, name) >= 1, f"--{name} {getattr(c, name)} must be at least 1")
+    _need(min(c.training_steps) >= 0, f"--training_steps {min(c.training_steps)} must not be negative; 0 is untrained")
+    _need(math.isfinite(c.zeta) and c.zeta >= 0, f"--zeta {c.zeta} must be finite and >= 0; 0 is unguided")
+    _need(0 <= c.guidance_rate <= 1, f"--guidance_rate {c.guidance_rate} must lie in 0..1")
+    _need(c.prior_dtype in ("float32", "bfloat16"), f"--prior_dtype {c.prior_dtype} is not known; use float32 or bfloat16")
+
+
+def _load_images(c: SweepConfig, shape: tuple[int, int, int]) -> image_files.ImageSet:
+    try:
+        data = image_files.load_images(c.images, "test", size=shape[0])
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--images: {error}") from None
+    _need(
+        data.images.shape[1:] == shape,
+        f"--images {c.images}: images are {data.images.shape[1:]}, prior {c.prior} takes {shape}; "
+        "use images of that shape or another --prior",
+    )
+    _need(c.num_images <= len(data), f"--num_images {c.num_images}: {c.images} holds {len(data)}; ask for fewer")
+    data = data.take(slice(0, c.num_images))
+    if c.label >= 0:
+        data = dataclasses.replace(data, labels=np.full(len(data), c.label, np.int32))
+    _need(data.labels is not None, f"--images {c.images} has no labels; give --label, or a sub-folder a class")
+    for name, label in zip(data.names, data.labels.tolist(), strict=True):
+        ok = 0 <= label < c.num_classes
+        _need(ok, f"label {label} of {name} is outside 0..{c.num_classes - 1}; change --label or --num_classes")
+    return data
+
+
+def load_inputs(c: SweepConfig) -> Inputs:
+    """Loads and checks what `c` names.
+
+    Raises:
+      ConfigError: with the value and the remedy, for the first thing that cannot be used.
+    """
+    _check_numbers(c)
+    try:
+        prior = gd.load_prior(c.prior, c.prior_dtype)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--prior: {error}") from None
+    _need(c.steps <= len(prior.betas), f"--steps {c.steps}: prior {c.prior} was trained with {len(prior.betas)}; ask for fewer")
+    data = _load_images(c, prior.image_shape)
+    victims, params, about = {}, {}, {}
+    for name in c.victims:
+        victims[name] = victim_files.make_victim(name, prior.image_shape, c.num_classes)
+    for name, victim in victims.items():
+        for steps in c.training_steps:
+            if steps:
+                params[name, steps], about[f"{name}/{steps}"] = victim_files.load(c.checkpoints, name, steps, victim)
+            else:
+                params[name, steps] = victim_files.init_params(name, victim, c.seed)
+    hashes = {"prior": prior.sha256, "images": data.sha256, "trained_victims": about}
+    images = image_files.to_model(data.images)
+    return Inputs(prior, prior.schedule(c.steps), images, data.labels, data.names, victims, params, hashes)
+
+
+def run_chunk(
+    c: SweepConfig, inputs: Inputs, runner: Any, chunk: list[trials.Trial]
+) -> tuple[list[Row], dict[str, np.ndarray]]:
+    """The rows and arrays of a chunk; the last trial is repeated to fill the compiled shape and the copies are dropped."""
+    group, count = chunk[0].group, len(chunk)
+    full = chunk + [chunk[-1]] * (c.batch - count)
+    index = np.array([t.image for t in full])
+    step_size = c.guidance_rate if group.method == "dsg" else c.zeta
+    started = time.time()
+    result = runner(
+        inputs.prior.denoise,
+        inputs.schedule,
+        inputs.params.get((group.victim, group.training_steps)),
+        jnp.float32(step_size),
+        trials.trial_keys(c.seed, full),
+        jnp.array([t.sigma for t in full], jnp.float32),
+        jnp.asarray(inputs.images[index]),
+        jnp.asarray(inputs.labels[index]),
+    )
+    result = jax.tree.map(lambda a: np.asarray(a)[:count], result)
+    seconds = time.time() - started
+    trace = result["trace"]
+    psnr = np.asarray(psnr_from_error(trace["x0_error"]))
+    rows = []
+    for j, trial in enumerate(chunk):
+        guided = np.isfinite(trace["distance"][j])
+        # Iterates an attacker could pick (least distance to the leak) and could not (closest to the truth), kept apart.
+        picked = int(np.nanargmin(trace["distance"][j])) if guided.any() else -1
+        rows.append(
+            {
+                **dataclasses.asdict(group),
+                "sigma": trial.sigma,
+                "image": trial.image,
+                "name": inputs.names[trial.image],
+                "label": int(inputs.labels[trial.image]),
+                "seed": trial.seed,
+                **{k: float(v[j]) for k, v in result["scalars"].items()},
+                "least_step_distance": float(trace["distance"][j, picked]) if picked >= 0 else None,
+                "psnr_at_least_distance": float(psnr[j, picked]) if picked >= 0 else None,
+                "psnr_of_best_step": float(psnr[j].max()),
+                "failed": not bool(np.isfinite(result["image"][j]).all()),
+                "seconds": round(seconds / count, 3),
+                "row": j,
+            }
+        )
+    return rows, {"images": result["image"], **{f"trace_{k}": v for k, v in trace.items()}}
+
+
+def sweep(c: SweepConfig, inputs: Inputs, store: Store) -> None:
+    """Runs what is not done yet, chunk by chunk, then writes records, table, plot and contact sheet."""
+    grid = trials.make_grid(c.methods, c.victims, c.training_steps, c.sigma_grid, c.num_images, c.seeds)
+    chunks = trials.chunks(grid, c.batch)
+    todo = [k for k in range(len(chunks)) if not store.is_done(k)]
+    store.open()
+    total = sum(map(len, chunks))
+    left = sum(len(chunks[k]) for k in todo)
+    print(
+        f"{total} trials, {total - left} done before, on {jax.device_count()} {jax.devices()[0].device_kind}; output in {c.out}"
+    )
+    runners: dict[tuple[str, str], Any] = {}
+    with tqdm(total=total, initial=total - left, unit="trial", smoothing=0.1, disable=not left) as bar:
+        for k in todo:
+            group = chunks[k][0].group
+            program = (group.method, group.victim)
+            if program not in runners:
+                bar.set_description(f"compiling {group.method} {group.victim}")
+                loss = inputs.victims[group.victim].loss if group.victim else None
+                runners[program] = trials.make_runner(group.method, loss, inputs.prior.image_shape, c.interval, c.clip)
+            rows, arrays = run_chunk(c, inputs, runners[program], chunks[k])
+            store.save(k, [{"chunk": k, **row} for row in rows], arrays)
+            bar.set_description(f"{group.method} {group.victim}")
+            bar.update(len(rows))
+    rows = store.rows(range(len(chunks)))
+    store.write_records(rows)
+    report.write(c, inputs, rows, store)
+
+
+def main() -> None:
+    c: SweepConfig = cli.read_flags(SweepConfig)
+    inputs = load_inputs(c)
+    identity = {k: v for k, v in dataclasses.asdict(c).items() if k not in ("out", "checkpoints")}
+    sweep(c, inputs, Store(Path(c.out), {**identity, "sha256": inputs.hashes}))
+
+
+if __name__ == "__main__":
+    cli.define_flags(SweepConfig)
+    cli.run(main)
