@@ -74,11 +74,13 @@ def mixed_partial(loss: Loss, params: Any, x: jax.Array, y: jax.Array, v: Gradie
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@at_full_precision
 def _match(loss: Loss, distance: Distance, victim: tuple[Any, jax.Array, Gradient], x: jax.Array) -> jax.Array:
     params, y, leak = victim
     return distance(victim_gradient(loss, params, x, y), leak)
 
 
+@at_full_precision
 def _match_fwd(loss: Loss, distance: Distance, victim: Any, x: Any) -> tuple[jax.Array, jax.Array]:
     if any(leaf.perturbed for leaf in jax.tree.leaves(victim)):
         raise TypeError("GradientMatching is differentiable in the image only, not in params, label or leak")

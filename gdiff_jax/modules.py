@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from gdiff_jax.conv import Padding
@@ -36,7 +37,7 @@ class Conv(nnx.Module):
     ):
         init = init or nnx.initializers.lecun_normal()
         self.kernel = nnx.Param(init(rngs.params(), (size, size, c_in, c_out), jnp.float32))
-        self.bias = nnx.Param(jnp.zeros((c_out,)))
+        self.bias = nnx.Param(jnp.zeros((c_out,), jnp.float32))
         self.conv = conv
         self.stride = stride
         self.padding = padding or ((size // 2, size // 2), (size // 2, size // 2))
@@ -52,7 +53,7 @@ class Linear(nnx.Module):
     def __init__(self, c_in: int, c_out: int, *, rngs: nnx.Rngs, init: Callable[..., jax.Array] | None = None):
         init = init or nnx.initializers.lecun_normal()
         self.kernel = nnx.Param(init(rngs.params(), (c_in, c_out), jnp.float32))
-        self.bias = nnx.Param(jnp.zeros((c_out,)))
+        self.bias = nnx.Param(jnp.zeros((c_out,), jnp.float32))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = x @ self.kernel[...].astype(x.dtype)
@@ -63,14 +64,14 @@ class GroupNorm(nnx.Module):
     """Group normalisation of (N, H, W, C) with statistics in at least float32, in two passes: E[x^2] - E[x]^2 loses digits."""
 
     def __init__(self, channels: int, groups: int, eps: float):
-        self.scale = nnx.Param(jnp.ones((channels,)))
-        self.bias = nnx.Param(jnp.zeros((channels,)))
+        self.scale = nnx.Param(jnp.ones((channels,), jnp.float32))
+        self.bias = nnx.Param(jnp.zeros((channels,), jnp.float32))
         self.groups = groups
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
         n, h, w, c = x.shape
-        grouped = x.astype(jnp.promote_types(x.dtype, jnp.float32)).reshape(n, h * w, self.groups, c // self.groups)
+        grouped = x.astype(np.promote_types(x.dtype, np.float32)).reshape(n, h * w, self.groups, c // self.groups)
         mean = grouped.mean((1, 3), keepdims=True)
         var = jnp.square(grouped - mean).mean((1, 3), keepdims=True)
         scale = jax.lax.rsqrt(var + self.eps) * self.scale[...].reshape(1, 1, self.groups, -1)

@@ -1,0 +1,236 @@
+"""One mixed partial is the derivative of every distance: against two reverse passes, and against differences, in float64."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gdiff_jax import GaussianNoise, GradientMatching, cosine, l2, squared_l2, victim_gradient
+from gdiff_jax.conv import conv_victim
+
+
+def clipped_l2(gradient, leak):
+    """An attacker who knows that the client clips its gradient to a norm of 1/2."""
+    norm = l2(gradient, jax.tree.map(jnp.zeros_like, gradient))
+    scale = jnp.minimum(1.0, 0.5 / norm)
+    return l2(jax.tree.map(lambda g: scale * g, gradient), leak)
+
+
+DISTANCES = [l2, squared_l2, cosine, clipped_l2]
+each_distance = pytest.mark.parametrize("distance", DISTANCES, ids=lambda d: d.__name__)
+
+
+def mlp_loss(params, x, y):
+    """A smooth victim of the user's own: any scalar function of (params, x, y)."""
+    h = jnp.tanh(params["w1"] @ x.ravel() + params["b1"])
+    return -jax.nn.log_softmax(params["w2"] @ h)[y]
+
+
+def convnet_loss(params, x, y):
+    """A convolution of stride 2, a sigmoid, a dense layer."""
+    h = jax.nn.sigmoid(conv_victim(x[None], params["kernel"], 2, ((1, 1), (1, 1))))
+    return -jax.nn.log_softmax(params["w"] @ h.ravel())[y]
+
+
+SHAPES = {"mlp": {"w1": (5, 16), "b1": (5,), "w2": (3, 5)}, "convnet": {"kernel": (3, 3, 1, 4), "w": (3, 16)}}
+
+
+def make_match(victim: str, distance=l2) -> GradientMatching:
+    """The victim's objective for one private image of 4 x 4 pixels, with noise on the leak, in float64."""
+    rng = np.random.default_rng(4)
+    loss = {"mlp": mlp_loss, "convnet": convnet_loss}[victim]
+    params = {name: jnp.asarray(rng.uniform(-1, 1, s)) for name, s in SHAPES[victim].items()}
+    image, label = jnp.asarray(rng.uniform(-1, 1, (4, 4, 1))), jnp.array(1)
+    gradient = jax.jit(victim_gradient, static_argnums=0)(loss, params, image, label)
+    return GradientMatching(params, label, GaussianNoise(0.01)(jax.random.key(1), gradient), loss, distance)
+
+
+def candidate() -> jax.Array:
+    return jnp.asarray(np.random.default_rng(5).uniform(-1, 1, (4, 4, 1)))
+
+
+def double_reverse(match: GradientMatching, x: jax.Array) -> jax.Array:
+    return match.distance(jax.grad(match.loss)(match.params, x, match.label), match.leak)
+
+
+@pytest.mark.usefixtures("x64")
+@each_distance
+@pytest.mark.parametrize("victim", SHAPES)
+def test_gradient_is_that_of_double_reverse(victim: str, distance) -> None:
+    match, x = make_match(victim, distance), candidate()
+    value, grad = jax.jit(lambda m, x: jax.value_and_grad(m)(x))(match, x)
+    expected_value, expected = jax.jit(lambda m, x: jax.value_and_grad(double_reverse, argnums=1)(m, x))(match, x)
+    assert np.linalg.norm(expected) > 1e-4  # a vanished gradient would agree with anything
+    np.testing.assert_allclose(value, expected_value, rtol=1e-12)
+    np.testing.assert_allclose(grad, expected, rtol=0, atol=1e-11 * np.linalg.norm(expected))
+
+
+@pytest.mark.usefixtures("x64")
+@each_distance
+@pytest.mark.parametrize("victim", SHAPES)
+def test_gradient_is_that_of_central_differences(victim: str, distance) -> None:
+    """Every pixel; a step of 1e-4 leaves an error of order 1e-8 by truncation."""
+    match, x, h = make_match(victim, distance), candidate(), 1e-4
+
+    @jax.jit
+    def both(match, x):
+        pixels = jnp.eye(x.size).reshape(x.size, *x.shape)
+        difference = jax.vmap(lambda e: (match(x + h * e) - match(x - h * e)) / (2 * h))(pixels)
+        return jax.grad(match)(x).ravel(), difference
+
+    grad, difference = both(match, x)
+    np.testing.assert_allclose(grad, difference, rtol=0, atol=1e-6 * np.linalg.norm(difference))
+
+
+def linear_loss(params, x, y):
+    """<W, M x>: its gradient in W is M x, so that every distance has a closed form. y holds M."""
+    return params @ (y @ x.ravel())
+
+
+@pytest.mark.usefixtures("x64")
+def test_linear_victim_has_the_gradient_of_least_squares() -> None:
+    """|| M x - g ||: value and gradient M^T (M x - g) / || M x - g ||; twice M^T (M x - g) where squared."""
+    rng = np.random.default_rng(6)
+    m, x, leak = rng.normal(size=(5, 4)), rng.normal(size=(2, 2, 1)), rng.normal(size=5)
+    r = m @ x.ravel() - leak
+    for distance, value, grad in (
+        (l2, np.linalg.norm(r), m.T @ r / np.linalg.norm(r)),
+        (squared_l2, r @ r, 2 * m.T @ r),
+    ):
+        match = GradientMatching(jnp.zeros(5), jnp.asarray(m), jnp.asarray(leak), linear_loss, distance)
+        np.testing.assert_allclose(match(jnp.asarray(x)), value, rtol=1e-13)
+        np.testing.assert_allclose(jax.grad(match)(jnp.asarray(x)).ravel(), grad, rtol=1e-12)
+
+
+@pytest.mark.usefixtures("x64")
+def test_norm_is_over_the_whole_gradient() -> None:
+    """One norm of all leaves, not a sum of one a leaf."""
+    g, leak = {"a": jnp.array([3.0]), "b": jnp.array([[4.0]])}, {"a": jnp.array([0.0]), "b": jnp.array([[0.0]])}
+    assert l2(g, leak) == 5
+    assert squared_l2(g, leak) == 25
+    assert cosine(g, {"a": jnp.array([-4.0]), "b": jnp.array([[3.0]])}) == 1
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("distance", [l2, squared_l2], ids=lambda d: d.__name__)
+def test_exact_match_asks_for_no_change(distance) -> None:
+    """Small integers, so that M x is exact."""
+    m, x = jnp.array([[1.0, 2.0], [0.0, -3.0], [4.0, 1.0]]), jnp.array([[[2.0], [-1.0]]])
+    match = GradientMatching(jnp.zeros(3), m, m @ x.ravel(), linear_loss, distance)
+    value, grad = jax.jit(lambda match, x: jax.value_and_grad(match)(x))(match, x)
+    assert value == 0
+    assert np.all(np.asarray(grad) == 0)
+
+
+@pytest.mark.usefixtures("x64")
+def test_cosine_of_zero_is_one_without_nan() -> None:
+    zero, one = jnp.zeros(3), jnp.ones(3)
+    for g, leak in ((zero, one), (one, zero), (zero, zero)):
+        value, grad = jax.value_and_grad(cosine)(g, leak)
+        assert value == 1
+        assert np.all(np.isfinite(grad))
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("scale", [1e-3, 7.0])
+def test_cosine_ignores_the_scale_of_the_leak(scale: float) -> None:
+    match, x = make_match("mlp", cosine), candidate()
+    scaled = dataclasses.replace(match, leak=jax.tree.map(lambda g: scale * g, match.leak))
+    for a, b in zip(jax.value_and_grad(match)(x), jax.value_and_grad(scaled)(x), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-11)
+
+
+def test_cosine_runs_from_0_to_2() -> None:
+    g = {"a": jnp.array([1.0, -2.0]), "b": jnp.array([0.5])}
+    np.testing.assert_allclose(cosine(g, jax.tree.map(lambda a: 3 * a, g)), 0, atol=1e-6)
+    np.testing.assert_allclose(cosine(g, jax.tree.map(lambda a: -3 * a, g)), 2, atol=1e-6)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("field", ["params", "leak"])
+def test_differentiating_in_anything_but_the_image_is_refused(field: str) -> None:
+    """Its derivative rule knows the image only: a silent zero would be worse than an error."""
+    match, x = make_match("mlp"), candidate()
+    with pytest.raises(TypeError, match="in the image only"):
+        jax.grad(lambda value: dataclasses.replace(match, **{field: value})(x))(getattr(match, field))
+
+
+@pytest.mark.usefixtures("x64")
+@each_distance
+def test_vmap_over_leaks_equals_one_at_a_time(distance) -> None:
+    match, x = make_match("mlp", distance), candidate()
+    leaks = jax.vmap(lambda k: GaussianNoise(0.1)(k, match.leak))(jax.random.split(jax.random.key(2), 3))
+    run = jax.jit(lambda leak: jax.value_and_grad(dataclasses.replace(match, leak=leak))(x))
+    values, grads = jax.vmap(run)(leaks)
+    assert len(set(np.asarray(values))) == 3
+    for i in range(3):
+        value, grad = run(jax.tree.map(lambda a, i=i: a[i], leaks))
+        np.testing.assert_allclose(values[i], value, rtol=1e-13)
+        np.testing.assert_allclose(grads[i], grad, rtol=1e-11, atol=1e-13)
+
+
+def precisions(jaxpr) -> list:
+    """Precision of every matmul and convolution of a jaxpr, nested ones too."""
+    found = []
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name in ("dot_general", "conv_general_dilated"):
+            found.append(eqn.params["precision"])
+        for value in eqn.params.values():
+            for sub in value if isinstance(value, (tuple, list)) else (value,):
+                inner = getattr(sub, "jaxpr", sub)
+                if hasattr(inner, "eqns"):
+                    found += precisions(inner)
+    return found
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("distance", [l2, squared_l2, cosine], ids=lambda d: d.__name__)
+def test_every_matmul_of_the_victim_and_the_distance_is_at_full_precision(distance) -> None:
+    """On a GPU or TPU the default is tf32 or bfloat16: 1 - cosine would lose all its digits in a dot product of 3."""
+    match, x = make_match("convnet", distance), candidate()
+    found = precisions(jax.make_jaxpr(lambda m, x: jax.value_and_grad(m)(x))(match, x).jaxpr)
+    found += precisions(jax.make_jaxpr(lambda m, x: m(x))(match, x).jaxpr)
+    assert len(found) > 10
+    highest = jax.lax.Precision.HIGHEST
+    assert all(p in (highest, (highest, highest)) for p in found), found
+
+
+def test_noise_of_a_key_is_the_same_at_every_sigma() -> None:
+    """Common random numbers: leak(s2) - g = s2 / s1 (leak(s1) - g)."""
+    g = {"a": jnp.zeros((4, 5)), "b": jnp.zeros(7)}
+    one, three = (GaussianNoise(s)(jax.random.key(3), g) for s in (0.5, 1.5))
+    for name in g:
+        np.testing.assert_allclose(three[name], 3 * one[name], rtol=1e-6)
+
+
+def test_noise_is_added_to_the_gradient() -> None:
+    g = {"a": jnp.arange(6.0).reshape(2, 3), "b": -jnp.ones(4)}
+    silent, loud = GaussianNoise(0.0)(jax.random.key(3), g), GaussianNoise(0.1)(jax.random.key(3), g)
+    noise = GaussianNoise(0.1)(jax.random.key(3), jax.tree.map(jnp.zeros_like, g))
+    for name in g:
+        np.testing.assert_array_equal(silent[name], g[name])
+        np.testing.assert_allclose(loud[name], g[name] + noise[name], rtol=1e-6)
+
+
+def test_sigma_is_the_standard_deviation_of_each_coordinate() -> None:
+    """Moments of 40,000 draws within five standard errors; the fourth tells a normal from a uniform."""
+    n, sigma = 40_000, 0.3
+    noise = np.asarray(GaussianNoise(sigma)(jax.random.key(4), jnp.zeros(n)), np.float64) / sigma
+    assert abs(noise.mean()) < 5 / np.sqrt(n)
+    assert abs((noise**2).mean() - 1) < 5 * np.sqrt(2 / n)
+    assert abs((noise**4).mean() - 3) < 5 * np.sqrt(96 / n)
+
+
+def test_leaves_get_independent_noise() -> None:
+    """Equal shapes must not share a draw; correlations within five standard errors."""
+    n = 10_000
+    noise = GaussianNoise(1.0)(jax.random.key(5), {"a": jnp.zeros(n), "b": jnp.zeros(n), "c": jnp.zeros((n, 1))})
+    correlation = np.corrcoef([np.ravel(leaf) for leaf in noise.values()])
+    assert np.all(np.abs(correlation - np.eye(3)) < 5 / np.sqrt(n))
+
+
+def test_keys_give_other_noise() -> None:
+    g = jnp.zeros(50)
+    assert not np.any(np.asarray(GaussianNoise(1.0)(jax.random.key(6), g) == GaussianNoise(1.0)(jax.random.key(7), g)))
