@@ -73,7 +73,8 @@ def chunks(trials: Iterator[Trial], size: int) -> list[list[Trial]]:
 def trial_keys(seed: int, chunk: list[Trial]) -> jax.Array:
     """One key a trial, of (image, seed) alone."""
     base = jax.random.key(seed)
-    return jnp.stack([jax.random.fold_in(jax.random.fold_in(base, t.image), t.seed) for t in chunk])
+    images, seeds = jnp.array([t.image for t in chunk]), jnp.array([t.seed for t in chunk])
+    return jax.vmap(lambda image, s: jax.random.fold_in(jax.random.fold_in(base, image), s))(images, seeds)
 
 
 def make_runner(

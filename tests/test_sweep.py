@@ -1,0 +1,283 @@
+"""The sweep as a user meets it: a command, its output folder, its errors, a kill in the middle."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+import gdiff_jax as gd
+from experiments import records, report, sweep, trials, victim_files
+from experiments.cli import ConfigError
+from experiments.sweep import SweepConfig
+from experiments.train_prior import SCHEDULER
+from gdiff_jax import modules
+from gdiff_jax.priors import UNet2DConfig, save_prior
+from gdiff_jax.schedule import make_betas
+
+ROOT = Path(__file__).parent.parent
+NETWORK = UNet2DConfig(
+    sample_size=8,
+    in_channels=12,
+    out_channels=12,
+    patch_size=2,
+    down_block_types=("DownBlock2D",),
+    up_block_types=("UpBlock2D",),
+    block_out_channels=(8,),
+    layers_per_block=1,
+    norm_num_groups=4,
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny prior for 16 px and six labelled images of that size."""
+    root = tmp_path_factory.mktemp("sweep")
+    denoise = gd.Denoiser(modules.init_params(jax.random.key(0), NETWORK), NETWORK)
+    mean = np.zeros((16, 16, 3), np.float32)
+    save_prior(root / "prior", gd.Prior(denoise, make_betas(), "fixed_small", "tiny", "", mean), SCHEDULER)
+    rng = np.random.default_rng(0)
+    np.savez(root / "images.npz", images=rng.integers(0, 256, (6, 16, 16, 3), np.uint8), labels=np.arange(6))
+    return root
+
+
+def config(folder, out, **changes):
+    tiny = SweepConfig(
+        sigma_grid=(0.0, 0.1),
+        victims=("lenet",),
+        images=str(folder / "images.npz"),
+        num_images=3,
+        prior=str(folder / "prior"),
+        steps=3,
+        batch=4,
+        out=str(out),
+    )
+    return dataclasses.replace(tiny, **changes)
+
+
+def command(c):
+    flags = []
+    for name, value in dataclasses.asdict(c).items():
+        value = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        flags.append(f"--{name}={value}")
+    return [sys.executable, str(ROOT / "experiments" / "sweep.py"), *flags]
+
+
+def run_in_process(c):
+    inputs = sweep.load_inputs(c)
+    store = records.Store(Path(c.out), {"steps": c.steps})
+    sweep.sweep(c, inputs, store)
+    return [json.loads(line) for line in (Path(c.out) / "records.jsonl").read_text().splitlines()]
+
+
+def without_time(rows):
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+
+
+def test_every_trial_once_and_all_outputs(folder, tmp_path):
+    rows = run_in_process(config(folder, tmp_path / "out", seeds=2))
+    cells = [(r["method"], r["sigma"], r["image"], r["seed"]) for r in rows]
+    assert len(set(cells)) == len(cells) == 3 * 2 * (1 + 2 * 2)
+    assert all(np.isfinite(r["psnr"]) and np.isfinite(r["ssim"]) for r in rows)
+    for name in ("manifest.json", "summary.md", "quality.png", "contact_sheet.png"):
+        assert (tmp_path / "out" / name).stat().st_size > 0
+    assert not list((tmp_path / "out").rglob("*partial*"))
+
+
+def test_records_hold_what_the_arrays_hold(folder, tmp_path):
+    """The scores in the rows are those of the stored images, computed again."""
+    c = config(folder, tmp_path / "out")
+    rows = run_in_process(c)
+    images = sweep.load_inputs(c).images
+    for row in rows:
+        with np.load(tmp_path / "out" / "chunks" / f"{row['chunk']:05d}.npz") as arrays:
+            image, error = arrays["images"][row["row"]], arrays["trace_x0_error"][row["row"]]
+        scores = gd.image_metrics(image, images[row["image"]])
+        assert row["psnr"] == pytest.approx(float(scores["psnr"]), abs=1e-3)
+        assert row["psnr_of_best_step"] == pytest.approx(10 * np.log10(4 / error.min()), abs=1e-3)
+
+
+def test_common_random_numbers(folder, tmp_path):
+    """One noise draw for every sigma, so the noise's norm is proportional to it; prior-only does not know of sigma."""
+    rows = run_in_process(config(folder, tmp_path / "out", sigma_grid=(0.1, 0.4), methods=("dsg",)))
+    norm = {(r["sigma"], r["image"]): r["noise_norm"] for r in rows if r["method"] == "dsg"}
+    for image in range(3):
+        assert norm[0.4, image] == pytest.approx(4 * norm[0.1, image], rel=1e-4)
+    assert norm[0.1, 0] != norm[0.1, 1]
+    assert sum(r["method"] == trials.PRIOR_ONLY for r in rows) == 3
+
+
+def test_a_result_depends_on_neither_chunk_nor_neighbours(folder, tmp_path):
+    key = lambda r: (r["method"], r["sigma"] if r["sigma"] is not None else -1, r["image"])
+    small = sorted(run_in_process(config(folder, tmp_path / "a", batch=2)), key=key)
+    large = sorted(run_in_process(config(folder, tmp_path / "b", batch=5, num_images=4)), key=key)
+    large = [r for r in large if r["image"] < 3]
+    assert [key(r) for r in small] == [key(r) for r in large]
+    np.testing.assert_allclose([r["psnr"] for r in small], [r["psnr"] for r in large], atol=1e-3)
+
+
+def test_one_compilation_for_the_whole_grid(folder, tmp_path):
+    """Two sigmas, three images, a padded last chunk, and a second training state: the victim's loss is traced as for one."""
+    c = config(folder, tmp_path / "out", methods=("dsg",))
+    inputs = sweep.load_inputs(c)
+    counts = []
+    for chunks in (1, 3):
+        traced = []
+
+        def loss(params, x, y, traced=traced):
+            traced.append(1)
+            return inputs.victims["lenet"].loss(params, x, y)
+
+        runner = trials.make_runner("dsg", loss, inputs.prior.image_shape, 1, True)
+        group = trials.Group("dsg", "lenet", 0)
+        grid = [[trials.Trial(group, s, i, 0) for i in range(n)] for s, n in ((0.0, 3), (0.1, 3), (0.1, 1))]
+        for chunk in grid[:chunks]:
+            sweep.run_chunk(c, inputs, runner, chunk)
+        counts.append(len(traced))
+    assert counts[0] == counts[1] > 0
+
+
+def test_resume_after_sigkill_equals_an_undisturbed_run(folder, tmp_path):
+    c = config(folder, tmp_path / "killed", num_images=6, batch=1, steps=10)
+    process = subprocess.Popen(command(c), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    chunks = tmp_path / "killed" / "chunks"
+    deadline = time.time() + 300
+    while len(list(chunks.glob("*.jsonl"))) < 8:  # in the middle of the guided trials
+        assert process.poll() is None, "the sweep ended before it could be killed"
+        assert time.time() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = {f: f.stat().st_mtime_ns for f in chunks.glob("*.jsonl")}
+    assert not (tmp_path / "killed" / "records.jsonl").exists()
+
+    for out in ("killed", "undisturbed"):
+        subprocess.run(command(dataclasses.replace(c, out=str(tmp_path / out))), check=True, capture_output=True)
+    first, second = ((tmp_path / out / "records.jsonl").read_text().splitlines() for out in ("killed", "undisturbed"))
+    assert without_time(map(json.loads, first)) == without_time(map(json.loads, second))
+    assert all(f.stat().st_mtime_ns == t for f, t in done.items()), "a finished chunk was computed again"
+    assert len(json.loads((tmp_path / "killed" / "manifest.json").read_text())["runs"]) == 2
+
+
+BAD = [
+    (dict(sigma_grid=(0.0, -0.1)), "-0.1"),
+    (dict(sigma_grid=(float("nan"),)), "nan"),
+    (dict(sigma_grid=(float("inf"),)), "inf"),
+    (dict(sigma_grid=()), "sigma_grid"),
+    (dict(sigma_grid=(0.1, 0.1)), "repeats"),
+    (dict(methods=("ddrm",)), "ddrm"),
+    (dict(victims=("vgg",)), "vgg"),
+    (dict(images="gdiff-no-such-folder"), "gdiff-no-such-folder"),
+    (dict(images="cifar10-test-64"), "(32, 32, 3)"),
+    (dict(num_images=7), "7"),
+    (dict(label=10), "10"),
+    (dict(num_classes=2), "outside 0..1"),
+    (dict(steps=1001), "1001"),
+    (dict(steps=0), "0"),
+    (dict(batch=0), "batch"),
+    (dict(guidance_rate=1.5), "1.5"),
+    (dict(zeta=-1.0), "-1.0"),
+    (dict(prior="no-such-prior"), "no-such-prior"),
+    (dict(prior_dtype="float8"), "float8"),
+    (dict(training_steps=(5,)), "train_victim"),
+]
+
+
+@pytest.mark.parametrize(("changes", "value"), BAD, ids=lambda x: str(x)[:40])
+def test_bad_input_is_refused_with_its_value(folder, tmp_path, changes, value):
+    with pytest.raises(ConfigError) as caught:
+        sweep.load_inputs(config(folder, tmp_path / "out", **changes))
+    assert value in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_pictures_are_refused(folder, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "corrupt").mkdir()
+    (tmp_path / "corrupt" / "a.png").write_text("no picture")
+    (tmp_path / "unlabelled").mkdir()
+    Image.new("RGB", (20, 20)).save(tmp_path / "unlabelled" / "a.png")
+    for name, value in (("empty", "holds no picture"), ("corrupt", "a.png"), ("unlabelled", "--label")):
+        with pytest.raises(ConfigError, match=value):
+            sweep.load_inputs(config(folder, tmp_path / "out", images=str(tmp_path / name), num_images=1))
+
+
+def test_checkpoint_of_another_shape_is_refused(folder, tmp_path):
+    victim = victim_files.make_victim("lenet", (16, 16, 3), 7)
+    params = victim_files.init_params("lenet", victim, 0)
+    checkpoints = victim_files.manager(tmp_path / "victims", "lenet")
+    victim_files.save(checkpoints, 5, params, {"shapes": {k: list(v.shape) for k, v in params.items()}})
+    checkpoints.wait_until_finished()
+    c = config(folder, tmp_path / "out", training_steps=(5,), checkpoints=str(tmp_path / "victims"))
+    with pytest.raises(ConfigError, match=r"another shape.*fc.*7.*10"):
+        sweep.load_inputs(c)
+    inputs = sweep.load_inputs(dataclasses.replace(c, num_classes=7))
+    np.testing.assert_array_equal(inputs.params["lenet", 5]["fc.kernel"], params["fc.kernel"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "value"),
+    [
+        (["--sigma_grid=0,-1"], "-1"),
+        (["--sigma_grid=zero"], "zero"),
+        (["--no_such_flag"], "no_such_flag"),
+        (["runs/x"], "runs/x"),
+        (["--steps=ten"], "ten"),
+    ],
+)
+def test_the_command_ends_bad_input_with_one_line_and_code_2(tmp_path, arguments, value):
+    sweep_py = str(ROOT / "experiments" / "sweep.py")
+    out = tmp_path / "out"
+    result = subprocess.run([sys.executable, sweep_py, f"--out={out}", *arguments], capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("error: ")
+    assert value in lines[0]
+    assert not out.exists()
+
+
+def test_output_of_another_configuration_is_refused_and_left_alone(tmp_path):
+    store = records.Store(tmp_path / "out", {"steps": 3, "seed": 0})
+    store.open()
+    before = (tmp_path / "out" / "manifest.json").read_bytes()
+    with pytest.raises(ConfigError, match="steps was 3, is 4"):
+        records.Store(tmp_path / "out", {"steps": 4, "seed": 0})
+    assert (tmp_path / "out" / "manifest.json").read_bytes() == before
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").touch()
+    with pytest.raises(ConfigError, match="not a sweep's output"):
+        records.Store(tmp_path / "mine", {"steps": 3})
+
+
+def test_sigma_grid_takes_both_spellings():
+    script = (
+        "import sys; from absl import flags; from experiments import cli, sweep\n"
+        "cli.define_flags(sweep.SweepConfig); flags.FLAGS(sys.argv); print(cli.read_flags(sweep.SweepConfig).sigma_grid)"
+    )
+    for argument, expected in (("--sigma_grid", sweep.DEFAULT_SIGMAS), ("--sigma_grid=0,1e-3", (0.0, 1e-3))):
+        result = subprocess.run(
+            [sys.executable, "-c", script, argument], capture_output=True, text=True, check=True, cwd=ROOT, env=os.environ
+        )
+        assert result.stdout.strip() == str(expected)
+
+
+def test_table_statistics_by_hand():
+    """Quartiles, the failed trial left out and counted, and the two picks, which differ where distance misleads."""
+    row = lambda image, seed, psnr, distance, at_least, best, failed=False: {
+        "method": "dsg", "victim": "v", "training_steps": 0, "sigma": 0.1, "image": image, "seed": seed, "psnr": psnr,
+        "least_step_distance": distance, "psnr_at_least_distance": at_least, "psnr_of_best_step": best, "failed": failed,
+    }  # fmt: skip
+    rows = [row(0, 0, 10.0, 1.0, 10.0, 12.0), row(0, 1, 20.0, 2.0, 20.0, 21.0), row(1, 0, 30.0, 1.0, 30.0, 30.0)]
+    rows.append(row(1, 1, None, None, None, None, failed=True))
+    assert report.quartiles(rows, "psnr") == pytest.approx((20.0, 15.0, 25.0))
+    assert report.choices(rows) == (20.0, 25.5)  # attacker: 10 and 30; oracle: 21 and 30
+    assert "4 (1 failed)" in report.table(rows, [])
