@@ -10,7 +10,6 @@ The batch is split over all devices.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import os
 import sys
@@ -29,11 +28,12 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
-from experiments import cli
+from experiments import cli, prior_card
 from experiments.cli import ConfigError, option
+from experiments.prior_card import eps_loss, eps_mse_by_level
 from gdiff_jax import images as image_files
 from gdiff_jax.modules import init_params
-from gdiff_jax.priors import Denoiser, Prior, UNet2DConfig, save_prior
+from gdiff_jax.priors import Denoiser, Prior, UNet2DConfig, load_prior, save_prior
 from gdiff_jax.schedule import Schedule, make_betas
 
 SCHEDULER = {
@@ -63,6 +63,7 @@ class TrainConfig:
     dtype: str = option("float32", "arithmetic of the network: float32 or bfloat16")
     seed: int = option(0, "of initial weights, order, timesteps and noise")
     save_every: int = option(500, "steps between checkpoints")
+    data_name: str = option("", "how the card names the data and its terms; the name of --data if empty")
     heldout: int = option(2000, "images, never trained on, to measure the eps-loss with")
 
 
@@ -76,13 +77,6 @@ def warmup_stable_decay(config: TrainConfig) -> optax.Schedule:
         ],
         [config.warmup, max(config.warmup, config.steps - tail)],
     )
-
-
-def eps_loss(denoiser: Denoiser, schedule: Schedule, key: jax.Array, x0: jax.Array, t: jax.Array) -> jax.Array:
-    """Mean squared error of eps for each image of a batch, (N,) (DDPM, Eq. 14)."""
-    eps = jax.random.normal(key, x0.shape)
-    x_t = jax.vmap(schedule.add_noise)(x0, eps, t)
-    return jnp.square(denoiser.batch(x_t, t) - eps).mean((1, 2, 3))
 
 
 def make_step(config: TrainConfig, network: UNet2DConfig, optimiser: optax.GradientTransformation, schedule: Schedule) -> Any:
@@ -113,28 +107,6 @@ def make_step(config: TrainConfig, network: UNet2DConfig, optimiser: optax.Gradi
     return jax.jit(step, donate_argnums=0)
 
 
-@functools.partial(jax.jit, static_argnames="schedule_steps")
-def _eps_mse(denoiser, key, x0, t, schedule_steps):
-    schedule = Schedule.create(make_betas(), schedule_steps)
-    return eps_loss(denoiser, schedule, key, x0, t).sum()
-
-
-def eps_mse_by_level(denoiser: Denoiser, heldout: np.ndarray, levels: tuple[int, ...], batch: int = 100) -> dict[int, float]:
-    """Held-out eps-MSE at each timestep: 1 is what predicting 0 costs; the noise of image j is the same in every call."""
-    result = {}
-    for level in levels:
-        total = 0.0
-        for start in range(0, len(heldout), batch):
-            x0 = jnp.asarray(image_files.to_model(heldout[start : start + batch]))
-            key = jax.random.fold_in(jax.random.key(level), start)
-            total += float(_eps_mse(denoiser, key, x0, jnp.full((len(x0),), level), 1000))
-        result[level] = total / len(heldout)
-    return result
-
-
-LEVELS = (10, 50, 100, 200, 300, 500, 700, 900)
-
-
 def _check(config: TrainConfig) -> UNet2DConfig:
     for name in ("data", "config", "out"):
         if not getattr(config, name):
@@ -156,16 +128,13 @@ def _check(config: TrainConfig) -> UNet2DConfig:
 
 
 def load_data(config: TrainConfig, network: UNet2DConfig) -> tuple[np.ndarray, np.ndarray]:
-    """(training images, held-out images): of CIFAR-10 the test images from 1000 on, else the last of the set."""
+    """(training images, held-out images), see `prior_card.heldout_images`."""
     try:
         train = image_files.load_images(config.data, "train", size=network.image_shape[0])
-        if train.names[0].startswith("cifar10-"):
-            heldout = image_files.load_images(config.data, "test").images[1000 : min(9000, 1000 + config.heldout)]
-            images = train.images
-        else:
-            order = np.random.default_rng(0).permutation(len(train))  # folders are sorted by class
-            count = min(config.heldout, len(train) // 10)
-            images, heldout = train.images[order[count:]], train.images[order[:count]]
+        heldout = prior_card.heldout_images(config.data, network.image_shape, config.heldout)
+        images = train.images
+        if not train.names[0].startswith("cifar10-"):
+            images = images[prior_card.heldout_order(len(train), config.heldout)[1]]
     except (OSError, ValueError) as error:
         raise ConfigError(f"--data: {error}") from None
     if images.shape[1:] != network.image_shape:
@@ -181,7 +150,6 @@ def main() -> None:
     manager = ocp.CheckpointManager(out / "checkpoints", options=ocp.CheckpointManagerOptions(max_to_keep=2))
 
     mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
-    jax.set_mesh(mesh)
     optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(warmup_stable_decay(config), b2=0.99))
     key = jax.random.key(config.seed)
 
@@ -204,7 +172,7 @@ def main() -> None:
     step = make_step(config, network, optimiser, schedule)
     data = jax.device_put(images, replicated)
     first, losses, started = int(state["step"]), [], time.time()
-    with tqdm(total=config.steps, initial=first, unit="step", mininterval=5) as bar:
+    with jax.set_mesh(mesh), tqdm(total=config.steps, initial=first, unit="step", mininterval=5) as bar:
         for i in range(first, config.steps):
             state, loss = step(state, data, key)
             losses.append(loss)
@@ -215,17 +183,29 @@ def main() -> None:
                 if not np.isfinite(mean):
                     raise SystemExit(f"the loss is {mean} at step {i + 1}; start again with a lower --learning_rate")
                 manager.save(i + 1, args=ocp.args.StandardSave(state))
-                levels = eps_mse_by_level(Denoiser(state["ema"], network), heldout[:200], (50, 200, 500))
+                levels = eps_mse_by_level(Denoiser(state["ema"], network), schedule, heldout[:200], (50, 200, 500))
                 bar.set_postfix(loss=f"{mean:.4f}", heldout=f"{np.mean(list(levels.values())):.4f}")
                 row = dict(step=i + 1, loss=mean, heldout=levels, seconds=round(time.time() - started, 1))
+                started = time.time()
                 with open(out / "log.jsonl", "a") as log:
                     log.write(json.dumps(row) + "\n")
     manager.wait_until_finished()
 
     mean_image = image_files.to_model(images.mean(0))
-    prior = Prior(Denoiser(jax.device_get(state["ema"]), network), make_betas(), "fixed_small", out.name, "", mean_image)
+    ema = jax.device_put(state["ema"], jax.devices()[0])
+    prior = Prior(Denoiser(ema, network), make_betas(), "fixed_small", out.name, "", mean_image)
     save_prior(out / "prior", prior, SCHEDULER)
-    print(f"exported to {out / 'prior'}; measure it with experiments/prior_card.py --prior={out / 'prior'}")
+    prior = load_prior(out / "prior")  # what is measured is what was written, float16 and all
+    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    hours = sum(row["seconds"] for row in rows) / 3600
+    facts = {
+        "data": f"{config.data_name or Path(config.data).name}, {len(images)} images{', mirrored at random' * config.flip}",
+        "command": "`python " + " ".join(sys.argv) + "`",
+        "steps": f"{config.steps} of {config.batch} images, {hours:.1f} hours on {devices}, loss {rows[-1]['loss']:.4f}",
+        "weights": f"moving average, float16, sha256 {prior.sha256}",
+    }
+    prior_card.write_card(out / "prior", prior, heldout, facts)
+    print(f"exported to {out / 'prior'}; use it with --prior={out / 'prior'}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,145 @@
+"""Measures a prior and writes its card: held-out eps-MSE by noise level and a sheet of samples, so that anyone can judge it.
+
+    python experiments/prior_card.py --prior=cifar10-32 --data=PATH --out=runs/card
+
+`experiments/train_prior.py` ends with the same card beside the weights it exports.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import functools
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+import gdiff_jax as gd
+from experiments import cli
+from experiments.cli import ConfigError, option, write_atomic
+from gdiff_jax import images as image_files
+
+LEVELS = (10, 50, 100, 200, 300, 500, 700, 900)  # timesteps of the thousand
+SHEET_SIDE, SHEET_STEPS = 8, 250
+
+
+@dataclasses.dataclass(frozen=True)
+class CardConfig:
+    prior: str = option("cifar10-32", "bundled name or folder of a diffusion prior")
+    data: str = option("", "images to hold out, as in train_prior; of CIFAR-10 the test images from 1000 to 8999 are used")
+    heldout: int = option(2000, "at most so many held-out images")
+    out: str = option("runs/card", "folder for README.md and samples.png")
+
+
+def eps_loss(denoise: gd.Denoiser, schedule: gd.Schedule, key: jax.Array, x0: jax.Array, t: jax.Array) -> jax.Array:
+    """Mean squared error of eps for each image of a batch, (N,) (DDPM, Eq. 14); t counts steps of an un-respaced schedule."""
+    eps = jax.random.normal(key, x0.shape)
+    x_t = jax.vmap(schedule.add_noise)(x0, eps, t)
+    return jnp.square(denoise.batch(x_t, t) - eps).mean((1, 2, 3))
+
+
+_eps_loss = jax.jit(eps_loss)
+
+
+def eps_mse_by_level(
+    denoise: gd.Denoiser, schedule: gd.Schedule, heldout: np.ndarray, levels: tuple[int, ...] = LEVELS, batch: int = 100
+) -> dict[int, float]:
+    """Held-out eps-MSE at each timestep; predicting 0 costs 1. The noise of an image is the same in every call."""
+    result = {}
+    for level in levels:
+        losses = []
+        for start in range(0, len(heldout), batch):
+            x0 = jnp.asarray(image_files.to_model(heldout[start : start + batch]))
+            key = jax.random.fold_in(jax.random.key(level), start)
+            losses.append(np.asarray(_eps_loss(denoise, schedule, key, x0, jnp.full(len(x0), level))))
+        result[level] = float(np.concatenate(losses).mean())
+    return result
+
+
+def sample_sheet(prior: gd.Prior, path: Path) -> None:
+    """A square of unguided samples, seeds 0, 1, 2 ..., none left out."""
+    sample = functools.partial(gd.unguided_sample, shape=prior.image_shape)
+    run = jax.jit(jax.vmap(lambda key, d, s: sample(key, d, s)[0], in_axes=(0, None, None)))
+    keys = jax.vmap(jax.random.key)(jnp.arange(SHEET_SIDE**2))
+    schedule = prior.schedule(min(SHEET_STEPS, len(prior.betas)))
+    rows = [run(keys[i : i + SHEET_SIDE], prior.denoise, schedule) for i in range(0, SHEET_SIDE**2, SHEET_SIDE)]
+    x = np.round(image_files.to_unit(np.stack(rows)) * 255).astype(np.uint8)
+    pad = np.pad(x, ((0, 0), (0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255)
+    sheet = np.concatenate([np.concatenate(list(row), axis=1) for row in pad], axis=0)
+    picture = Image.fromarray(sheet.squeeze())
+    picture = picture.resize((2 * picture.width, 2 * picture.height), Image.Resampling.NEAREST)
+    write_atomic(path, lambda p: picture.save(p))
+
+
+def heldout_images(data: str, shape: tuple[int, int, int], limit: int) -> np.ndarray:
+    """uint8 images never trained on: of CIFAR-10 test images 1000 to 8999, of other sets a tenth at most, by a fixed seed."""
+    test = image_files.load_images(data, "test", size=shape[0])
+    if test.names[0].startswith("cifar10-"):
+        return test.images[1000:9000][:limit]
+    return test.images[heldout_order(len(test), limit)[0]]
+
+
+def heldout_order(count: int, limit: int) -> tuple[np.ndarray, np.ndarray]:
+    """Indices to hold out and indices to train on, for a set without a split of its own."""
+    order = np.random.default_rng(0).permutation(count)
+    held = min(limit, count // 10)
+    return order[:held], order[held:]
+
+
+def write_card(folder: Path, prior: gd.Prior, heldout: np.ndarray, facts: dict[str, str]) -> None:
+    """Writes README.md and samples.png into the folder; `facts` become the lines on top."""
+    levels = eps_mse_by_level(prior.denoise, prior.schedule(), heldout)
+    sample_sheet(prior, folder / "samples.png")
+    size = sum(v.size for v in prior.denoise.params.values())
+    facts = {
+        **facts,
+        "parameters": f"{size:,}",
+        "images": f"{prior.image_shape}, values in [-1, 1]",
+        "measured": f"{datetime.date.today()}, {jax.devices()[0].device_kind}, {len(heldout)} held-out images, seeds fixed",
+    }
+    lines = [
+        f"# Prior {prior.name}",
+        "",
+        *[f"- **{name}**: {value}" for name, value in facts.items()],
+        "",
+        "Held-out eps-MSE at timestep t (predicting 0 costs 1; lower is better):",
+        "",
+        "| t | " + " | ".join(map(str, levels)) + " |",
+        "|---" * (len(levels) + 1) + "|",
+        "| eps-MSE | " + " | ".join(f"{v:.4f}" for v in levels.values()) + " |",
+        "",
+        f"Unguided samples, seeds 0 to {SHEET_SIDE**2 - 1}, {SHEET_STEPS} steps, none left out:",
+        "",
+        "![samples](samples.png)",
+        "",
+    ]
+    write_atomic(folder / "README.md", lambda p: p.write_text("\n".join(lines)))
+
+
+def main() -> None:
+    config: CardConfig = cli.read_flags(CardConfig)
+    if not config.data:
+        raise ConfigError(f"--data is needed: {CardConfig.__dataclass_fields__['data'].metadata['help']}")
+    try:
+        prior = gd.load_prior(config.prior)
+        heldout = heldout_images(config.data, prior.image_shape, config.heldout)
+    except (OSError, ValueError) as error:
+        raise ConfigError(str(error)) from None
+    if heldout.shape[1:] != prior.image_shape:
+        raise ConfigError(f"--data {config.data}: images are {heldout.shape[1:]}, the prior takes {prior.image_shape}")
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    write_card(out, prior, heldout, {"weights": f"sha256 {prior.sha256}", "data": config.data})
+    print((out / "README.md").read_text())
+
+
+if __name__ == "__main__":
+    cli.define_flags(CardConfig)
+    cli.run(main)
