@@ -171,8 +171,12 @@ def load_prior(source: str | os.PathLike[str], dtype: str = "float32") -> Prior:
     for needed in ("config.json", "scheduler_config.json"):
         if not (folder / needed).is_file():
             raise FileNotFoundError(f"prior {name!r}: {needed} is missing in the folder")
-    config = UNet2DConfig.from_diffusers(_NetworkConfig.load_config(folder))
-    betas, variance = _betas(_SchedulerConfig.load_config(folder), name)
+    try:
+        network, scheduler = _NetworkConfig.load_config(folder), _SchedulerConfig.load_config(folder)
+    except OSError as error:  # what diffusers raises for broken JSON
+        raise ValueError(f"prior {name!r}: {error}") from None
+    config = UNet2DConfig.from_diffusers(network)
+    betas, variance = _betas(scheduler, name)
     raw = weights[0].read_bytes()
     try:
         tensors = safetensors.numpy.load(raw)

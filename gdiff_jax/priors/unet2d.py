@@ -99,8 +99,8 @@ class UNet2DConfig:
                 bad.append(f"{name}={value!r} (unknown field)")
             elif value not in _ONLY[name]:
                 bad.append(f"{name}={value!r} (implemented: {_ONLY[name][0]!r})")
-        if values.get("sample_size") is None:
-            bad.append("sample_size=None (needed)")
+        if not isinstance(config.get("sample_size"), int):
+            bad.append(f"sample_size={config.get('sample_size')!r} (implemented: one integer)")
         if bad:
             raise ValueError("this UNet2DModel config cannot be loaded: " + "; ".join(bad))
         # Files older than the field mean one head; today's default of 8 would apply silently.
