@@ -1,0 +1,190 @@
+"""The attacked networks and their loss against closed forms, and a victim of the user's own."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+import gdiff_jax as gd
+from gdiff_jax import modules
+from gdiff_jax.victims import cnn, lenet, lenet_sigmoid, mlp, resnet
+
+VICTIMS = dict(mlp=mlp, lenet=lenet, lenet_sigmoid=lenet_sigmoid, cnn=cnn, resnet=resnet)
+every = pytest.mark.parametrize("name", VICTIMS)
+RNG = np.random.default_rng(0)
+# The result is what is tested: without optimisation it compiles in half the time.
+jit = functools.partial(jax.jit, static_argnums=0, compiler_options={"xla_backend_optimization_level": 0})
+loss_and_gradient = jit(lambda victim, params, x, y: jax.value_and_grad(victim.loss)(params, x, y))
+loss_and_gradients = jit(
+    lambda victim, params, x, y: jax.vmap(jax.value_and_grad(victim.loss), in_axes=(None, 0, 0))(params, x, y)
+)
+logits = jit(lambda victim, params, x: victim.logits(params, x))
+
+
+def normal(*shape):
+    return jnp.asarray(RNG.normal(size=shape), jnp.float32)
+
+
+def example(name, batch=3, image_shape=(8, 8, 1), num_classes=4):
+    """A small victim, random parameters (of a size that keeps signals alive, biases too), images and labels."""
+    victim = VICTIMS[name](image_shape, num_classes)
+    params = {n: normal(*s) / max(1, np.prod(s[:-1])) ** 0.5 for n, s in modules.param_shapes(victim).items()}
+    return victim, params, normal(batch, *image_shape), jnp.asarray(RNG.integers(0, num_classes, batch))
+
+
+def count(victim):
+    return sum(int(np.prod(shape)) for shape in modules.param_shapes(victim).values())
+
+
+# Sizes
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [("mlp", 1_640_330), ("lenet", 15_826), ("lenet_sigmoid", 15_826), ("cnn", 97_290), ("resnet", 78_186)]
+)
+def test_parameter_count_for_cifar10(name, size):
+    assert count(VICTIMS[name]()) == size
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("mlp", 13 * 10 * 2 * 512 + 512 + 512 * 128 + 128 + 128 * 3 + 3),
+        ("lenet", (25 * 2 * 12 + 12) + 2 * (25 * 12 * 12 + 12) + 4 * 3 * 12 * 3 + 3),  # 13 x 10 -> 7 x 5 -> 4 x 3
+        ("cnn", (9 * 2 * 32 + 32) + (9 * 32 * 64 + 64) + (9 * 64 * 64 + 64) + 4 * 3 * 64 * 3 + 3),
+    ],
+)
+def test_other_image_shapes_and_classes(name, size):
+    victim, params, x, _ = example(name, 2, (13, 10, 2), 3)
+    assert count(victim) == size
+    assert logits(victim, params, x).shape == (2, 3)
+    assert logits(victim, params, x[0]).shape == (3,)
+
+
+# The loss
+
+
+@every
+def test_loss_of_a_batch_is_the_mean_of_single_losses_and_so_is_its_gradient(name):
+    """Also that no example looks at another: there are no batch statistics."""
+    victim, params, x, y = example(name)
+    loss, gradient = loss_and_gradient(victim, params, x, y)
+    losses, gradients = loss_and_gradients(victim, params, x, y)
+    np.testing.assert_allclose(loss, losses.mean(), rtol=1e-5)
+    for leaf, value in gradient.items():
+        mean = gradients[leaf].mean(0)
+        assert np.abs(mean).max() > 0
+        np.testing.assert_allclose(value, mean, atol=1e-5 * np.abs(mean).max())
+
+
+@every
+def test_loss_is_the_mean_cross_entropy_of_the_logits(name):
+    victim, params, x, y = example(name)
+    z = np.asarray(logits(victim, params, x), np.float64)
+    assert np.ptp(z) > 0.1
+    expected = np.log(np.exp(z).sum(1)) - z[np.arange(3), y]
+    np.testing.assert_allclose(loss_and_gradient(victim, params, x, y)[0], expected.mean(), rtol=1e-5)
+
+
+def test_logits_of_an_image_ignore_the_rest_of_the_batch():
+    victim, params, x, _ = example("resnet")
+    other = x.at[1:].set(100 * normal(2, 8, 8, 1))
+    a, b = logits(victim, params, x), logits(victim, params, other)
+    np.testing.assert_allclose(a[0], b[0], rtol=1e-5)
+    assert np.abs(a[1:] - b[1:]).max() > 0.1
+
+
+# The networks
+
+
+def plain_lenet(params, x, activation):
+    for name, stride in (("conv1", 2), ("conv2", 2), ("conv3", 1)):
+        kernel, bias = params[f"{name}.kernel"], params[f"{name}.bias"]
+        numbers = ("NHWC", "HWIO", "NHWC")
+        x = lax.conv_general_dilated(x, kernel, (stride, stride), ((2, 2), (2, 2)), dimension_numbers=numbers)
+        x = activation(x + bias.reshape(1, 1, 1, -1))
+    return x.reshape(len(x), -1) @ params["fc.kernel"] + params["fc.bias"].reshape(1, -1)
+
+
+@pytest.mark.parametrize(("name", "activation"), [("lenet", jax.nn.relu), ("lenet_sigmoid", jax.nn.sigmoid)])
+def test_lenet_is_three_plain_convolutions_and_a_dense_layer(name, activation):
+    victim, params, x, y = example(name, image_shape=(12, 8, 3))
+    np.testing.assert_allclose(logits(victim, params, x), plain_lenet(params, x, activation), atol=1e-5)
+
+    def plain_loss(params):
+        z = plain_lenet(params, x, activation)
+        return -jnp.take_along_axis(jax.nn.log_softmax(z), y[:, None], 1).mean()
+
+    expected = jax.jit(jax.grad(plain_loss))(params)
+    for leaf, value in loss_and_gradient(victim, params, x, y)[1].items():
+        np.testing.assert_allclose(value, expected[leaf], atol=1e-5 * np.abs(expected[leaf]).max())
+
+
+def test_mlp_is_three_dense_layers():
+    victim, params, x, _ = example("mlp")
+    h = np.asarray(x).reshape(3, -1)
+    for name in ("fc1", "fc2"):
+        h = np.maximum(h @ params[f"{name}.kernel"] + params[f"{name}.bias"][None], 0)
+    expected = h @ params["fc3.kernel"] + params["fc3.bias"][None]
+    np.testing.assert_allclose(logits(victim, params, x), expected, atol=1e-5)
+
+
+# Initial weights
+
+
+def test_initial_weights_follow_from_the_key():
+    victim = lenet((8, 8, 1), 4)
+    a, b, c = (victim.init(jax.random.key(seed)) for seed in (0, 0, 1))
+    assert a.keys() == modules.param_shapes(victim).keys()
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name])
+        if name.endswith("kernel"):
+            assert np.abs(a[name] - c[name]).min() > 0  # every single weight
+            assert abs(np.std(a[name]) * np.sqrt(np.prod(a[name].shape[:-1])) - 1) < 0.25  # LeCun: variance 1 / fan-in
+        else:
+            np.testing.assert_array_equal(a[name], 0)
+
+
+def test_sigmoid_lenet_starts_as_in_dlg_and_its_gradient_does_not_vanish():
+    victim = lenet_sigmoid((8, 8, 1), 4)
+    params = victim.init(jax.random.key(0))
+    for value in params.values():
+        assert -0.5 <= value.min() < value.max() <= 0.5
+    pooled = np.concatenate([v.ravel() for v in params.values()])
+    np.testing.assert_allclose(pooled.std(), 12**-0.5, rtol=0.02)  # uniform on an interval of length 1
+    assert len(set(np.round(pooled, 6))) > 0.99 * len(pooled)  # no leaf repeats another
+    gradient = loss_and_gradient(victim, params, normal(8, 8, 1), jnp.asarray(1))[1]
+    assert min(np.linalg.norm(g) for g in gradient.values()) > 1e-3
+
+
+# A victim that is only a function
+
+
+def softmax_regression(params, x, y):
+    w, b = params
+    return -jax.nn.log_softmax(x.reshape(-1) @ w + b)[y]
+
+
+def test_a_loss_of_plain_jax_guides_a_sampler():
+    """Softmax regression leaks its input up to a factor (the rows of grad_w are multiples of x); the sampler must find it."""
+    params = normal(16, 4), normal(4)
+    truth, y = jnp.clip(normal(4, 4, 1), -1.0, 1.0), jnp.asarray(2)
+    leak = gd.victim_gradient(softmax_regression, params, truth, y)
+    match = gd.GradientMatching(params, y, leak, softmax_regression)
+    assert match(truth) == 0
+    schedule = gd.Schedule.create(num_steps=100)
+    denoise = jax.tree_util.Partial(lambda scale, x, t: (scale * x, None), jnp.float32(0.5))
+
+    @jax.jit
+    def sample(key, denoise, match):
+        return gd.dsg_sample(key, denoise, match, schedule, truth.shape, guidance_rate=0.8, truth=truth)
+
+    image, trace = sample(jax.random.key(0), denoise, match)
+    unguided, _ = gd.unguided_sample(jax.random.key(0), denoise, schedule, truth.shape)
+    assert trace.distance.shape == (100,)
+    assert match(image) < 0.3 * match(unguided)
+    assert trace.distance[-1] < 0.3 * trace.distance[0]
+    assert trace.x0_error[-1] < 0.3 * trace.x0_error[0]
