@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 VarianceType = Literal["fixed_small", "fixed_large", "learned_range"]
+Spacing = Literal["uniform", "quadratic"]
 BetaSchedule = Literal["linear", "scaled_linear", "squaredcos_cap_v2"]
 
 
@@ -34,6 +35,18 @@ def make_betas(schedule: BetaSchedule = "linear", num: int = 1000, start: float 
     raise ValueError(f"beta schedule {schedule!r} is not known; use linear, scaled_linear or squaredcos_cap_v2")
 
 
+def _kept(total: int, num: int, spacing: Spacing) -> np.ndarray:
+    """Increasing timesteps, `num` different ones, from 0 to total - 1; a single one is the last: it starts from pure noise."""
+    if spacing not in ("uniform", "quadratic"):
+        raise ValueError(f"spacing {spacing!r} is not known; use uniform or quadratic")
+    if num == 1:
+        return np.array([total - 1])
+    u = np.linspace(0, 1, num)
+    t = np.round((u if spacing == "uniform" else u**2) * (total - 1)).astype(np.int64)
+    # The square crowds timesteps near 0 onto each other: push each at least one above the one before.
+    return np.maximum.accumulate(t - np.arange(num)) + np.arange(num)
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Schedule:
@@ -50,9 +63,13 @@ class Schedule:
 
     @classmethod
     def create(
-        cls, betas: np.ndarray | None = None, num_steps: int | None = None, variance: VarianceType = "fixed_small"
+        cls,
+        betas: np.ndarray | None = None,
+        num_steps: int | None = None,
+        variance: VarianceType = "fixed_small",
+        spacing: Spacing = "uniform",
     ) -> Schedule:
-        """Schedule that keeps `num_steps` evenly spaced timesteps, the first and the last included.
+        """Schedule that keeps `num_steps` timesteps, the first and the last included.
 
         Args:
           betas: (T,) betas the network was trained with; DDPM's linear ones if None.
@@ -60,9 +77,11 @@ class Schedule:
             of the kept steps are 1 - abar_t / abar_prev, never betas[t] (Nichol & Dhariwal 2021, Eq. 19).
           variance: of the reverse step: `fixed_small` is beta-tilde, `fixed_large` is beta, `learned_range`
             interpolates their logs by the network's second output.
+          spacing: `uniform` in t, or `quadratic`, denser towards t = 0 (Song et al. 2021, DDIM, section D.2, who use it for
+            CIFAR-10): more of the steps are spent where details are decided.
 
         Raises:
-          ValueError: where num_steps is out of range, a beta is outside (0, 1), or variance is unknown.
+          ValueError: where num_steps is out of range, a beta is outside (0, 1), or variance or spacing is unknown.
         """
         betas = make_betas() if betas is None else np.asarray(betas, np.float64)
         total = len(betas)
@@ -73,8 +92,7 @@ class Schedule:
             raise ValueError(f"betas must lie in (0, 1); got {betas.min()}..{betas.max()}")
         if variance not in ("fixed_small", "fixed_large", "learned_range"):
             raise ValueError(f"variance {variance!r} is not known; use fixed_small, fixed_large or learned_range")
-        # A single step starts from pure noise, so it is the last timestep.
-        t = np.round(np.linspace(0, total - 1, num_steps)).astype(np.int32) if num_steps > 1 else np.array([total - 1])
+        t = _kept(total, num_steps, spacing)
         abar = np.cumprod(1 - betas)[t]
         abar_prev = np.append(1.0, abar[:-1])
         beta = 1 - abar / abar_prev

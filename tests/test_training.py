@@ -1,0 +1,121 @@
+"""Training of priors and victims by their commands: it learns, it resumes to the same weights, it refuses bad input."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import gdiff_jax as gd
+from experiments import prior_card, train_prior, victim_files
+from gdiff_jax.priors import UNet2DConfig
+
+ROOT = Path(__file__).parent.parent
+NETWORK = UNet2DConfig(
+    sample_size=8,
+    block_out_channels=(8,),
+    down_block_types=("DownBlock2D",),
+    up_block_types=("UpBlock2D",),
+    layers_per_block=1,
+    norm_num_groups=4,
+)
+
+
+def run(script, *flags):
+    command = [sys.executable, str(ROOT / "experiments" / script), *flags]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Two classes of 12 px pictures: dark ones and bright ones."""
+    root = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    labels = np.arange(80) % 2
+    images = np.clip(rng.normal(60 + 130 * labels[:, None, None, None], 20, (80, 8, 8, 3)), 0, 255).astype(np.uint8)
+    np.savez(root / "train.npz", images=images, labels=labels)
+    (root / "config.json").write_text(json.dumps(NETWORK.to_diffusers()))
+    return root
+
+
+def test_a_prior_resumes_to_the_same_weights(data, tmp_path):
+    flags = [
+        f"--data={data}/train.npz",
+        f"--config={data}/config.json",
+        "--steps=6",
+        "--save_every=2",
+        "--warmup=2",
+        "--batch=8",
+    ]
+    first = run("train_prior.py", *flags, f"--out={tmp_path}/a")
+    assert first.returncode == 0, first.stderr[-2000:]
+    # What a kill after step 4 leaves.
+    shutil.copytree(tmp_path / "a" / "checkpoints", tmp_path / "b" / "checkpoints")
+    shutil.rmtree(tmp_path / "b" / "checkpoints" / "6")
+    second = run("train_prior.py", *flags, f"--out={tmp_path}/b")
+    assert "resumed from step 4" in second.stdout
+    priors = [gd.load_prior(tmp_path / name / "prior") for name in "ab"]
+    assert priors[0].sha256 == priors[1].sha256
+    assert (tmp_path / "a" / "prior" / "samples.png").stat().st_size > 0
+    assert priors[0].sha256 in (tmp_path / "a" / "prior" / "README.md").read_text()
+    np.testing.assert_allclose(priors[0].mean_image.mean(), 0, atol=0.1)
+
+
+def test_held_out_images_are_not_trained_on(data):
+    config = train_prior.TrainConfig(data=f"{data}/train.npz", config="", out="", heldout=5)
+    images, heldout = train_prior.load_data(config, NETWORK)
+    assert (len(images), len(heldout)) == (75, 5)
+    seen = {image.tobytes() for image in images}
+    assert not any(image.tobytes() in seen for image in heldout)
+
+
+def test_eps_mse_of_a_network_that_predicts_zero_is_one(data):
+    """A fresh network's last convolution is zero, so its error is the mean square of standard normal noise."""
+    import jax
+
+    from gdiff_jax import modules
+
+    prior = gd.Denoiser(modules.init_params(jax.random.key(0), NETWORK), NETWORK)
+    heldout = np.zeros((100, 8, 8, 3), np.uint8)
+    for value in prior_card.eps_mse_by_level(prior, gd.Schedule.create(), heldout, (10, 500)).values():
+        assert value == pytest.approx(1, abs=4 * np.sqrt(2 / heldout.size))
+
+
+def test_learning_rate_warms_up_stays_and_falls():
+    rate = train_prior.warmup_stable_decay(train_prior.TrainConfig(steps=1000, warmup=100, decay=0.3, learning_rate=1e-3))
+    np.testing.assert_allclose([rate(i) for i in (0, 50, 100, 700, 850, 1000)], [0, 5e-4, 1e-3, 1e-3, 5e-4, 0], atol=1e-9)
+
+
+def test_a_victim_learns_and_keeps_each_state(data, tmp_path):
+    flags = [f"--data={data}/train.npz", "--victim=lenet", "--steps=1,60", "--num_classes=2", "--image_size=8", "--batch=16"]
+    result = run("train_victim.py", *flags, f"--out={tmp_path}")
+    assert result.returncode == 0, result.stderr[-2000:]
+    victim = victim_files.make_victim("lenet", (8, 8, 3), 2)
+    start = victim_files.init_params("lenet", victim, 0)
+    one, about_one = victim_files.load(str(tmp_path), "lenet", 1, victim)
+    sixty, about_sixty = victim_files.load(str(tmp_path), "lenet", 60, victim)
+    assert about_sixty["accuracy"] == 1.0  # dark against bright
+    assert about_sixty["loss"] < about_one["loss"]
+    moved = [max(float(abs(p[k] - start[k]).max()) for k in start) for p in (one, sixty)]
+    assert 0 < moved[0] < 2e-3 < moved[1]  # Adam's first step is the learning rate, 1e-3, in every weight
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "value"),
+    [
+        ("train_victim.py", ["--victim=vgg", "--data=x", "--out=y"], "vgg"),
+        ("train_victim.py", ["--out=y"], "--data"),
+        ("train_victim.py", ["--data=no-such-file", "--out=y"], "no-such-file"),
+        ("train_prior.py", ["--data=x", "--out=y"], "--config"),
+        ("train_prior.py", ["--data=x", "--config=no-such.json", "--out=y"], "no-such.json"),
+        ("prior_card.py", ["--data=x", "--prior=no-such-prior"], "no-such-prior"),
+    ],
+)
+def test_bad_input_is_one_line_and_code_2(script, flags, value, tmp_path):
+    result = run(script, *flags)
+    assert result.returncode == 2
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert value in result.stderr
