@@ -50,7 +50,10 @@ class SweepConfig:
     num_classes: int = option(10, "labels are 0 .. num_classes - 1")
     seeds: int = option(1, "trials an image, each with noise, start and steps of its own")
     seed: int = option(0, "of the victims' initial weights and of all random numbers of the trials")
-    steps: int = option(100, "reverse steps, evenly spaced over those the prior was trained with")
+    steps: int = option(100, "reverse steps, at most as many as the prior was trained with")
+    spacing: str = option(
+        "quadratic", "of the steps over the prior's: quadratic (denser where there is little noise) or uniform"
+    )
     zeta: float = option(10.0, "step size of dps, on the un-squared gradient distance")
     guidance_rate: float = option(0.2, "guidance rate of dsg, 0 to 1")
     interval: int = option(1, "dsg guides every so many steps")
@@ -96,6 +99,7 @@ def _check_numbers(c: SweepConfig) -> None:
     _need(min(c.training_steps) >= 0, f"--training_steps {min(c.training_steps)} must not be negative; 0 is untrained")
     _need(math.isfinite(c.zeta) and c.zeta >= 0, f"--zeta {c.zeta} must be finite and >= 0; 0 is unguided")
     _need(0 <= c.guidance_rate <= 1, f"--guidance_rate {c.guidance_rate} must lie in 0..1")
+    _need(c.spacing in ("uniform", "quadratic"), f"--spacing {c.spacing} is not known; use uniform or quadratic")
     _need(c.prior_dtype in ("float32", "bfloat16"), f"--prior_dtype {c.prior_dtype} is not known; use float32 or bfloat16")
 
 
@@ -144,7 +148,8 @@ def load_inputs(c: SweepConfig) -> Inputs:
                 params[name, steps] = victim_files.init_params(name, victim, c.seed)
     hashes = {"prior": prior.sha256, "images": data.sha256, "trained_victims": about}
     images = image_files.to_model(data.images)
-    return Inputs(prior, prior.schedule(c.steps), images, data.labels, data.names, victims, params, hashes)
+    schedule = prior.schedule(c.steps, c.spacing)
+    return Inputs(prior, schedule, images, data.labels, data.names, victims, params, hashes)
 
 
 def run_chunk(

@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -20,9 +20,12 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_debug_key_reuse", True)
 
-from gdiff_jax import modules
+from gdiff_jax.modules import Params, Spec, param_shapes
 from gdiff_jax.priors import Denoiser, UNet2DConfig
 from gdiff_jax.schedule import make_betas
+
+# For jit(compiler_options=...): half the compile time, for tests of what is computed and not of how fast.
+QUICK_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 @pytest.fixture
@@ -62,19 +65,30 @@ def gaussian() -> GaussianDenoiser:
 
 
 @pytest.fixture(scope="session")
-def tiny_unet() -> Denoiser:
-    """An 8 x 8 x 1 U-Net with attention and random weights; none is zero, so every path carries signal."""
+def random_params() -> Callable[[Spec], Params]:
+    """Weights of a network by NumPy, which compiles nothing; none is zero, so every path carries signal."""
+
+    def draw(spec: Spec) -> Params:
+        rng, params = np.random.default_rng(1), {}
+        for name, shape in param_shapes(spec).items():
+            scale = 1 / np.sqrt(np.prod(shape[:-1])) if name.endswith("kernel") else 0.05
+            params[name] = jnp.asarray(name.endswith("scale") + scale * rng.normal(size=shape), jnp.float32)
+        return params
+
+    return draw
+
+
+@pytest.fixture(scope="session")
+def tiny_unet(random_params) -> Denoiser:
+    """An 8 x 8 x 1 U-Net with attention in the middle."""
     config = UNet2DConfig(
         sample_size=8,
         in_channels=1,
         out_channels=1,
-        block_out_channels=(8, 16),
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(8,),
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
         layers_per_block=1,
         norm_num_groups=4,
     )
-    params = modules.init_params(jax.random.key(0), config)
-    keys = jax.random.split(jax.random.key(1), len(params))
-    params = {name: p + 0.05 * jax.random.normal(k, p.shape) for k, (name, p) in zip(keys, params.items(), strict=True)}
-    return Denoiser(params, config)
+    return Denoiser(random_params(config), config)

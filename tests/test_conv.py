@@ -1,11 +1,13 @@
 """Both convolutions compute what `lax.conv_general_dilated` computes, in value and in every derivative taken of them."""
 
+import functools
 import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import QUICK_COMPILE
 from jax import lax
 
 from gdiff_jax.conv import conv_prior, conv_victim
@@ -31,7 +33,7 @@ def test_conv_equals_lax_conv_under_vmap(size: int, stride: int, padding: tuple)
     x, kernel = jnp.asarray(rng.normal(size=(2, 2, 7, 10, 2))), jnp.asarray(rng.normal(size=(2, size, size, 2, 3)))
     cotangent = lambda y: jnp.cos(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape)
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=QUICK_COMPILE)
     @jax.vmap
     def all_three(x, kernel):
         convs = (lax_conv, conv_prior, conv_victim)
@@ -64,7 +66,7 @@ def test_conv_victim_mixed_derivative_equals_lax_conv(stride: int, padding: tupl
 
     def mixed(conv):
         grad_x = lambda k: jax.grad(lambda x: jnp.sin(conv(x, k, stride, padding)).sum())(x)
-        return jax.jit(lambda: jax.jvp(grad_x, (kernel,), (v,))[1])()
+        return jax.jit(lambda: jax.jvp(grad_x, (kernel,), (v,))[1], compiler_options=QUICK_COMPILE)()
 
     np.testing.assert_allclose(mixed(conv_victim), mixed(lax_conv), rtol=1e-11, atol=1e-11)
 

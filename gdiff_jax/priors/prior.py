@@ -25,7 +25,7 @@ from diffusers.configuration_utils import ConfigMixin
 from gdiff_jax import modules
 from gdiff_jax.modules import Params
 from gdiff_jax.priors.unet2d import UNet2DConfig
-from gdiff_jax.schedule import Schedule, VarianceType, make_betas
+from gdiff_jax.schedule import Schedule, Spacing, VarianceType, make_betas
 
 BUNDLED = ("cifar10-32",)
 _WEIGHTS = "diffusion_pytorch_model*.safetensors"
@@ -70,9 +70,13 @@ class Prior:
     def image_shape(self) -> tuple[int, int, int]:
         return self.denoise.config.image_shape
 
-    def schedule(self, num_steps: int | None = None) -> Schedule:
-        """The prior's own schedule, respaced to num_steps."""
-        return Schedule.create(self.betas, num_steps, self.variance)
+    def schedule(self, num_steps: int | None = None, spacing: Spacing = "quadratic") -> Schedule:
+        """The prior's own schedule, respaced to num_steps.
+
+        Quadratic spacing is the default because guided sampling gains by it: at 100 steps of the bundled prior the
+        gradient is matched more closely than with uniform spacing.
+        """
+        return Schedule.create(self.betas, num_steps, self.variance, spacing)
 
 
 def _to_torch(name: str, value: np.ndarray) -> tuple[str, np.ndarray]:
