@@ -190,7 +190,7 @@ def write(c: SweepConfig, inputs: Inputs, rows: list[Row], store: Store) -> None
     about = [
         "The attacker knows the victim's weights and loss, the label and the prior. No clipping, so no (epsilon, delta).",
         f"Median [quartiles] over {c.num_images} images x {c.seeds} seeds of {c.images}; prior {c.prior}; {c.steps} steps, "
-        f"{c.spacing}; DSG guidance rate {c.guidance_rate:g}, DPS zeta {c.zeta:g}. PSNR, SSIM and MSE are of each trial's last image.",
+        f"{c.spacing}; DSG guidance rate {c.guidance_rate:g}, DPS zeta {c.zeta:g}. The scores are of each trial's last image.",
         "Picks: PSNR of one iterate an image, over all its steps and seeds: least gradient distance (attacker), closest to "
         "the truth (oracle: no attacker can do that).",
     ]
