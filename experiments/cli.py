@@ -89,6 +89,9 @@ def run(main: Callable[[], None]) -> None:
             main()
         except ConfigError as error:
             _fail(str(error))
+        except KeyboardInterrupt:
+            print("\ninterrupted; the same command goes on from here", file=sys.stderr)
+            sys.exit(130)
 
     logging.set_verbosity(logging.WARNING)  # jax and orbax tell each step of theirs at INFO
     app.run(guarded, flags_parser=parse)

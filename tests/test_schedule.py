@@ -142,3 +142,19 @@ def test_unknown_beta_schedule_is_refused() -> None:
 def test_learned_range_needs_a_variance_output() -> None:
     with pytest.raises(ValueError, match="this one has none"):
         Schedule.create(num_steps=3, variance="learned_range").posterior_std(1)
+
+
+@pytest.mark.parametrize("num", [1, 2, 20, 100, 999, 1000])
+def test_quadratic_spacing(num):
+    """Both ends kept, no timestep twice, as many as asked for, and denser towards 0; all of them when all are asked for."""
+    t = np.asarray(Schedule.create(None, num, spacing="quadratic").t)
+    assert len(t) == num
+    assert t[-1] == 999
+    assert np.all(np.diff(t) >= 1)
+    if num > 1:
+        assert t[0] == 0
+    if num in (20, 100):
+        assert np.all(np.diff(t, 2) >= -1)  # gaps grow, up to rounding
+        assert np.diff(t)[0] < 999 / (num - 1) < np.diff(t)[-1]
+    if num == 1000:
+        np.testing.assert_array_equal(t, np.arange(1000))

@@ -185,6 +185,7 @@ BAD = [
     (dict(batch=0), "batch"),
     (dict(guidance_rate=1.5), "1.5"),
     (dict(zeta=-1.0), "-1.0"),
+    (dict(spacing="cubic"), "cubic"),
     (dict(prior="no-such-prior"), "no-such-prior"),
     (dict(prior_dtype="float8"), "float8"),
     (dict(training_steps=(5,)), "train_victim"),
