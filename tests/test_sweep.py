@@ -150,13 +150,13 @@ def test_resume_after_sigkill_equals_an_undisturbed_run(folder, tmp_path):
     process = subprocess.Popen(command(c), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     chunks = tmp_path / "killed" / "chunks"
     deadline = time.time() + 300
-    while len(list(chunks.glob("*.jsonl"))) < 8:  # in the middle of the guided trials
+    while len(list(chunks.glob("[0-9]*.jsonl"))) < 8:  # in the middle of the guided trials
         assert process.poll() is None, "the sweep ended before it could be killed"
         assert time.time() < deadline
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    done = {f: f.stat().st_mtime_ns for f in chunks.glob("*.jsonl")}
+    done = {f: f.stat().st_mtime_ns for f in chunks.glob("[0-9]*.jsonl")}
     assert not (tmp_path / "killed" / "records.jsonl").exists()
 
     for out in ("killed", "undisturbed"):
