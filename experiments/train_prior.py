@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -195,12 +196,12 @@ def main() -> None:
     ema = jax.device_put(state["ema"], jax.devices()[0])
     prior = Prior(Denoiser(ema, network), make_betas(), "fixed_small", out.name, "", mean_image)
     save_prior(out / "prior", prior, SCHEDULER)
-    prior = load_prior(out / "prior")  # what is measured is what was written, float16 and all
+    prior = dataclasses.replace(load_prior(out / "prior"), name=out.name)  # measured is what was written, float16 and all
     rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     hours = sum(row["seconds"] for row in rows) / 3600
     facts = {
         "data": f"{config.data_name or Path(config.data).name}, {len(images)} images{', mirrored at random' * config.flip}",
-        "command": "`python " + " ".join(sys.argv) + "`",
+        "command": f"`python {shlex.join(sys.argv)}`",
         "steps": f"{config.steps} of {config.batch} images, {hours:.1f} hours on {devices}, loss {rows[-1]['loss']:.4f}",
         "weights": f"moving average, float16, sha256 {prior.sha256}",
     }
