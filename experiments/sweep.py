@@ -32,7 +32,7 @@ from experiments.records import Row, Store
 from gdiff_jax import images as image_files
 from gdiff_jax.metrics import psnr_from_error
 
-DEFAULT_SIGMAS = (0.0, 1e-3, 1e-2, 3e-2, 1e-1, 1.0)
+DEFAULT_SIGMAS = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +54,7 @@ class SweepConfig:
     spacing: str = option(
         "quadratic", "of the steps over the prior's: quadratic (denser where there is little noise) or uniform"
     )
-    zeta: float = option(10.0, "step size of dps, on the un-squared gradient distance")
+    zeta: float = option(8.0, "step size of dps, on the un-squared gradient distance")
     guidance_rate: float = option(0.2, "guidance rate of dsg, 0 to 1")
     interval: int = option(1, "dsg guides every so many steps")
     clip: bool = option(True, "clip x0hat to [-1, 1] in every step")

@@ -39,7 +39,7 @@ def dps_sample(
     schedule: Schedule,
     shape: tuple[int, ...],
     *,
-    zeta: jax.Array | float = 3.0,
+    zeta: jax.Array | float = 8.0,
     clip: bool = True,
     truth: jax.Array | None = None,
 ) -> tuple[jax.Array, StepInfo]:
