@@ -133,12 +133,12 @@ def plot_quality(rows: list[Row], mean_rows: list[Row], path: Path) -> None:
     plt.close(fig)
 
 
-def contact_sheet(rows: list[Row], inputs: Inputs, store: Store, path: Path, images: int = 4) -> None:
-    """Truth, then seed 0's reconstruction at every sigma: a block a victim and method, a line an image."""
+def contact_sheet(rows: list[Row], inputs: Inputs, store: Store, path: Path) -> None:
+    """Truth, then seed 0's reconstruction at every sigma: a block a victim and method, a line an image, about a page in all."""
     cells = by_cell(rows)
     blocks = sorted({(v, s, m) for v, s, m, _ in cells})
     sigmas = sorted({sigma for _, _, _, sigma in cells})
-    shown = min(images, len(inputs.images))
+    shown = min(4, max(1, 12 // len(blocks)), len(inputs.images))
     cache: dict[int, dict[str, np.ndarray]] = {}
 
     def picture(row: Row) -> np.ndarray:
@@ -148,9 +148,10 @@ def contact_sheet(rows: list[Row], inputs: Inputs, store: Store, path: Path, ima
 
     prior = {r["image"]: r for r in rows if r["method"] == PRIOR_ONLY and r["seed"] == 0}
     columns = 2 + len(sigmas)
-    fig, axes = plt.subplots(
-        len(blocks) * shown, columns, figsize=(columns * 0.95 + 1.0, len(blocks) * shown * 0.95 + 0.7), squeeze=False
-    )
+    lines = len(blocks) * shown
+    size = (columns * 0.95 + 0.6, lines * 1.08 + 0.6)
+    fig, axes = plt.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")
+    fig.get_layout_engine().set(w_pad=0.01, h_pad=0.01, wspace=0, hspace=0)
     for b, (victim, steps, method) in enumerate(blocks):
         for i in range(shown):
             line = axes[b * shown + i]
@@ -178,7 +179,6 @@ def contact_sheet(rows: list[Row], inputs: Inputs, store: Store, path: Path, ima
     for ax, title in zip(axes[0], ["truth", *[f"σ = {s:g}" for s in sigmas], "prior only"], strict=True):
         ax.set_title(title, fontsize=8)
     fig.suptitle("Seed 0 of every cell, not chosen; numbers are PSNR in dB", fontsize=9)
-    fig.tight_layout(pad=0.3, h_pad=0.2, w_pad=0.2)
     write_atomic(path, lambda p: fig.savefig(p, dpi=130))
     plt.close(fig)
 
