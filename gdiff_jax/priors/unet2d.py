@@ -76,6 +76,12 @@ class UNet2DConfig:
                 raise ValueError(f"block type {name!r} is not implemented; implemented: {', '.join(_ATTENTION)}")
         if self.downsample_padding not in (0, 1):
             raise ValueError(f"downsample_padding {self.downsample_padding} is not implemented; use 0 or 1")
+        for name, divisor in (
+            ("norm_num_groups", self.norm_num_groups),
+            ("attention_head_dim", self.attention_head_dim or 1),
+        ):
+            if divisor < 1 or any(width % divisor for width in self.block_out_channels):
+                raise ValueError(f"{name} {divisor} does not divide all of block_out_channels {self.block_out_channels}")
         factor = 2 ** (blocks - 1)
         if self.sample_size % factor:
             raise ValueError(f"sample_size {self.sample_size} cannot be halved {blocks - 1} times; use a multiple of {factor}")
