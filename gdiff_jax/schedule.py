@@ -41,8 +41,8 @@ def _kept(total: int, num: int, spacing: Spacing) -> np.ndarray:
         raise ValueError(f"spacing {spacing!r} is not known; use uniform or quadratic")
     if num == 1:
         return np.array([total - 1])
-    u = np.linspace(0, 1, num)
-    t = np.round((u if spacing == "uniform" else u**2) * (total - 1)).astype(np.int64)
+    u = np.linspace(0, total - 1, num)
+    t = np.round(u if spacing == "uniform" else u**2 / (total - 1)).astype(np.int64)
     # The square crowds timesteps near 0 onto each other: push each at least one above the one before.
     return np.maximum.accumulate(t - np.arange(num)) + np.arange(num)
 
