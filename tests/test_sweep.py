@@ -167,6 +167,17 @@ def test_resume_after_sigkill_equals_an_undisturbed_run(folder, tmp_path):
     assert len(json.loads((tmp_path / "killed" / "manifest.json").read_text())["runs"]) == 2
 
 
+def test_ctrl_c_ends_at_once_and_says_how_to_go_on(folder, tmp_path):
+    c = config(folder, tmp_path / "out", num_images=6, batch=1, steps=10, methods=("dsg",))
+    process = subprocess.Popen(command(c), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while not list((tmp_path / "out" / "chunks").glob("[0-9]*.jsonl")) and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    assert "the same command goes on" in process.communicate()[1]
+    assert process.returncode == 130
+    assert not (tmp_path / "out" / "records.jsonl").exists()
+
+
 BAD = [
     (dict(sigma_grid=(0.0, -0.1)), "-0.1"),
     (dict(sigma_grid=(float("nan"),)), "nan"),
