@@ -6,7 +6,6 @@ import dataclasses
 import os
 import signal
 import sys
-import types
 import typing
 from collections.abc import Callable
 from pathlib import Path
@@ -29,8 +28,6 @@ def define_flags(config: type) -> None:
     hints = typing.get_type_hints(config)
     for field in dataclasses.fields(config):
         text, kind = field.metadata["help"], hints[field.name]
-        if typing.get_origin(kind) is types.UnionType:  # X | None
-            kind = next(a for a in typing.get_args(kind) if a is not type(None))
         if typing.get_origin(kind) is tuple:
             of = typing.get_args(kind)[0]
             parser = _TupleParser(of, field.default)

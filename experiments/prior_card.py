@@ -24,6 +24,7 @@ from PIL import Image
 import gdiff_jax as gd
 from experiments import cli
 from experiments.cli import ConfigError, option, write_atomic
+from experiments.data import load_split
 from gdiff_jax import images as image_files
 
 LEVELS = (10, 50, 100, 200, 300, 500, 700, 900)  # timesteps of the thousand
@@ -78,21 +79,6 @@ def sample_sheet(prior: gd.Prior, path: Path) -> None:
     write_atomic(path, lambda p: picture.save(p))
 
 
-def heldout_images(data: str, shape: tuple[int, int, int], limit: int) -> np.ndarray:
-    """uint8 images never trained on: of CIFAR-10 test images 1000 to 8999, of other sets a tenth at most, by a fixed seed."""
-    test = image_files.load_images(data, "test", size=shape[0])
-    if test.names[0].startswith("cifar10-"):
-        return test.images[1000:9000][:limit]
-    return test.images[heldout_order(len(test), limit)[0]]
-
-
-def heldout_order(count: int, limit: int) -> tuple[np.ndarray, np.ndarray]:
-    """Indices to hold out and indices to train on, for a set without a split of its own."""
-    order = np.random.default_rng(0).permutation(count)
-    held = min(limit, count // 10)
-    return order[:held], order[held:]
-
-
 def write_card(folder: Path, prior: gd.Prior, heldout: np.ndarray, facts: dict[str, str]) -> None:
     """Writes README.md and samples.png into the folder; `facts` become the lines on top."""
     levels = eps_mse_by_level(prior.denoise, prior.schedule(), heldout)
@@ -129,7 +115,7 @@ def main() -> None:
         raise ConfigError(f"--data is needed: {CardConfig.__dataclass_fields__['data'].metadata['help']}")
     try:
         prior = gd.load_prior(config.prior)
-        heldout = heldout_images(config.data, prior.image_shape, config.heldout)
+        heldout = load_split(config.data, prior.image_shape[0], config.heldout)[1].images
     except (OSError, ValueError) as error:
         raise ConfigError(str(error)) from None
     if heldout.shape[1:] != prior.image_shape:

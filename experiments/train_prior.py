@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from experiments import cli, prior_card
 from experiments.cli import ConfigError, option
+from experiments.data import load_split
 from experiments.prior_card import eps_loss, eps_mse_by_level
 from gdiff_jax import images as image_files
 from gdiff_jax.modules import init_params
@@ -85,7 +86,7 @@ def make_step(config: TrainConfig, network: UNet2DConfig, optimiser: optax.Gradi
 
     def loss_fn(params, key, data):
         k_index, k_flip, k_t, k_eps = jax.random.split(key, 4)
-        x0 = data[jax.random.randint(k_index, (config.batch,), 0, data.shape[0])].astype(jnp.float32) / 127.5 - 1
+        x0 = image_files.to_model(data[jax.random.randint(k_index, (config.batch,), 0, data.shape[0])])
         if config.flip:
             mirror = jax.random.bernoulli(k_flip, 0.5, (config.batch, 1, 1, 1))
             x0 = jnp.where(mirror, x0[:, :, ::-1], x0)
@@ -129,18 +130,14 @@ def _check(config: TrainConfig) -> UNet2DConfig:
 
 
 def load_data(config: TrainConfig, network: UNet2DConfig) -> tuple[np.ndarray, np.ndarray]:
-    """(training images, held-out images), see `prior_card.heldout_images`."""
+    """(training images, held-out images), see `experiments.data.load_split`."""
     try:
-        train = image_files.load_images(config.data, "train", size=network.image_shape[0])
-        heldout = prior_card.heldout_images(config.data, network.image_shape, config.heldout)
-        images = train.images
-        if not train.names[0].startswith("cifar10-"):
-            images = images[prior_card.heldout_order(len(train), config.heldout)[1]]
+        train, heldout = load_split(config.data, network.image_shape[0], config.heldout)
     except (OSError, ValueError) as error:
         raise ConfigError(f"--data: {error}") from None
-    if images.shape[1:] != network.image_shape:
-        raise ConfigError(f"--data {config.data}: images are {images.shape[1:]}, --config takes {network.image_shape}")
-    return images, heldout
+    if train.images.shape[1:] != network.image_shape:
+        raise ConfigError(f"--data {config.data}: images are {train.images.shape[1:]}, --config takes {network.image_shape}")
+    return train.images, heldout.images
 
 
 def main() -> None:

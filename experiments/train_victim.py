@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from experiments import cli, victim_files
 from experiments.cli import ConfigError, option
+from experiments.data import load_split
 from gdiff_jax import images as image_files
 from gdiff_jax.modules import Params
 from gdiff_jax.victims import Victim
@@ -53,12 +54,7 @@ def _load(config: TrainConfig) -> tuple[image_files.ImageSet, image_files.ImageS
     if config.batch < 1 or not config.learning_rate > 0:
         raise ConfigError(f"--batch {config.batch} and --learning_rate {config.learning_rate} must be positive")
     try:
-        data = image_files.load_images(config.data, "train", config.image_size)
-        if data.names[0].startswith("cifar10-"):
-            test = image_files.load_images(config.data, "test").take(slice(1000, 9000))
-        else:
-            order = np.random.default_rng(0).permutation(len(data))
-            data, test = data.take(order[len(data) // 10 :]), data.take(order[: len(data) // 10])
+        data, test = load_split(config.data, config.image_size)
     except (OSError, ValueError) as error:
         raise ConfigError(f"--data: {error}") from None
     if data.labels is None:

@@ -14,7 +14,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 import gdiff_jax as gd
 from gdiff_jax.matching import l2
@@ -109,8 +108,3 @@ def make_runner(
         return dict(image=x, trace=trace._asdict(), scalars={**norms, **gd.image_metrics(x, image)})
 
     return jax.jit(jax.vmap(one, in_axes=(None, None, None, None, 0, 0, 0, 0)))
-
-
-def pad(arrays: dict[str, np.ndarray], size: int) -> dict[str, np.ndarray]:
-    """Repeats the last trial up to `size`, so that every chunk has the compiled shape; the caller drops the copies."""
-    return {k: np.concatenate([v, np.repeat(v[-1:], size - len(v), axis=0)]) for k, v in arrays.items()}

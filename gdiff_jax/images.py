@@ -51,9 +51,9 @@ class ImageSet:
         return digest.hexdigest()
 
 
-def to_model(images: np.ndarray) -> np.ndarray:
-    """uint8 0..255 -> float32 [-1, 1]."""
-    return np.asarray(images, np.float32) / np.float32(127.5) - np.float32(1)
+def to_model(images: Any) -> Any:
+    """0..255 -> float32 [-1, 1]. NumPy in, NumPy out; jax in, jax out."""
+    return images.astype(np.float32) / np.float32(127.5) - np.float32(1)
 
 
 def to_unit(images: Any) -> Any:

@@ -16,10 +16,6 @@ _conv = functools.partial(Conv, conv=conv_victim)
 Activation = Callable[[jax.Array], jax.Array]
 
 
-def _pad(n: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    return (n, n), (n, n)
-
-
 class MLP(nnx.Module):
     """pixels-512-128-classes, ReLU: the victim of the follow-up study (arXiv 2511.10423; there at 256 px with 2 classes)."""
 
@@ -89,7 +85,7 @@ class ResidualBlock(nnx.Module):
         self.conv2 = _conv(c_out, c_out, 3, rngs=rngs)
         self.norm2 = GroupNorm(c_out, 8, 1e-5)
         if stride > 1 or c_in != c_out:
-            self.shortcut = _conv(c_in, c_out, 1, stride=stride, padding=_pad(0), rngs=rngs)
+            self.shortcut = _conv(c_in, c_out, 1, stride=stride, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         h = jax.nn.relu(self.norm1(self.conv1(x)))
