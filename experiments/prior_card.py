@@ -43,7 +43,7 @@ def eps_loss(denoise: gd.Denoiser, schedule: gd.Schedule, key: jax.Array, x0: ja
     """Mean squared error of eps for each image of a batch, (N,) (DDPM, Eq. 14); t counts steps of an un-respaced schedule."""
     eps = jax.random.normal(key, x0.shape)
     x_t = jax.vmap(schedule.add_noise)(x0, eps, t)
-    return jnp.square(denoise.batch(x_t, t) - eps).mean((1, 2, 3))
+    return jnp.square(denoise.batch(x_t, t)[0] - eps).mean((1, 2, 3))
 
 
 _eps_loss = jax.jit(eps_loss)

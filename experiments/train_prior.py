@@ -35,7 +35,8 @@ from experiments.data import load_split
 from experiments.prior_card import eps_loss, eps_mse_by_level
 from gdiff_jax import images as image_files
 from gdiff_jax.modules import init_params
-from gdiff_jax.priors import Denoiser, Prior, UNet2DConfig, load_prior, save_prior
+from gdiff_jax.priors import Denoiser, Prior, UNet2DConfig, load_prior, save_configs, save_prior
+from gdiff_jax.priors.cache import checksum
 from gdiff_jax.schedule import Schedule, make_betas
 
 SCHEDULER = {
@@ -145,6 +146,7 @@ def main() -> None:
     network = _check(config)
     images, heldout = load_data(config, network)
     out = Path(config.out).absolute()
+    save_configs(out, network, SCHEDULER)  # load_prior(out) then reads the newest checkpoint
     manager = ocp.CheckpointManager(out / "checkpoints", options=ocp.CheckpointManagerOptions(max_to_keep=2))
 
     mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
@@ -158,7 +160,7 @@ def main() -> None:
     replicated = NamedSharding(mesh, P())
     abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=replicated), jax.eval_shape(create))
     if (latest := manager.latest_step()) is not None:
-        state = manager.restore(latest, args=ocp.args.StandardRestore(abstract))
+        state = manager.restore(latest, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))["state"]
         print(f"resumed from step {latest} in {out}")
     else:
         state = jax.device_put(jax.jit(create)(), replicated)
@@ -180,7 +182,8 @@ def main() -> None:
                 losses.clear()
                 if not np.isfinite(mean):
                     raise SystemExit(f"the loss is {mean} at step {i + 1}; start again with a lower --learning_rate")
-                manager.save(i + 1, args=ocp.args.StandardSave(state))
+                about = ocp.args.JsonSave({"ema_crc32": checksum(state["ema"])})
+                manager.save(i + 1, args=ocp.args.Composite(state=ocp.args.StandardSave(state), about=about))
                 levels = eps_mse_by_level(Denoiser(state["ema"], network), schedule, heldout[:200], (50, 200, 500))
                 bar.set_postfix(loss=f"{mean:.4f}", heldout=f"{np.mean(list(levels.values())):.4f}")
                 row = dict(step=i + 1, loss=mean, heldout=levels, seconds=round(time.time() - started, 1))

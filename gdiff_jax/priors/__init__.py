@@ -1,14 +1,19 @@
-"""Diffusion priors: the networks, their configs, and the folders they are loaded from."""
+"""Diffusion priors: the networks, their configs, and the places they are loaded from."""
 
-from gdiff_jax.priors.prior import BUNDLED, Denoiser, Prior, load_prior, save_prior
+from gdiff_jax.priors.adm import ADM, ADMConfig
+from gdiff_jax.priors.prior import Denoiser, Prior, load_prior, save_configs, save_prior
+from gdiff_jax.priors.sources import BUNDLED
 from gdiff_jax.priors.unet2d import UNet2D, UNet2DConfig
 
 __all__ = [
+    "ADM",
     "BUNDLED",
+    "ADMConfig",
     "Denoiser",
     "Prior",
     "UNet2D",
     "UNet2DConfig",
     "load_prior",
+    "save_configs",
     "save_prior",
 ]

@@ -1,18 +1,11 @@
-"""A pretrained prior as a callable pytree, and the folder it lives in (diffusers' layout).
-
-A folder holds `config.json` (the network), `scheduler_config.json` (the betas) and one
-`diffusion_pytorch_model*.safetensors` with diffusers' names and torch's layouts (OIHW kernels, transposed Linears). Ours are
-stored in float16; they compute in float32.
-"""
+"""A pretrained prior as a callable pytree, loaded from where such priors are published, and written as a folder."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
-import re
-from importlib import resources
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
-from diffusers.configuration_utils import ConfigMixin
 
 from gdiff_jax import modules
 from gdiff_jax.modules import Params
+from gdiff_jax.priors import cache, sources, weights
+from gdiff_jax.priors.adm import ADMConfig
 from gdiff_jax.priors.unet2d import UNet2DConfig
-from gdiff_jax.schedule import Schedule, Spacing, VarianceType, make_betas
-
-BUNDLED = ("cifar10-32",)
-_WEIGHTS = "diffusion_pytorch_model*.safetensors"
+from gdiff_jax.schedule import Schedule, Spacing, VarianceType
 
 
 @jax.tree_util.register_dataclass
@@ -39,20 +30,29 @@ class Denoiser:
     Attributes:
       params: flat dict of float32 arrays.
       config: the network.
-      dtype: of the network's arithmetic. Statistics, softmax and the returned eps are float32 always.
+      dtype: of the network's arithmetic. The time embedding, statistics, softmax, the last convolution and what is
+        returned are float32 always.
+      remat: keep only the inputs of each block for the backward pass and compute the rest again: about a third more
+        time, a fraction of the memory.
     """
 
     params: Params
-    config: UNet2DConfig = dataclasses.field(metadata=dict(static=True))
+    config: UNet2DConfig | ADMConfig = dataclasses.field(metadata=dict(static=True))
     dtype: str = dataclasses.field(default="float32", metadata=dict(static=True))
+    remat: bool = dataclasses.field(default=False, metadata=dict(static=True))
 
-    def __call__(self, x_t: jax.Array, t: jax.Array) -> tuple[jax.Array, None]:
-        """eps of one image x_t (H, W, C) at integer timestep t (scalar); v is None, the variance being fixed."""
-        return self.batch(x_t[None], jnp.asarray(t)[None])[0], None
+    def __call__(self, x_t: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        """eps of one image x_t (H, W, C) at integer timestep t (scalar), and v of its shape, or None if v is not learned."""
+        eps, v = self.batch(x_t[None], jnp.asarray(t)[None])
+        return eps[0], None if v is None else v[0]
 
-    def batch(self, x_t: jax.Array, t: jax.Array) -> jax.Array:
-        """eps of a batch (N, H, W, C) at timesteps (N,)."""
-        return modules.apply(self.config, self.params, x_t.astype(self.dtype), t).astype(jnp.float32)
+    def batch(self, x_t: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        """eps and v of a batch (N, H, W, C) at timesteps (N,)."""
+        out = modules.apply(self.config, self.params, x_t.astype(self.dtype), t, self.remat).astype(jnp.float32)
+        if not self.config.learns_variance:
+            return out, None
+        eps, v = jnp.split(out, 2, axis=-1)
+        return eps, v
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +65,8 @@ class Prior:
     name: str
     sha256: str  # of the weight file; "" for a prior that was never written
     mean_image: np.ndarray | None = None  # (H, W, C) in [-1, 1]: mean of the training data, the guess that knows nothing else
+    clip: bool = True  # whether its scheduler clips x0hat to [-1, 1] in every step
+    revision: str = ""  # commit of the hub repository that it came from
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -79,128 +81,83 @@ class Prior:
         return Schedule.create(self.betas, num_steps, self.variance, spacing)
 
 
-def _to_torch(name: str, value: np.ndarray) -> tuple[str, np.ndarray]:
-    stem, leaf = name.rsplit(".", 1)
-    if leaf == "kernel":
-        axes = (3, 2, 0, 1) if value.ndim == 4 else (1, 0)
-        return f"{stem}.weight", value.transpose(axes)
-    return f"{stem}.{'weight' if leaf == 'scale' else leaf}", value
-
-
-def _from_torch(config: UNet2DConfig, tensors: dict[str, np.ndarray], source: str) -> Params:
-    """Every tensor to exactly one parameter and back, or an error that lists what does not fit."""
-    params, missing, wrong = {}, [], []
-    left = set(tensors)
-    for name, shape in modules.param_shapes(config).items():
-        stem, leaf = name.rsplit(".", 1)
-        key = f"{stem}.{'bias' if leaf == 'bias' else 'weight'}"
-        if key not in tensors:
-            missing.append(key)
-            continue
-        left.discard(key)
-        value = tensors[key]
-        if leaf == "kernel" and value.ndim in (2, 4):
-            value = value.transpose((2, 3, 1, 0) if value.ndim == 4 else (1, 0))
-        if value.shape != shape:
-            wrong.append(f"{key} {tensors[key].shape}, expected {name} {shape}")
-        else:
-            params[name] = jnp.asarray(np.ascontiguousarray(value), jnp.float32)
-    problems = [
-        f"{title}: {', '.join(sorted(names)[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''}"
-        for title, names in (("missing", missing), ("unexpected", sorted(left)), ("of another shape", wrong))
-        if names
-    ]
-    if problems:
-        raise ValueError(f"the weights in {source} do not fit its config.json; " + "; ".join(problems))
-    return params
-
-
 def save_prior(folder: str | os.PathLike[str], prior: Prior, scheduler: dict[str, Any]) -> None:
     """Writes the prior as a folder that `load_prior` reads; the weights come last and appear whole or not at all.
 
     Args:
       folder: created if absent.
-      prior: its params are stored in float16.
+      prior: a UNet2D's; its params are stored in float16.
       scheduler: dict of `scheduler_config.json` (beta_schedule, beta_start, beta_end, num_train_timesteps, variance_type).
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(prior.denoise.config.to_diffusers(), indent=2) + "\n")
-    (folder / "scheduler_config.json").write_text(json.dumps(scheduler, indent=2) + "\n")
+    save_configs(folder, prior.denoise.config, scheduler)
     if prior.mean_image is not None:
         np.save(folder / "mean_image.npy", prior.mean_image.astype(np.float16))
-    tensors = dict(_to_torch(k, np.asarray(v)) for k, v in prior.denoise.params.items())
-    tensors = {k: np.ascontiguousarray(v.astype(np.float16)) for k, v in tensors.items()}
     partial = folder / "weights.partial"
-    safetensors.numpy.save_file(tensors, partial)
+    safetensors.numpy.save_file(weights.to_torch(prior.denoise.params), partial)
     os.replace(partial, folder / "diffusion_pytorch_model.fp16.safetensors")
 
 
-def _betas(config: dict[str, Any], source: str) -> tuple[np.ndarray, VarianceType]:
-    if config.get("prediction_type", "epsilon") != "epsilon":
-        raise ValueError(f"prediction_type {config['prediction_type']!r} in {source} is not implemented; use an epsilon prior")
-    if config.get("trained_betas") is not None:
-        betas = np.asarray(config["trained_betas"], np.float64)
-    else:
-        betas = make_betas(
-            config.get("beta_schedule", "linear"),
-            config.get("num_train_timesteps", 1000),
-            config.get("beta_start", 1e-4),
-            config.get("beta_end", 0.02),
-        )
-    return betas, config.get("variance_type", "fixed_small")
+def save_configs(folder: Path, config: UNet2DConfig | ADMConfig, scheduler: dict[str, Any]) -> None:
+    """`config.json` and `scheduler_config.json` as diffusers has them."""
+    if not isinstance(config, UNet2DConfig):
+        raise ValueError("only a UNet2D can be written in diffusers' layout")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config.to_diffusers(), indent=2) + "\n")
+    (folder / "scheduler_config.json").write_text(json.dumps(scheduler, indent=2) + "\n")
 
 
-def load_prior(source: str | os.PathLike[str], dtype: str = "float32") -> Prior:
-    """The prior of a bundled name or of a local folder.
+def load_prior(
+    source: str | os.PathLike[str], dtype: str = "float32", *, remat: bool = False, config: Mapping[str, Any] | None = None
+) -> Prior:
+    """The prior of a source, without torch.
 
     Args:
-      source: one of `BUNDLED`, or a folder (see the module's docstring).
+      source: one of
+        - a bundled name (`gdiff_jax.priors.BUNDLED`);
+        - a folder in diffusers' layout, root (`config.json`, `scheduler_config.json` and the weights) or pipeline
+          (`unet/`, `scheduler/`), with `.safetensors` or zip-format `.bin` weights of a `UNet2DModel`;
+        - OWNER/NAME or OWNER/NAME@REVISION of such a folder on diffusers' hub, which is downloaded once;
+        - an ADM (guided-diffusion) file, `.pt` or `.safetensors`, with its flags in NAME.json beside it or in `config`;
+        - the output folder of `experiments/train_prior.py`, finished or not: its latest moving average.
       dtype: of the network's arithmetic, `float32` or `bfloat16`.
+      remat: see `Denoiser`.
+      config: guided-diffusion's flags of an ADM file.
+
+    Returns:
+      The prior. Converted weights are kept in the user's cache (GDIFF_JAX_CACHE overrides where), by the digest of the file.
 
     Raises:
-      FileNotFoundError: where there is no such name or folder, or a file is missing in it.
-      ValueError: where config and weights do not fit each other, naming what does not.
+      FileNotFoundError: where there is nothing of that name, or a file is missing.
+      ValueError: where config and weights are broken, not implemented, or do not fit each other, naming what does not.
     """
     name = os.fspath(source)
-    if name in BUNDLED:
-        folder = Path(str(resources.files("gdiff_jax") / "priors" / "bundled" / re.sub(r"\W", "_", name)))
-    else:
-        folder = Path(name)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"prior {name!r} is neither a folder nor bundled; bundled: {', '.join(BUNDLED)}")
-    weights = sorted(folder.glob(_WEIGHTS))
-    if len(weights) != 1:
-        raise FileNotFoundError(f"prior {name!r}: expected one {_WEIGHTS} in the folder, found {len(weights)}")
-    for needed in ("config.json", "scheduler_config.json"):
-        if not (folder / needed).is_file():
-            raise FileNotFoundError(f"prior {name!r}: {needed} is missing in the folder")
+    if dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"dtype {dtype!r} is not known; use float32 or bfloat16")
     try:
-        network, scheduler = _NetworkConfig.load_config(folder), _SchedulerConfig.load_config(folder)
-    except OSError as error:  # what diffusers raises for broken JSON
-        raise ValueError(f"prior {name!r}: {error}") from None
-    config = UNet2DConfig.from_diffusers(network)
-    betas, variance = _betas(scheduler, name)
-    raw = weights[0].read_bytes()
-    try:
-        tensors = safetensors.numpy.load(raw)
-    except Exception as error:  # safetensors raises its own type, and others for truncated headers
-        raise ValueError(f"prior {name!r}: {weights[0].name} is not a whole safetensors file ({error})") from None
-    params = _from_torch(config, tensors, name)
-    mean = folder / "mean_image.npy"
+        found = sources.find(name, config)
+        if found.diffusion.variance == "learned_range" and not found.config.learns_variance:
+            raise ValueError("its scheduler wants a learned variance, its network has no output for it")
+        if found.weights.is_dir():
+            params, digest = cache.latest_ema(found.weights, found.config)
+        else:
+            digest = weights.sha256(found.weights)
+            convert = lambda: weights.to_params(found.config, weights.read_tensors(found.weights), name)
+            about = {"source": name, "revision": found.revision, "sha256": digest}
+            params = convert() if name in sources.BUNDLED else cache.cached(found.config, convert, about)
+        mean = None if found.mean_image is None else np.load(found.mean_image, allow_pickle=False).astype(np.float32)
+        if mean is not None and mean.shape != found.config.image_shape:
+            raise ValueError(f"mean_image.npy is {mean.shape}, the network takes {found.config.image_shape}")
+    except ValueError as error:
+        text = str(error)
+        raise ValueError(text if repr(name) in text else f"prior {name!r}: {text}") from None
     return Prior(
-        denoise=Denoiser(params, config, dtype),
-        betas=betas,
-        variance=variance,
+        denoise=Denoiser(params, found.config, dtype, remat),
+        betas=found.diffusion.betas,
+        variance=found.diffusion.variance,
         name=name,
-        sha256=hashlib.sha256(raw).hexdigest(),
-        mean_image=np.load(mean).astype(np.float32) if mean.is_file() else None,
+        sha256=digest,
+        mean_image=mean,
+        clip=found.diffusion.clip,
+        revision=found.revision,
     )
-
-
-class _NetworkConfig(ConfigMixin):
-    config_name = "config.json"
-
-
-class _SchedulerConfig(ConfigMixin):
-    config_name = "scheduler_config.json"

@@ -1,0 +1,119 @@
+"""Converted weights on disk, by orbax, beside a JSON that says what they are; a damaged entry is never used.
+
+    CACHE/KEY/params/       orbax
+    CACHE/KEY/about.json    source, revision, sha256 of the weight file, converter version, config, checksum of the params
+
+The key is a digest of the weight file, the config and the converter's version, so an entry is never out of date.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import warnings
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from gdiff_jax import modules
+from gdiff_jax.modules import Params
+from gdiff_jax.priors.weights import CONVERTER_VERSION
+
+
+def checksum(params: Params) -> int:
+    """CRC-32 over names and values, in the order of the names."""
+    crc = 0
+    for name in sorted(params):
+        crc = zlib.crc32(np.ascontiguousarray(params[name]).data, zlib.crc32(name.encode(), crc))
+    return crc
+
+
+def abstract(spec: modules.Spec) -> dict[str, jax.ShapeDtypeStruct]:
+    """What orbax restores a network's params into: one device, float32."""
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shapes = modules.param_shapes(spec)
+    return {name: jax.ShapeDtypeStruct(shape, np.float32, sharding=sharding) for name, shape in shapes.items()}
+
+
+def folder() -> Path:
+    """The environment's GDIFF_JAX_CACHE, or gdiff_jax in the user's cache folder."""
+    return Path(os.environ.get("GDIFF_JAX_CACHE") or Path.home() / ".cache" / "gdiff_jax").absolute()
+
+
+def cached(spec: modules.Spec, convert: Callable[[], Params], about: dict[str, Any]) -> Params:
+    """The params of an entry, or those that `convert` makes, which then become the entry.
+
+    Args:
+      spec: the network.
+      convert: reads and converts the weight file.
+      about: source, revision and sha256 of the weight file.
+    """
+    if jax.process_count() > 1:  # orbax would take the hosts' own disks for one that they share
+        return convert()
+    about = {**about, "converter": CONVERTER_VERSION, "config": repr(spec)}
+    key = hashlib.sha256(json.dumps([about["sha256"], about["converter"], about["config"]]).encode()).hexdigest()[:32]
+    entry = folder() / key
+    if entry.exists():
+        try:
+            note = json.loads((entry / "about.json").read_text())
+            with ocp.StandardCheckpointer() as checkpointer:
+                params = checkpointer.restore(entry / "params", abstract(spec))
+            if checksum(params) != note["crc32"]:
+                raise ValueError("the checksum of the params differs")
+            return params
+        except Exception as error:  # orbax raises many types for a folder that is not what it says
+            warnings.warn(f"the cache entry {entry} is damaged ({error}); converting again", stacklevel=2)
+            shutil.rmtree(entry, ignore_errors=True)
+    params = convert()
+    try:
+        _write(entry, params, about)
+    except OSError as error:
+        warnings.warn(f"the converted weights could not be kept in {entry} ({error})", stacklevel=2)
+    return params
+
+
+def _write(entry: Path, params: Params, about: dict[str, Any]) -> None:
+    entry.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix="partial-", dir=entry.parent))
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(partial / "params", params)
+            checkpointer.wait_until_finished()
+        (partial / "about.json").write_text(json.dumps({**about, "crc32": checksum(params)}, indent=2) + "\n")
+        if not entry.exists():  # another process may have been quicker
+            os.replace(partial, entry)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def latest_ema(checkpoints: Path, spec: modules.Spec) -> tuple[Params, str]:
+    """The moving average of the newest checkpoint of a training run, and a digest of it.
+
+    Raises:
+      ValueError: where there is none, or it is damaged or of another network.
+    """
+    manager = ocp.CheckpointManager(checkpoints.absolute(), options=ocp.CheckpointManagerOptions(read_only=True))
+    step = manager.latest_step()
+    if step is None:
+        raise ValueError(f"{checkpoints} holds no checkpoint yet")
+    try:
+        about = manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
+        item = {"ema": abstract(spec)}
+        restore = ocp.args.PyTreeRestore(item, ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True)
+        params = manager.restore(step, args=ocp.args.Composite(state=restore))["state"]["ema"]
+        if checksum(params) != about["ema_crc32"]:
+            raise ValueError("the checksum of its moving average differs")
+    except Exception as error:  # orbax raises many types for a folder that is not what it says
+        raise ValueError(f"checkpoint {checkpoints / str(step)} cannot be read ({error})") from None
+    digest = hashlib.sha256()
+    for name in sorted(params):
+        digest.update(np.ascontiguousarray(params[name]).tobytes())
+    return params, digest.hexdigest()

@@ -1,0 +1,129 @@
+"""What the parity tests, their golden files and `tests/make_golden.py` have in common: configs, weights and inputs.
+
+Weights come from a seed and a name alone, in torch's layout: none is zero and no norm is the identity, so that every path
+carries signal, and a golden file needs to hold outputs only.
+"""
+
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+GOLDEN = Path(__file__).parent / "golden"
+TOLERANCE = 1e-5  # of the largest value; the mistakes that a port makes start at 6e-5
+
+# The config.json of google/ddpm-celebahq-256 and google/ddpm-cifar10-32.
+CELEBAHQ = dict(
+    _class_name="UNet2DModel",
+    _diffusers_version="0.0.4",
+    act_fn="silu",
+    attention_head_dim=None,
+    block_out_channels=[128, 128, 256, 256, 512, 512],
+    center_input_sample=False,
+    down_block_types=["DownBlock2D"] * 4 + ["AttnDownBlock2D", "DownBlock2D"],
+    downsample_padding=0,
+    flip_sin_to_cos=False,
+    freq_shift=1,
+    in_channels=3,
+    layers_per_block=2,
+    mid_block_scale_factor=1,
+    norm_eps=1e-06,
+    norm_num_groups=32,
+    out_channels=3,
+    sample_size=256,
+    time_embedding_type="positional",
+    up_block_types=["UpBlock2D", "AttnUpBlock2D"] + ["UpBlock2D"] * 4,
+)
+CIFAR10 = CELEBAHQ | dict(
+    block_out_channels=[128, 256, 256, 256],
+    down_block_types=["DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"],
+    sample_size=32,
+    up_block_types=["UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
+)
+# The flags of DPS's FFHQ-256 model.
+FFHQ = dict(
+    image_size=256,
+    num_channels=128,
+    num_res_blocks=1,
+    attention_resolutions="16",
+    num_heads=4,
+    num_head_channels=64,
+    learn_sigma=True,
+    resblock_updown=True,
+)
+
+# Both google configs cut to test size: widths divided, all levels, blocks and fields kept.
+SMALL_CELEBAHQ = CELEBAHQ | dict(block_out_channels=[16, 16, 32, 32, 64, 64], norm_num_groups=8, sample_size=32)
+SMALL_CIFAR10 = CIFAR10 | dict(block_out_channels=[16, 32, 32, 32], norm_num_groups=8, sample_size=16)
+# What else public checkpoints set; a network of two levels.
+TWO = SMALL_CIFAR10 | dict(
+    block_out_channels=[16, 32],
+    down_block_types=["DownBlock2D", "AttnDownBlock2D"],
+    up_block_types=["AttnUpBlock2D", "UpBlock2D"],
+    layers_per_block=1,
+    attention_head_dim=8,
+    sample_size=8,
+)
+UNET2D = {
+    "celebahq": SMALL_CELEBAHQ,
+    "cifar10": SMALL_CIFAR10,
+    "defaults": TWO | dict(downsample_padding=1, flip_sin_to_cos=True, freq_shift=0, norm_eps=1e-5),
+    "learned-variance": TWO | dict(out_channels=6),
+    "scale-shift": TWO | dict(resnet_time_scale_shift="scale_shift"),
+    "scale-shift-attn-norm": TWO | dict(resnet_time_scale_shift="scale_shift", attn_norm_num_groups=4),
+    "no-mid-attention": TWO | dict(add_attention=False),
+    "mid-scale": TWO | dict(mid_block_scale_factor=2.0**0.5, center_input_sample=True),
+    "mish": TWO | dict(act_fn="mish", time_embedding_dim=24),
+    "gelu": TWO | dict(act_fn="gelu"),
+    "relu-grey": TWO | dict(act_fn="relu", in_channels=1, out_channels=1),
+}
+# The rows of the table of mistakes: each change must be seen by the golden file of the right network.
+UNET2D_MISTAKES = {
+    "norm_eps 1e-5 for 1e-6": dict(norm_eps=1e-5),
+    "head_dim 8 for null": dict(attention_head_dim=8),
+    "freq_shift 0 for 1": dict(freq_shift=0),
+    "sin and cos flipped": dict(flip_sin_to_cos=True),
+    "symmetric downsample padding": dict(downsample_padding=1),
+}
+
+SMALL_FFHQ = FFHQ | dict(image_size=16, num_channels=32, channel_mult="1,2,2", attention_resolutions="8", num_head_channels=16)
+ADM = {
+    "ffhq": SMALL_FFHQ,
+    "imagenet": SMALL_FFHQ | dict(num_res_blocks=2, attention_resolutions="8,4"),
+    "plain": dict(
+        image_size=8,
+        num_channels=32,
+        num_res_blocks=1,
+        channel_mult="1,2",
+        attention_resolutions="4",
+        num_heads=2,
+        use_scale_shift_norm=False,
+        use_new_attention_order=True,
+    ),
+}
+
+
+def state_dict(shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+    """float32 tensors of a torch state dict, each drawn by its own name."""
+    tensors = {}
+    for name, shape in shapes.items():
+        z = np.random.default_rng(zlib.crc32(name.encode())).normal(size=shape)
+        if len(shape) > 1:  # small activations, so that the eps of a norm matters
+            value = 0.5 * z / np.sqrt(np.prod(shape[1:]))
+        elif name.endswith("bias"):
+            value = 0.1 * z
+        else:
+            value = 1 + 0.3 * z
+        tensors[name] = value.astype(np.float32)
+    return tensors
+
+
+def inputs(size: int, channels: int) -> tuple[np.ndarray, np.ndarray]:
+    """x (3, H, W, C) and three different timesteps."""
+    x = np.random.default_rng(size).normal(size=(3, size, size, channels)).astype(np.float32)
+    return x, np.array([0, 371, 999], np.int32)
+
+
+def error(a, b) -> float:
+    """Largest difference, relative to the largest value of b."""
+    return float(np.abs(np.asarray(a) - np.asarray(b)).max() / np.abs(np.asarray(b)).max())

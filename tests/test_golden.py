@@ -1,0 +1,156 @@
+"""Both U-Nets and the sampler against what torch computed, kept in tests/golden (made by tests/make_golden.py)."""
+
+import dataclasses
+import functools
+import hashlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import QUICK_COMPILE
+from parity_cases import (
+    ADM,
+    FFHQ,
+    GOLDEN,
+    SMALL_CELEBAHQ,
+    SMALL_FFHQ,
+    TOLERANCE,
+    TWO,
+    UNET2D,
+    UNET2D_MISTAKES,
+    error,
+    inputs,
+    state_dict,
+)
+
+import gdiff_jax as gd
+from gdiff_jax import modules
+from gdiff_jax.priors import ADMConfig, Denoiser, UNet2DConfig, layers
+from gdiff_jax.priors import adm as adm_module
+from gdiff_jax.priors.weights import to_params
+
+
+@functools.cache
+def golden(file):
+    with np.load(GOLDEN / f"{file}.npz") as arrays:
+        return dict(arrays)
+
+
+def torch_shapes(spec, conv1d=()):
+    """Names and shapes of the torch state dict of a network."""
+    shapes = {}
+    for name, shape in modules.param_shapes(spec).items():
+        stem, leaf = name.rsplit(".", 1)
+        if leaf == "kernel":
+            shape = shape[::-1] if len(shape) == 2 else (*shape[:1:-1], *shape[:2])
+            if stem.endswith(conv1d):
+                shape = (*shape, 1)
+        shapes[f"{stem}.{'bias' if leaf == 'bias' else 'weight'}"] = tuple(map(int, shape))
+    return shapes
+
+
+def unet2d(config):
+    spec = UNet2DConfig.from_diffusers(config)
+    return Denoiser(to_params(spec, state_dict(torch_shapes(spec)), "golden"), spec)
+
+
+ADM_CONV1D = ("qkv", "proj_out")
+
+
+def adm(flags):
+    spec = ADMConfig.from_flags(flags)
+    return Denoiser(to_params(spec, state_dict(torch_shapes(spec, ADM_CONV1D)), "golden"), spec)
+
+
+def run(denoise):
+    """The network's whole output, eps and v."""
+    shape = denoise.config.image_shape
+    x, t = map(jnp.asarray, inputs(shape[0], shape[2]))
+    eps, v = jax.jit(lambda *args: Denoiser.batch(*args), compiler_options=QUICK_COMPILE)(denoise, x, t)  # traced each time
+    return eps if v is None else jnp.concatenate([eps, v], axis=-1)
+
+
+@pytest.mark.parametrize("name", UNET2D)
+def test_unet2d_is_diffusers(name):
+    assert error(run(unet2d(UNET2D[name])), golden("unet2d")[name]) < TOLERANCE
+
+
+@pytest.mark.parametrize("mistake", UNET2D_MISTAKES)
+def test_a_mistake_in_the_unet2d_is_seen(mistake):
+    right = unet2d(SMALL_CELEBAHQ)
+    wrong = dataclasses.replace(right, config=dataclasses.replace(right.config, **UNET2D_MISTAKES[mistake]))
+    assert error(run(wrong), golden("unet2d")["celebahq"]) > 3 * TOLERANCE
+
+
+@pytest.mark.parametrize("name", ADM)
+def test_adm_is_the_independent_one(name):
+    assert error(run(adm(ADM[name])), golden("adm")[name]) < TOLERANCE
+
+
+ADM_MISTAKES = {
+    "new order of qkv": (adm_module.AttentionBlock, "legacy", property(lambda self: False, lambda self, value: None)),
+    "sin and cos swapped": (
+        adm_module,
+        "timestep_embedding",
+        lambda t, dim, **_: layers.timestep_embedding(t, dim, freq_shift=0, flip_sin_to_cos=False),
+    ),
+    "freq_shift 1": (
+        adm_module,
+        "timestep_embedding",
+        lambda t, dim, **_: layers.timestep_embedding(t, dim, freq_shift=1, flip_sin_to_cos=True),
+    ),
+    "eps 1e-6": (adm_module, "_norm", lambda channels: modules.GroupNorm(channels, 32, 1e-6)),
+}
+
+
+@pytest.mark.parametrize("mistake", ADM_MISTAKES)
+def test_a_mistake_in_the_adm_is_seen(mistake, monkeypatch):
+    denoise = adm(SMALL_FFHQ)
+    owner, attribute, wrong = ADM_MISTAKES[mistake]
+    modules._abstract.cache_clear()  # or the right network would be found again
+    monkeypatch.setattr(owner, attribute, wrong, raising=False)
+    try:
+        assert error(run(denoise), golden("adm")["ffhq"]) > 3 * TOLERANCE
+    finally:
+        modules._abstract.cache_clear()
+
+
+def test_adm_parameters_are_those_of_the_published_ffhq_model():
+    spec = ADMConfig.from_flags(FFHQ)
+    shapes = torch_shapes(spec, ADM_CONV1D)
+    assert len(shapes) == 362
+    assert sum(int(np.prod(shape)) for shape in shapes.values()) == 93_563_910
+    # Of the sorted lines "name<tab>shape" of the published file's state dict.
+    lines = sorted(f"{name}\t{shape}" for name, shape in shapes.items())
+    assert (
+        hashlib.sha256("\n".join(lines).encode()).hexdigest()
+        == "7f09d26b10dc9c4a1bd44507f9f9339f160d2ebaf1a1c208b1c74d0585ac46f0"
+    )
+    imagenet = FFHQ | dict(num_channels=256, num_res_blocks=2, attention_resolutions="32,16,8")
+    assert sum(int(np.prod(s)) for s in modules.param_shapes(ADMConfig.from_flags(imagenet)).values()) == 552_814_086
+
+
+@pytest.mark.parametrize(
+    ("name", "variance"),
+    [("celebahq", "fixed_small"), ("cifar10", "fixed_large"), ("learned-variance", "learned_range")],
+)
+def test_fifty_steps_of_ddpm_are_those_of_diffusers_scheduler(name, variance):
+    denoise = unet2d(UNET2D[name])
+    schedule = gd.Schedule.create(num_steps=50, variance=variance)
+    sample = jax.jit(gd.unguided_sample, static_argnames="shape", compiler_options=QUICK_COMPILE)
+    x, _ = sample(jax.random.key(0), denoise, schedule, shape=denoise.config.image_shape)
+    assert np.abs(np.asarray(x) - golden("trajectory")[f"{name}-{variance}"]).max() < 1e-4
+
+
+@pytest.mark.parametrize("make", [lambda: unet2d(TWO), lambda: adm(ADM["plain"])], ids=["unet2d", "adm"])
+def test_rematerialisation_changes_neither_the_value_nor_the_gradient(make):
+    def value_and_gradient(denoise, x, t):
+        return jax.value_and_grad(lambda x: jnp.square(denoise.batch(x, t)[0]).sum())(x)
+
+    denoise = make()
+    x, t = map(jnp.asarray, inputs(8, 3))
+    compiled = jax.jit(value_and_gradient, compiler_options=QUICK_COMPILE)
+    kept, again = (compiled(dataclasses.replace(denoise, remat=remat), x, t) for remat in (False, True))
+    assert error(again[0], kept[0]) < 1e-6
+    assert error(again[1], kept[1]) < 1e-5

@@ -1,0 +1,545 @@
+"""Priors from files: every layout and format, whole and broken; what is broken is refused, named, and never half-loaded."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import pickle
+import shutil
+import struct
+import warnings
+import zipfile
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+import torch_files
+from parity_cases import ADM, FFHQ, state_dict
+from test_golden import ADM_CONV1D, torch_shapes
+
+from gdiff_jax.priors import ADMConfig, Prior, cache, load_prior, save_prior, sources, weights
+from gdiff_jax.schedule import make_betas
+
+SCHEDULER = dict(beta_schedule="linear", beta_start=1e-4, beta_end=0.02, num_train_timesteps=50, variance_type="fixed_large")
+FP16 = "diffusion_pytorch_model.fp16.safetensors"
+SAFETENSORS = "diffusion_pytorch_model.safetensors"
+BIN = "diffusion_pytorch_model.bin"
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("GDIFF_JAX_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def folder(tiny_unet, tmp_path):
+    mean = np.linspace(-1, 1, 64, dtype=np.float32).reshape(8, 8, 1)
+    save_prior(tmp_path / "prior", Prior(tiny_unet, make_betas(num=50), "fixed_large", "toy", "", mean), SCHEDULER)
+    return tmp_path / "prior"
+
+
+@pytest.fixture
+def tensors(tiny_unet):
+    """The same network's state dict in float32."""
+    return weights.to_torch(tiny_unet.params, np.float32)
+
+
+def assert_same(params, expected, **tolerance):
+    assert params.keys() == expected.keys()
+    for name, value in expected.items():
+        assert params[name].dtype == jnp.float32
+        np.testing.assert_allclose(params[name], value, err_msg=name, **tolerance)
+
+
+# Whole
+
+
+def test_saved_prior_is_read_back(folder, tiny_unet):
+    prior = load_prior(folder)
+    assert prior.denoise.config == tiny_unet.config
+    assert_same(prior.denoise.params, tiny_unet.params, rtol=1e-3, atol=1e-6)  # float16 keeps 11 bits
+    np.testing.assert_array_equal(prior.betas, make_betas(num=50))
+    np.testing.assert_allclose(prior.mean_image, np.linspace(-1, 1, 64).reshape(8, 8, 1), atol=1e-3)
+    assert (prior.image_shape, prior.variance, prior.name) == ((8, 8, 1), "fixed_large", str(folder))
+    assert (prior.clip, prior.revision) == (True, "")
+    assert (prior.schedule(10).num_steps, prior.schedule().num_steps) == (10, 50)
+    assert prior.sha256 == hashlib.sha256((folder / FP16).read_bytes()).hexdigest()
+    changed = load_prior(folder, "bfloat16", remat=True).denoise
+    assert (changed.dtype, changed.remat) == ("bfloat16", True)
+    assert sorted(os.listdir(folder)) == ["config.json", FP16, "mean_image.npy", "scheduler_config.json"]
+
+
+def test_prior_without_a_mean_image(folder):
+    (folder / "mean_image.npy").unlink()
+    assert load_prior(folder).mean_image is None
+
+
+def write(path, tensors):
+    """A weight file of the format that its name says."""
+    if path.suffix == ".safetensors":
+        safetensors.numpy.save_file(tensors, path)
+    else:
+        torch_files.save(path, tensors)
+
+
+@pytest.mark.parametrize("name", [SAFETENSORS, BIN])
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+@pytest.mark.parametrize("pipeline", [False, True])
+def test_layouts_formats_and_types(folder, tensors, tiny_unet, name, dtype, pipeline):
+    (folder / FP16).unlink()
+    write(folder / name, {k: v.astype(dtype) for k, v in tensors.items()})
+    if pipeline:
+        for part in ("unet", "scheduler"):
+            (folder / part).mkdir()
+        for file in ("config.json", name):
+            (folder / file).rename(folder / "unet" / file)
+        (folder / "scheduler_config.json").rename(folder / "scheduler" / "scheduler_config.json")
+    exact = dict(rtol=1e-3, atol=1e-6) if dtype == "float16" else dict(rtol=0)
+    assert_same(load_prior(folder).denoise.params, tiny_unet.params, **exact)
+
+
+def test_bfloat16_weights_are_read(folder, tensors, tiny_unet):
+    (folder / FP16).unlink()
+    write(folder / SAFETENSORS, {k: v.astype(jnp.bfloat16) for k, v in tensors.items()})
+    assert_same(load_prior(folder).denoise.params, tiny_unet.params, rtol=1e-2)
+
+
+def test_the_plain_weight_file_is_taken_before_its_variants_and_before_bin(folder, tensors, tiny_unet):
+    write(folder / SAFETENSORS, tensors)
+    write(folder / BIN, {})
+    assert_same(load_prior(folder).denoise.params, tiny_unet.params, rtol=0)
+
+
+def test_attention_of_old_files_is_renamed_and_squeezed(folder, tensors, tiny_unet):
+    old = {}
+    for name, value in tensors.items():
+        for new, was in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")):
+            if f"attentions.0.{new}." in name:
+                name = name.replace(new, was)
+                value = value[..., None, None] if name.endswith("weight") else value
+        old[name] = value
+    assert len(old.keys() - tensors.keys()) == 8
+    (folder / FP16).unlink()
+    write(folder / SAFETENSORS, old)
+    assert_same(load_prior(folder).denoise.params, tiny_unet.params, rtol=0)
+    both = old | {k: v for k, v in tensors.items() if k.endswith("attentions.0.to_q.bias")}
+    write(folder / SAFETENSORS, both)
+    with pytest.raises(ValueError, match=r"under an old and a new name: mid_block\.attentions\.0\.query\.bias"):
+        load_prior(folder)
+
+
+def test_strided_and_shared_storages_of_torch_files(tmp_path):
+    pool = np.arange(24, dtype=np.float32)
+    torch_files.save(
+        tmp_path / "x.bin",
+        {
+            "rows": torch_files.tensor("0", pool, (2, 3), (3, 1), 4),
+            "columns": torch_files.tensor("0", pool, (3, 2), (1, 3), 4),
+            "skipping": torch_files.tensor("0", pool, (4,), (5,), 1),
+            "scalar": torch_files.tensor("0", pool, (), (), 7),
+            "empty": torch_files.tensor("0", pool, (0, 3), (3, 1), 0),
+        },
+        storages={"0": pool.tobytes()},
+    )
+    read = weights.read_tensors(tmp_path / "x.bin")
+    rows = pool[4:10].reshape(2, 3)
+    for name, expected in dict(rows=rows, columns=rows.T, skipping=pool[1::5][:4], scalar=pool[7], empty=pool[:0]).items():
+        np.testing.assert_array_equal(read[name].ravel(), np.ravel(expected), err_msg=name)
+    assert read["columns"].shape == (3, 2)
+
+
+@pytest.fixture
+def adm_file(tmp_path):
+    flags = ADM["ffhq"] | dict(diffusion_steps=500, noise_schedule="linear", use_fp16=False)
+    path = tmp_path / "toy.pt"
+    torch_files.save(path, state_dict(torch_shapes(ADMConfig.from_flags(flags), ADM_CONV1D)))
+    path.with_suffix(".json").write_text(json.dumps(flags))
+    return path
+
+
+def test_adm_file_is_read_with_its_flags(adm_file):
+    prior = load_prior(adm_file)
+    assert prior.denoise.config == ADMConfig.from_flags(ADM["ffhq"] | dict(diffusion_steps=500))
+    assert (prior.variance, prior.clip, prior.image_shape) == ("learned_range", True, (16, 16, 3))
+    np.testing.assert_allclose(prior.betas, np.linspace(2e-4, 0.04, 500))
+    eps, v = prior.denoise(jnp.zeros((16, 16, 3)), jnp.asarray(7))
+    assert eps.shape == v.shape == (16, 16, 3)
+    flags = json.loads(adm_file.with_suffix(".json").read_text())
+    adm_file.with_suffix(".json").unlink()
+    assert_same(load_prior(adm_file, config=flags).denoise.params, prior.denoise.params, rtol=0)
+    other = adm_file.with_suffix(".safetensors")
+    safetensors.numpy.save_file(weights.read_tensors(adm_file), other)
+    assert_same(load_prior(other, config=flags).denoise.params, prior.denoise.params, rtol=0)
+    with pytest.raises(FileNotFoundError, match=r"flags, as JSON in toy\.json"):
+        load_prior(adm_file)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (dict(class_cond=True), r"class_cond=True \(implemented: False\)"),
+        (dict(predict_xstart=True, colour=1), r"predict_xstart=True .*; colour=1 \(unknown flag\)"),
+        (dict(learn_sigma="perhaps"), r"learn_sigma='perhaps' \(a bool is needed\)"),
+        (dict(num_channels=32.5), r"num_channels=32\.5 \(a int is needed\)"),
+        (dict(num_channels=40), "40 of a level must be a multiple of 32"),
+        (dict(image_size=10), "10 cannot be halved 2 times"),
+        (dict(channel_mult=""), "channel_mult is needed for image_size 16"),
+        (dict(channel_mult="1,b"), "channel_mult '1,b'"),
+        (dict(num_head_channels=-1, num_heads=5), "5 heads do not divide 32 channels"),
+        (dict(noise_schedule="sigmoid"), "'sigmoid' is not implemented"),
+    ],
+)
+def test_adm_flags_that_cannot_be_used_are_refused(flags, message):
+    with pytest.raises(ValueError, match=message):
+        ADMConfig.from_flags(ADM["ffhq"] | flags)
+
+
+def test_adm_flags_may_be_text_as_on_a_command_line():
+    text = {name: str(value) for name, value in FFHQ.items()} | dict(class_cond="False", channel_mult="")
+    assert ADMConfig.from_flags(text) == ADMConfig.from_flags(FFHQ)
+    assert (ADMConfig().variance, ADMConfig(sigma_small=True).variance) == ("fixed_large", "fixed_small")
+
+
+def test_hub_id_is_found_in_the_hub_cache(folder, tensors, tmp_path, monkeypatch):
+    """The layout that huggingface_hub leaves on disk, which is what it reads offline."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    revision, repo = "0123456789abcdef" * 2 + "01234567", tmp_path / "hub" / "models--someone--ddpm-toy"
+    shutil.copytree(folder, repo / "snapshots" / revision)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(revision)
+    monkeypatch.chdir(tmp_path)
+    for name in ("someone/ddpm-toy", f"someone/ddpm-toy@{revision}"):
+        prior = load_prior(name)
+        assert (prior.name, prior.revision) == (name, revision)
+        assert prior.sha256 == load_prior(folder).sha256
+    note = json.loads(next((tmp_path / "cache").glob("*/about.json")).read_text())
+    assert (note["source"], note["revision"]) == ("someone/ddpm-toy", revision)
+    assert (note["sha256"], note["converter"]) == (prior.sha256, weights.CONVERTER_VERSION)
+    with pytest.raises(FileNotFoundError, match=r"'someone/else' is no file or folder.*cannot be had from the hub"):
+        load_prior("someone/else")
+
+
+# The cache
+
+
+def test_converted_weights_are_read_from_the_cache(folder, own_cache, monkeypatch, tiny_unet):
+    first = load_prior(folder)
+    assert [entry.name for entry in own_cache.iterdir()] == [next(own_cache.iterdir()).name]
+    monkeypatch.setattr(weights, "read_tensors", lambda path: pytest.fail("the file was converted again"))
+    assert_same(load_prior(folder).denoise.params, first.denoise.params, rtol=0)
+    monkeypatch.undo()
+    monkeypatch.setenv("GDIFF_JAX_CACHE", str(own_cache))
+    monkeypatch.setattr(cache, "CONVERTER_VERSION", 2)
+    load_prior(folder)
+    assert len(list(own_cache.iterdir())) == 2
+    write(folder / FP16, weights.to_torch({k: v + 1 for k, v in tiny_unet.params.items()}))
+    assert_same(load_prior(folder).denoise.params, {k: v + 1 for k, v in tiny_unet.params.items()}, rtol=1e-2)
+    assert not list(own_cache.glob("partial-*"))
+
+
+def damage_note(entry):
+    (entry / "about.json").write_text("{")
+
+
+def damage_checksum(entry):
+    note = json.loads((entry / "about.json").read_text())
+    (entry / "about.json").write_text(json.dumps(note | {"crc32": 1}))
+
+
+def damage_params(entry):
+    shutil.rmtree(entry / "params")
+
+
+@pytest.mark.parametrize("damage", [damage_note, damage_checksum, damage_params])
+def test_damaged_cache_entry_is_told_of_and_made_again(folder, own_cache, damage):
+    expected = load_prior(folder).denoise.params
+    (entry,) = own_cache.iterdir()
+    damage(entry)
+    with pytest.warns(UserWarning, match="is damaged .* converting again"):
+        assert_same(load_prior(folder).denoise.params, expected, rtol=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_prior(folder)
+
+
+def test_cache_that_cannot_be_written_is_told_of(folder, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("GDIFF_JAX_CACHE", str(tmp_path / "file"))
+    with pytest.warns(UserWarning, match="could not be kept"):
+        load_prior(folder)
+
+
+# Broken
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda w: w.pop("conv_in.bias"), r"missing: conv_in\.bias$"),
+        (lambda w: w.update({"conv_in.scale": np.zeros(8, np.float16)}), r"unexpected: conv_in\.scale$"),
+        (lambda w: w.update({"conv_in.bias": np.zeros(9, np.float16)}), r"of another shape: conv_in\.bias \(9,\).*\(8,\)"),
+        (
+            lambda w: w.update({"conv_in.weight": w["conv_in.weight"].transpose(2, 3, 1, 0)}),
+            r"of another shape: conv_in\.weight \(3, 3, 1, 8\).*\(3, 3, 1, 8\)",
+        ),
+        (lambda w: w.update({"conv_a.bias": w.pop("conv_in.bias")}), r"missing: conv_in\.bias; unexpected: conv_a\.bias"),
+        (lambda w: w.clear(), r"missing: conv_in\.bias, .* and \d+ more"),
+        (lambda w: w.update({"conv_in.bias": np.full(8, np.inf, np.float16)}), r"not finite: conv_in\.bias"),
+        (lambda w: w.update({"conv_in.bias": np.zeros(8, np.int64)}), r"another type: conv_in\.bias int64 among float16"),
+        (lambda w: w.update({"conv_in.bias": np.zeros(8, np.float32)}), r"another type: conv_in\.bias float32 among float16"),
+    ],
+)
+def test_weights_that_do_not_fit_are_listed(folder, damage, message):
+    found = safetensors.numpy.load_file(folder / FP16)
+    damage(found)
+    safetensors.numpy.save_file({k: np.ascontiguousarray(v) for k, v in found.items()}, folder / FP16)
+    with pytest.raises(ValueError, match=message):
+        load_prior(folder)
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [("config.json", "config"), ("scheduler_config.json", "scheduler_config"), (FP16, r"diffusion_pytorch_model\*")],
+)
+def test_missing_file_is_named(folder, file, message):
+    (folder / file).unlink()
+    with pytest.raises(FileNotFoundError, match=f"{folder}.*{message}"):
+        load_prior(folder)
+
+
+def test_several_variants_without_a_plain_file_are_refused(folder):
+    shutil.copy(folder / FP16, folder / "diffusion_pytorch_model.ema.safetensors")
+    with pytest.raises(FileNotFoundError, match=r"found .*ema.*fp16.*; keep one"):
+        load_prior(folder)
+
+
+@pytest.mark.parametrize("file", ["config.json", "scheduler_config.json"])
+@pytest.mark.parametrize("text", ['{"sample_size": ', "[1, 2]", "\x00\xff"])
+def test_config_that_is_not_a_json_object_is_named(folder, file, text):
+    (folder / file).write_text(text)
+    with pytest.raises(ValueError, match=file):
+        load_prior(folder)
+
+
+def test_legacy_pickle_is_refused_with_the_command_that_converts_it(folder):
+    (folder / FP16).unlink()
+    (folder / BIN).write_bytes(pickle.dumps({"x": 1}))
+    with pytest.raises(ValueError, match=r"legacy pickle.*Convert it.*weights_only=True"):
+        load_prior(folder)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (dict(prediction_type="v_prediction"), "prediction_type='v_prediction'"),
+        (dict(rescale_betas_zero_snr=True), "rescale_betas_zero_snr=True"),
+        (dict(thresholding=True), "thresholding=True"),
+        (dict(clip_sample_range=2.0), r"clip_sample_range=2\.0"),
+        (dict(variance_type="learned"), "variance_type='learned'"),
+        (dict(variance_type="fixed_large_log"), "variance_type='fixed_large_log'"),
+        (dict(variance_type="learned_range"), "its network has no output for it"),
+        (dict(_class_name="ScoreSdeVeScheduler"), "_class_name='ScoreSdeVeScheduler'"),
+        (dict(beta_schedule="laplace"), "'laplace'"),
+        (dict(trained_betas=[0.1, 1.5]), r"in \(0, 1\)"),
+        (dict(num_train_timesteps="many"), "num_train_timesteps 'many'"),
+    ],
+)
+def test_scheduler_values_that_are_not_implemented_are_refused(folder, fields, message):
+    (folder / "scheduler_config.json").write_text(json.dumps(SCHEDULER | fields))
+    with pytest.raises(ValueError, match=message):
+        load_prior(folder)
+
+
+@pytest.mark.parametrize(
+    ("fields", "variance", "clip"),
+    [
+        ({}, "fixed_small", True),  # the class defaults of DDPMScheduler
+        (dict(_class_name="PNDMScheduler"), "fixed_small", False),
+        (dict(_class_name="DDIMScheduler", clip_sample=False), "fixed_small", False),
+        (dict(variance_type="fixed_small_log", clip_sample=False), "fixed_small", False),
+        (dict(variance_type="fixed_large"), "fixed_large", True),
+    ],
+)
+def test_scheduler_config_is_honoured(fields, variance, clip):
+    diffusion = sources.read_scheduler(fields)
+    assert (diffusion.variance, diffusion.clip) == (variance, clip)
+    np.testing.assert_array_equal(diffusion.betas, np.linspace(1e-4, 0.02, 1000))
+    betas = [0.1, 0.2]
+    np.testing.assert_array_equal(sources.read_scheduler(fields | dict(trained_betas=betas)).betas, betas)
+
+
+def test_another_model_class_is_refused(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | dict(_class_name="UNet2DConditionModel")))
+    with pytest.raises(ValueError, match="a UNet2DConditionModel is not implemented"):
+        load_prior(folder)
+
+
+def test_unknown_name_lists_what_is_bundled():
+    with pytest.raises(FileNotFoundError, match=r"'cifar11-32' is no file or folder"):
+        load_prior("cifar11-32")
+
+
+def test_flags_are_for_adm_files_only(folder):
+    with pytest.raises(ValueError, match="brings its own config"):
+        load_prior(folder, config={})
+    with pytest.raises(ValueError, match="dtype 'float8'"):
+        load_prior(folder, "float8")
+
+
+# Many generated cases: not one may be loaded, wholly or by half
+
+
+def mutations(tensors, rng):
+    """(what, tensors) for each way in which a state dict can be wrong."""
+    names = sorted(tensors)
+    for name in names:
+        yield f"without {name}", {k: v for k, v in tensors.items() if k != name}
+    for name in rng.choice(names, 12, replace=False):
+        yield f"{name} twice", tensors | {f"{name}.1": tensors[name]}
+        yield f"{name} renamed", {(f"x{k}" if k == name else k): v for k, v in tensors.items()}
+    for dtype in (np.int64, np.float16, np.float64):
+        for name in rng.choice(names, 6, replace=False):
+            yield f"{name} as {dtype}", tensors | {name: tensors[name].astype(dtype)}
+    yield "all int64", {k: v.astype(np.int64) for k, v in tensors.items()}
+    for value in (np.nan, np.inf):
+        for name in rng.choice(names, 6, replace=False):
+            spoilt = tensors[name].copy()
+            spoilt.flat[rng.integers(spoilt.size)] = value
+            yield f"{value} in {name}", tensors | {name: spoilt}
+    swaps = [(a, b) for a in names for b in names if a < b and tensors[a].shape != tensors[b].shape]
+    for i in rng.choice(len(swaps), 15, replace=False):
+        a, b = swaps[i]
+        yield f"{a} and {b} swapped", tensors | {a: tensors[b], b: tensors[a]}
+    for name in [n for n in names if tensors[n].ndim > 1 and tensors[n].shape[0] != tensors[n].shape[1]][:10]:
+        yield f"{name} transposed", tensors | {name: np.ascontiguousarray(tensors[name].swapaxes(0, 1))}
+    for name in rng.choice(names, 6, replace=False):
+        yield f"{name} cut", tensors | {name: tensors[name][:-1]}
+
+
+def expect_refusal(folder, what):
+    try:
+        load_prior(folder)
+    except (ValueError, FileNotFoundError) as error:
+        assert str(folder) in str(error), what
+    else:
+        pytest.fail(f"loaded: {what}")
+
+
+@pytest.mark.parametrize("name", [SAFETENSORS, BIN])
+def test_mutated_state_dicts_are_refused(folder, tensors, own_cache, name):
+    (folder / FP16).unlink()
+    cases = list(mutations(tensors, np.random.default_rng(0)))
+    assert len(cases) >= 100
+    for what, mutated in cases:
+        write(folder / name, mutated)
+        expect_refusal(folder, what)
+    assert not own_cache.exists()
+    write(folder / name, tensors)
+    load_prior(folder)  # it was the mutations
+
+
+@pytest.mark.parametrize("name", [SAFETENSORS, BIN])
+def test_damaged_bytes_are_refused(folder, tensors, own_cache, name):
+    """Truncations; and, where the format has checksums or a header to be wrong, flipped bytes."""
+    (folder / FP16).unlink()
+    write(folder / name, tensors)
+    whole, rng = (folder / name).read_bytes(), np.random.default_rng(1)
+    lengths = {0, 1, 7, 8, 100, len(whole) - 1, *rng.integers(9, len(whole), 30).tolist()}
+    cases = {f"first {n} bytes": whole[:n] for n in lengths}
+    if name == BIN:
+        with zipfile.ZipFile(folder / name) as archive:
+            members = [m for m in archive.infolist() if m.file_size]
+        for member in rng.choice(members, 30):
+            start = member.header_offset + 30 + len(member.filename)
+            i = int(rng.integers(start, start + member.file_size))
+            cases[f"byte {i} flipped"] = whole[:i] + bytes([whole[i] ^ 255]) + whole[i + 1 :]
+    else:
+        (header,) = struct.unpack("<Q", whole[:8])
+        cases["longer header"] = struct.pack("<Q", header + 1) + whole[8:]
+        cases["huge header"] = struct.pack("<Q", 2**63) + whole[8:]
+        cases["one byte more"] = whole + b"\0"
+    for what, raw in cases.items():
+        (folder / name).write_bytes(raw)
+        expect_refusal(folder, what)
+    assert not own_cache.exists()
+
+
+class Call:
+    """A pickle of it calls `function(*args)` when it is loaded freely."""
+
+    def __init__(self, function, *args):
+        self.parts = function, args
+
+    def __reduce__(self):
+        return self.parts
+
+
+def test_malicious_pickles_run_nothing(folder, tensors, tmp_path):
+    import builtins
+    import importlib
+    import subprocess
+
+    mark = tmp_path / "owned"
+    make = f"open({str(mark)!r}, 'w')"
+    (folder / FP16).unlink()
+    payloads = {
+        "os.system": Call(os.system, f"touch {mark}"),
+        "eval": Call(eval, make),
+        "exec": Call(exec, make),
+        "open": Call(open, str(mark), "w"),
+        "subprocess": Call(subprocess.check_call, ["touch", str(mark)]),
+        "getattr": Call(builtins.getattr, os, "system"),
+        "import": Call(importlib.import_module, "antigravity"),
+        "numpy.load": Call(np.load, str(mark)),
+        "shutil": Call(shutil.rmtree, str(folder)),
+        "load_prior": Call(load_prior, str(mark)),
+        "OrderedDict subclass": Call(type, "X", (dict,), {}),
+        "dataclass": Call(dataclasses.make_dataclass, "X", []),
+    }
+    for what, payload in payloads.items():
+        for place in ("value", "key", "beside", "whole"):
+            content = {
+                "value": {**dict.fromkeys(tensors, 0), "conv_in.bias": payload},
+                "key": {("conv_in.bias", payload): 0} if place == "key" else None,
+                "beside": {"weights": [], "hook": payload},
+                "whole": payload,
+            }[place]
+            for protocol in (0, 2, 4):
+                torch_files.save(folder / BIN, tensors, pickled=pickle.dumps(content, protocol))
+                with pytest.raises(ValueError, match="plain tensors"):
+                    load_prior(folder)
+                assert not mark.exists(), what
+    assert folder.is_dir()
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        lambda pool: torch_files.tensor("0", pool, (9,), (1,), 0),  # longer than its storage
+        lambda pool: torch_files.tensor("0", pool, (2, 2), (7, 1), 0),
+        lambda pool: torch_files.tensor("0", pool, (4,), (1,), 5),
+        lambda pool: torch_files.tensor("0", pool, (4,), (-1,), 4),
+        lambda pool: torch_files.tensor("0", pool, (4,), (1,), -4),
+        lambda pool: torch_files.tensor("0", pool, (10**9, 10**9), (0, 0), 0),  # a bomb
+        lambda pool: torch_files.tensor("0", pool, (2, 2), (1,), 0),
+        lambda pool: torch_files.tensor("0", pool, (4.0,), (1,), 0),
+    ],
+)
+def test_tensors_beyond_their_storage_are_refused(tmp_path, tensor):
+    pool = np.arange(8, dtype=np.float32)
+    torch_files.save(tmp_path / "x.bin", {"x": tensor(pool)}, storages={"0": pool.tobytes()})
+    with pytest.raises(ValueError, match=r"x\.bin cannot be read"):
+        weights.read_tensors(tmp_path / "x.bin")
+
+
+@pytest.mark.parametrize("raw", [b"", b"\0" * 31, b"\0" * 33])
+def test_storages_of_another_length_are_refused(tmp_path, raw):
+    torch_files.save(tmp_path / "x.bin", {"x": np.arange(8, dtype=np.float32)}, storages={"0": raw})
+    with pytest.raises(ValueError, match="storage 0 holds"):
+        weights.read_tensors(tmp_path / "x.bin")
