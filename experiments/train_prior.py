@@ -34,9 +34,8 @@ from experiments.cli import ConfigError, option
 from experiments.data import load_split
 from experiments.prior_card import eps_loss, eps_mse_by_level
 from gdiff_jax import images as image_files
-from gdiff_jax.modules import init_params
+from gdiff_jax.modules import digest, init_params
 from gdiff_jax.priors import Denoiser, Prior, UNet2DConfig, load_prior, save_configs, save_prior
-from gdiff_jax.priors.cache import checksum
 from gdiff_jax.schedule import Schedule, make_betas
 
 SCHEDULER = {
@@ -182,7 +181,7 @@ def main() -> None:
                 losses.clear()
                 if not np.isfinite(mean):
                     raise SystemExit(f"the loss is {mean} at step {i + 1}; start again with a lower --learning_rate")
-                about = ocp.args.JsonSave({"ema_crc32": checksum(state["ema"])})
+                about = ocp.args.JsonSave({"ema_sha256": digest(state["ema"])})
                 manager.save(i + 1, args=ocp.args.Composite(state=ocp.args.StandardSave(state), about=about))
                 levels = eps_mse_by_level(Denoiser(state["ema"], network), schedule, heldout[:200], (50, 200, 500))
                 bar.set_postfix(loss=f"{mean:.4f}", heldout=f"{np.mean(list(levels.values())):.4f}")

@@ -7,6 +7,7 @@ arguments and checkpoints are flat files of dotted names.
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -106,6 +107,15 @@ def init_params(key: jax.Array, spec: Spec) -> Params:
     """Fresh float32 parameters: a flat dict of dotted names (`down_blocks.0.resnets.1.conv1.kernel`)."""
     state = nnx.split(spec.build(nnx.Rngs(key)))[1]
     return {_name(path): leaf[...] for path, leaf in nnx.to_flat_state(state)}
+
+
+def digest(params: Params) -> str:
+    """SHA-256 over names and values, whatever the order of the dict."""
+    sha = hashlib.sha256()
+    for name in sorted(params):
+        sha.update(name.encode())
+        sha.update(np.ascontiguousarray(params[name]).data)
+    return sha.hexdigest()
 
 
 def apply(spec: Spec, params: Params, *args: Any) -> Any:

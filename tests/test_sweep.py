@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import pytest
 from PIL import Image
 
 import gdiff_jax as gd
-from experiments import records, report, sweep, trials, victim_files
+from experiments import memory, records, report, sweep, trials, victim_files
 from experiments.cli import ConfigError
 from experiments.sweep import SweepConfig
 from experiments.train_prior import SCHEDULER
@@ -128,19 +129,23 @@ def test_one_compilation_for_the_whole_grid(folder, tmp_path):
     """Two sigmas, three images, a padded last chunk, and a second training state: the victim's loss is traced as for one."""
     c = config(folder, tmp_path / "out", methods=("dsg",))
     inputs = sweep.load_inputs(c)
+    group = trials.Group("dsg", "mlp", 0)
+    grid = [[trials.Trial(group, s, i, 0) for i in range(n)] for s, n in ((0.0, 3), (0.1, 3), (0.1, 1))]
     counts = []
     for chunks in (1, 3):
         traced = []
 
-        def loss(params, x, y, traced=traced):
-            traced.append(1)
-            return inputs.victims["mlp"].loss(params, x, y)
+        class Counting(gd.Victim):
+            def loss(self, params, x, y, traced=traced):
+                traced.append(1)
+                return super().loss(params, x, y)
 
-        runner = trials.make_runner("dsg", loss, inputs.prior.image_shape, 1, True)
-        group = trials.Group("dsg", "mlp", 0)
-        grid = [[trials.Trial(group, s, i, 0) for i in range(n)] for s, n in ((0.0, 3), (0.1, 3), (0.1, 1))]
+        victim = inputs.victims["mlp"]
+        counting = Counting(victim.network, victim.image_shape, victim.num_classes)
+        counted = dataclasses.replace(inputs, victims={"mlp": counting})
+        program = sweep.compile_program(c, counted, grid[0][0])
         for chunk in grid[:chunks]:
-            sweep.run_chunk(c, inputs, runner, chunk)
+            sweep.run_chunk(c, counted, program, chunk)
         counts.append(len(traced))
     assert counts[0] == counts[1] > 0
 
@@ -215,11 +220,29 @@ def test_bad_pictures_are_refused(folder, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "corrupt").mkdir()
     (tmp_path / "corrupt" / "a.png").write_text("no picture")
-    (tmp_path / "unlabelled").mkdir()
-    Image.new("RGB", (20, 20)).save(tmp_path / "unlabelled" / "a.png")
-    for name, value in (("empty", "holds no picture"), ("corrupt", "a.png"), ("unlabelled", "--label")):
+    for name, value in (("empty", "holds no picture"), ("corrupt", "a.png")):
         with pytest.raises(ConfigError, match=value):
             sweep.load_inputs(config(folder, tmp_path / "out", images=str(tmp_path / name), num_images=1))
+
+
+def test_images_without_labels_get_label_0_and_the_user_is_told(folder, tmp_path, capsys):
+    (tmp_path / "unlabelled").mkdir()
+    Image.new("RGB", (20, 20)).save(tmp_path / "unlabelled" / "a.png")
+    c = config(folder, tmp_path / "out", images=str(tmp_path / "unlabelled"), num_images=1)
+    assert sweep.load_inputs(c).labels.tolist() == [0]
+    assert "every image gets label 0" in capsys.readouterr().out
+    assert sweep.load_inputs(dataclasses.replace(c, label=3)).labels.tolist() == [3]
+
+
+def test_clip_is_the_priors_unless_the_user_says_otherwise(folder, tmp_path):
+    shutil.copytree(folder / "prior", tmp_path / "prior")
+    scheduler = tmp_path / "prior" / "scheduler_config.json"
+    scheduler.write_text(json.dumps(SCHEDULER | dict(clip_sample=False)))
+    for clip, expected in (("prior", False), ("yes", True), ("no", False)):
+        c = config(folder, tmp_path / "out", prior=str(tmp_path / "prior"), clip=clip)
+        assert sweep.load_inputs(c).prior.clip is expected
+    with pytest.raises(ConfigError, match="--clip maybe"):
+        sweep.load_inputs(config(folder, tmp_path / "out", clip="maybe"))
 
 
 def test_checkpoint_of_another_shape_is_refused(folder, tmp_path):
@@ -293,3 +316,49 @@ def test_table_statistics_by_hand():
     assert report.quartiles(rows, "psnr") == pytest.approx((20.0, 15.0, 25.0))
     assert report.choices(rows) == (20.0, 25.5)  # attacker: 10 and 30; oracle: 21 and 30
     assert "4 (1 failed)" in report.table(rows, [])
+
+
+class Needs:
+    """A compiled program that says that it needs so many bytes."""
+
+    def __init__(self, size):
+        self.argument_size_in_bytes, self.output_size_in_bytes, self.temp_size_in_bytes = 60, 0, 40 + 10 * size
+
+    def memory_analysis(self):
+        return self
+
+
+@pytest.mark.parametrize(("limit", "size"), [(1000, 8), (180, 8), (179, 7), (150, 5), (119, 1), (110, 1)])
+def test_as_many_trials_as_fit(limit, size):
+    compiled = []
+
+    def compile_for(n):
+        compiled.append(n)
+        return Needs(n)
+
+    assert memory.fit(compile_for, 8, limit, "dsg mlp")[0] == size
+    assert len(compiled) == (1 if size == 8 else 2 if size == 1 else 3)
+
+
+def test_one_trial_that_does_not_fit_is_an_error_with_the_remedy():
+    with pytest.raises(ConfigError, match=r"one trial of dsg mlp needs 0\.00 GiB.*--prior_remat"):
+        memory.fit(Needs, 8, 109, "dsg mlp")
+    assert memory.budget(0.5) == 2**29
+    assert memory.budget(0) > 2**28
+
+
+def test_a_memory_budget_changes_how_many_run_at_a_time_and_no_result(folder, tmp_path):
+    plenty = run_in_process(config(folder, tmp_path / "a", methods=("dsg",)))
+    inputs = sweep.load_inputs(config(folder, tmp_path / "a"))
+    trial = trials.Trial(trials.Group("dsg", "mlp", 0), 0.1, 0, 0)
+    sizes = {}
+    for n in (1, 3):
+        c = config(folder, tmp_path / "a", batch=n)
+        sizes[n] = memory.needed(sweep.compile_program(c, inputs, trial).run)
+    gib = (sizes[1] + sizes[3]) / 2 / memory.GIB
+    c = config(folder, tmp_path / "b", methods=("dsg",), memory_gib=gib)
+    assert sweep.compile_program(c, inputs, trial).size < c.batch
+    little = run_in_process(c)
+    np.testing.assert_allclose([r["psnr"] for r in little], [r["psnr"] for r in plenty], atol=1e-3)
+    with pytest.raises(ConfigError, match="one trial of"):
+        run_in_process(config(folder, tmp_path / "c", memory_gib=1e-6))

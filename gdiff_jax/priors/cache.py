@@ -1,7 +1,7 @@
 """Converted weights on disk, by orbax, beside a JSON that says what they are; a damaged entry is never used.
 
     CACHE/KEY/params/       orbax
-    CACHE/KEY/about.json    source, revision, sha256 of the weight file, converter version, config, checksum of the params
+    CACHE/KEY/about.json    source, revision, sha256 of the weight file, converter version, config, digest of the params
 
 The key is a digest of the weight file, the config and the converter's version, so an entry is never out of date.
 """
@@ -14,7 +14,6 @@ import os
 import shutil
 import tempfile
 import warnings
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,14 +25,6 @@ import orbax.checkpoint as ocp
 from gdiff_jax import modules
 from gdiff_jax.modules import Params
 from gdiff_jax.priors.weights import CONVERTER_VERSION
-
-
-def checksum(params: Params) -> int:
-    """CRC-32 over names and values, in the order of the names."""
-    crc = 0
-    for name in sorted(params):
-        crc = zlib.crc32(np.ascontiguousarray(params[name]).data, zlib.crc32(name.encode(), crc))
-    return crc
 
 
 def abstract(spec: modules.Spec) -> dict[str, jax.ShapeDtypeStruct]:
@@ -66,8 +57,8 @@ def cached(spec: modules.Spec, convert: Callable[[], Params], about: dict[str, A
             note = json.loads((entry / "about.json").read_text())
             with ocp.StandardCheckpointer() as checkpointer:
                 params = checkpointer.restore(entry / "params", abstract(spec))
-            if checksum(params) != note["crc32"]:
-                raise ValueError("the checksum of the params differs")
+            if modules.digest(params) != note["params_sha256"]:
+                raise ValueError("the digest of the params differs")
             return params
         except Exception as error:  # orbax raises many types for a folder that is not what it says
             warnings.warn(f"the cache entry {entry} is damaged ({error}); converting again", stacklevel=2)
@@ -87,7 +78,7 @@ def _write(entry: Path, params: Params, about: dict[str, Any]) -> None:
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(partial / "params", params)
             checkpointer.wait_until_finished()
-        (partial / "about.json").write_text(json.dumps({**about, "crc32": checksum(params)}, indent=2) + "\n")
+        (partial / "about.json").write_text(json.dumps({**about, "params_sha256": modules.digest(params)}, indent=2) + "\n")
         if not entry.exists():  # another process may have been quicker
             os.replace(partial, entry)
     finally:
@@ -95,7 +86,7 @@ def _write(entry: Path, params: Params, about: dict[str, Any]) -> None:
 
 
 def latest_ema(checkpoints: Path, spec: modules.Spec) -> tuple[Params, str]:
-    """The moving average of the newest checkpoint of a training run, and a digest of it.
+    """The moving average of the newest checkpoint of a training run, and its digest.
 
     Raises:
       ValueError: where there is none, or it is damaged or of another network.
@@ -109,11 +100,9 @@ def latest_ema(checkpoints: Path, spec: modules.Spec) -> tuple[Params, str]:
         item = {"ema": abstract(spec)}
         restore = ocp.args.PyTreeRestore(item, ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True)
         params = manager.restore(step, args=ocp.args.Composite(state=restore))["state"]["ema"]
-        if checksum(params) != about["ema_crc32"]:
-            raise ValueError("the checksum of its moving average differs")
+        digest = modules.digest(params)
+        if digest != about["ema_sha256"]:
+            raise ValueError("the digest of its moving average differs")
     except Exception as error:  # orbax raises many types for a folder that is not what it says
         raise ValueError(f"checkpoint {checkpoints / str(step)} cannot be read ({error})") from None
-    digest = hashlib.sha256()
-    for name in sorted(params):
-        digest.update(np.ascontiguousarray(params[name]).tobytes())
-    return params, digest.hexdigest()
+    return params, digest

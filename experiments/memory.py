@@ -1,0 +1,61 @@
+"""How many trials fit into memory at a time, by what the compiler says that the program needs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from experiments.cli import ConfigError
+
+GIB = 2**30
+
+
+def budget(memory_gib: float) -> int:
+    """Bytes: the user's own figure, or what the device has; of a CPU's memory three quarters, the rest is for others."""
+    if memory_gib:
+        return int(memory_gib * GIB)
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return stats.get("bytes_limit") or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * 3 // 4
+
+
+def needed(compiled: Any) -> int:
+    """Bytes of a compiled program's arguments, results and temporaries."""
+    memory = compiled.memory_analysis()
+    return memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+
+
+def fit(compile_for: Callable[[int], Any], largest: int, limit: int, what: str) -> tuple[int, Any]:
+    """The program for as many trials at a time as fit: `largest` is tried first, so that usually one is compiled.
+
+    Args:
+      compile_for: the compiled program for a number of trials.
+      largest: trials at a time, at most.
+      limit: bytes.
+      what: the program's name in the error.
+
+    Raises:
+      ConfigError: where one trial does not fit.
+    """
+    program = compile_for(largest)
+    at_largest = needed(program)
+    if at_largest <= limit:
+        return largest, program
+    size, program = 1, compile_for(1)
+    alone = needed(program)
+    if alone > limit:
+        raise ConfigError(
+            f"one trial of {what} needs {alone / GIB:.2f} GiB, there are {limit / GIB:.2f}; "
+            "raise --memory_gib, or take --prior_remat, --prior_dtype=bfloat16 or a smaller victim"
+        )
+    # Between the two the need is close to a straight line; where it is not, fewer trials are tried.
+    guess = 1 + int((limit - alone) * (largest - 1) / (at_largest - alone)) if at_largest > alone else 1
+    guess = min(guess, largest - 1)
+    while guess > size:
+        candidate = compile_for(guess)
+        if needed(candidate) <= limit:
+            return guess, candidate
+        guess = min(guess - 1, guess * 3 // 4)
+    return size, program
