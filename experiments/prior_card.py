@@ -1,4 +1,5 @@
-"""Measures a prior and writes its card: held-out eps-MSE by noise level and a sheet of samples, so that anyone can judge it.
+"""Measures a prior and writes its card, so that anyone can judge it: held-out eps-MSE by noise level, a sheet of samples, and
+how far the samples are from the training images.
 
     python experiments/prior_card.py --prior=cifar10-32 --data=PATH --out=runs/card
 
@@ -34,9 +35,9 @@ SHEET_SIDE, SHEET_STEPS = 8, 250
 @dataclasses.dataclass(frozen=True)
 class CardConfig:
     prior: str = option("cifar10-32", "bundled name or folder of a diffusion prior")
-    data: str = option("", "images to hold out, as in train_prior; of CIFAR-10 the test images from 1000 to 8999 are used")
+    data: str = option("", "the images it was trained on, as in train_prior; a part of them is held out in the same way")
     heldout: int = option(2000, "at most so many held-out images")
-    out: str = option("runs/card", "folder for README.md and samples.png")
+    out: str = option("runs/card", "folder for README.md, samples.png and neighbours.png")
 
 
 def eps_loss(denoise: gd.Denoiser, schedule: gd.Schedule, key: jax.Array, x0: jax.Array, t: jax.Array) -> jax.Array:
@@ -64,25 +65,59 @@ def eps_mse_by_level(
     return result
 
 
-def sample_sheet(prior: gd.Prior, path: Path) -> None:
-    """A square of unguided samples, seeds 0, 1, 2 ..., none left out."""
-    sample = functools.partial(gd.unguided_sample, shape=prior.image_shape)
+def draw_samples(prior: gd.Prior) -> np.ndarray:
+    """Unguided samples, seeds 0, 1, 2 ..., none left out: uint8 (SHEET_SIDE^2, H, W, C)."""
+    sample = functools.partial(gd.unguided_sample, shape=prior.image_shape, clip=prior.clip)
     run = jax.jit(jax.vmap(lambda key, d, s: sample(key, d, s)[0], in_axes=(0, None, None)))
     keys = jax.vmap(jax.random.key)(jnp.arange(SHEET_SIDE**2))
     schedule = prior.schedule(min(SHEET_STEPS, len(prior.betas)))
     rows = [run(keys[i : i + SHEET_SIDE], prior.denoise, schedule) for i in range(0, SHEET_SIDE**2, SHEET_SIDE)]
-    x = np.round(image_files.to_unit(np.stack(rows)) * 255).astype(np.uint8)
-    pad = np.pad(x, ((0, 0), (0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255)
-    sheet = np.concatenate([np.concatenate(list(row), axis=1) for row in pad], axis=0)
+    return np.round(image_files.to_unit(np.concatenate(rows)) * 255).astype(np.uint8)
+
+
+def nearest(queries: np.ndarray, train: np.ndarray, chunk: int = 1000) -> tuple[np.ndarray, np.ndarray]:
+    """The training image closest to each query, mirror images included, and its distance.
+
+    Args:
+      queries: (N, H, W, C) uint8.
+      train: (M, H, W, C) uint8.
+      chunk: training images compared at a time.
+
+    Returns:
+      images (N, H, W, C) uint8, and the root mean square difference of their values in [0, 1], (N,).
+    """
+    flat = lambda a: a.reshape(len(a), -1).astype(np.float32) / 255
+    q = flat(queries)
+    best, found = np.full(len(q), np.inf), np.empty_like(queries)
+    for start in range(0, len(train), chunk):
+        for images in (train[start : start + chunk], train[start : start + chunk, :, ::-1]):
+            x = flat(images)
+            squares = np.square(q).sum(1)[:, None] + np.square(x).sum(1)[None] - 2 * q @ x.T
+            index = squares.argmin(1)
+            closer = squares.min(1) < best
+            best[closer], found[closer] = squares.min(1)[closer], images[index[closer]]
+    return found, np.sqrt(np.maximum(best, 0) / q.shape[1])
+
+
+def write_sheet(path: Path, images: np.ndarray) -> None:
+    """(N, H, W, C) uint8 in lines of SHEET_SIDE, twice the size."""
+    pad = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255)
+    sheet = np.concatenate([np.concatenate(list(row), axis=1) for row in pad.reshape(-1, SHEET_SIDE, *pad.shape[1:])], axis=0)
     picture = Image.fromarray(sheet.squeeze())
     picture = picture.resize((2 * picture.width, 2 * picture.height), Image.Resampling.NEAREST)
     write_atomic(path, lambda p: picture.save(p))
 
 
-def write_card(folder: Path, prior: gd.Prior, heldout: np.ndarray, facts: dict[str, str]) -> None:
-    """Writes README.md and samples.png into the folder; `facts` become the lines on top."""
+def write_card(folder: Path, prior: gd.Prior, train: np.ndarray, heldout: np.ndarray, facts: dict[str, str]) -> None:
+    """Writes README.md, samples.png and neighbours.png into the folder; `facts` become the lines on top."""
     levels = eps_mse_by_level(prior.denoise, prior.schedule(), heldout)
-    sample_sheet(prior, folder / "samples.png")
+    samples = draw_samples(prior)
+    write_sheet(folder / "samples.png", samples)
+    neighbours, distance = nearest(samples, train)
+    unseen = nearest(heldout[: len(samples)], train)[1]
+    pairs = np.stack([a.reshape(-1, SHEET_SIDE, *prior.image_shape) for a in (samples, neighbours)], axis=1)
+    write_sheet(folder / "neighbours.png", pairs.reshape(-1, *prior.image_shape))
+    summary = lambda d: f"{d.min():.3f} | {np.median(d):.3f} | {d.max():.3f}"
     size = sum(v.size for v in prior.denoise.params.values())
     facts = {
         **facts,
@@ -105,6 +140,17 @@ def write_card(folder: Path, prior: gd.Prior, heldout: np.ndarray, facts: dict[s
         "",
         "![samples](samples.png)",
         "",
+        "Distance to the nearest training image, mirror images included (root mean square difference of values in [0, 1]).",
+        "Copies would lie much closer than images that the prior has never seen:",
+        "",
+        "| | least | median | greatest |",
+        "|---|---|---|---|",
+        f"| {len(samples)} samples | {summary(distance)} |",
+        f"| {len(unseen)} held-out images | {summary(unseen)} |",
+        "",
+        "`neighbours.png`, beside this file where the card is made, shows each line of samples above its nearest training",
+        "images; it is not published with the weights, because those images are not ours to publish.",
+        "",
     ]
     write_atomic(folder / "README.md", lambda p: p.write_text("\n".join(lines)))
 
@@ -115,14 +161,14 @@ def main() -> None:
         raise ConfigError(f"--data is needed: {CardConfig.__dataclass_fields__['data'].metadata['help']}")
     try:
         prior = gd.load_prior(config.prior)
-        heldout = load_split(config.data, prior.image_shape[0], config.heldout)[1].images
+        train, heldout = (part.images for part in load_split(config.data, prior.image_shape[0], config.heldout))
     except (OSError, ValueError) as error:
         raise ConfigError(str(error)) from None
     if heldout.shape[1:] != prior.image_shape:
         raise ConfigError(f"--data {config.data}: images are {heldout.shape[1:]}, the prior takes {prior.image_shape}")
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
-    write_card(out, prior, heldout, {"weights": f"sha256 {prior.sha256}", "data": config.data})
+    write_card(out, prior, train, heldout, {"weights": f"sha256 {prior.sha256}", "data": config.data})
     print((out / "README.md").read_text())
 
 

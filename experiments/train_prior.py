@@ -204,7 +204,7 @@ def main() -> None:
         "steps": f"{config.steps} of {config.batch} images, {hours:.1f} hours on {devices}, loss {rows[-1]['loss']:.4f}",
         "weights": f"moving average, float16, sha256 {prior.sha256}",
     }
-    prior_card.write_card(out / "prior", prior, heldout, facts)
+    prior_card.write_card(out / "prior", prior, images, heldout, facts)
     print(f"exported to {out / 'prior'}; use it with --prior={out / 'prior'}")
 
 

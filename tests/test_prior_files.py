@@ -337,6 +337,7 @@ def test_legacy_pickle_is_refused_with_the_command_that_converts_it(folder):
     ("fields", "message"),
     [
         (dict(prediction_type="v_prediction"), "prediction_type='v_prediction'"),
+        (dict(predict_epsilon=False), "predict_epsilon=False"),
         (dict(rescale_betas_zero_snr=True), "rescale_betas_zero_snr=True"),
         (dict(thresholding=True), "thresholding=True"),
         (dict(clip_sample_range=2.0), r"clip_sample_range=2\.0"),

@@ -11,6 +11,7 @@ import pytest
 
 import gdiff_jax as gd
 from experiments import prior_card, train_prior, victim_files
+from gdiff_jax import modules
 from gdiff_jax.priors import UNet2DConfig
 
 ROOT = Path(__file__).parent.parent
@@ -70,6 +71,48 @@ def test_held_out_images_are_not_trained_on(data):
     assert (len(images), len(heldout)) == (75, 5)
     seen = {image.tobytes() for image in images}
     assert not any(image.tobytes() in seen for image in heldout)
+
+
+def test_nearest_training_images_are_found_mirrored_or_not():
+    rng = np.random.default_rng(0)
+    train, queries = (rng.integers(0, 256, (n, 8, 8, 3), np.uint8) for n in (30, 5))
+    queries[1], queries[2] = train[17], train[23, :, ::-1]
+    found, distance = prior_card.nearest(queries, train, chunk=7)
+    both = np.concatenate([train, train[:, :, ::-1]]).astype(np.float64)
+    rms = np.sqrt(np.square(queries[:, None] / 255.0 - both[None] / 255.0).mean((2, 3, 4)))
+    np.testing.assert_array_equal(found, both[rms.argmin(1)])
+    np.testing.assert_allclose(distance, rms.min(1), atol=2e-4)
+    assert distance[1] < 1e-3 > distance[2]
+
+
+def test_an_unfinished_training_run_is_a_prior(data, tmp_path):
+    """Its moving average, bitwise; a checkpoint whose average is not what was saved is refused."""
+    (tmp_path / "config.json").write_text(json.dumps(NETWORK.to_diffusers()))
+    flags = [
+        f"--data={data}/train.npz",
+        f"--config={tmp_path}/config.json",
+        "--steps=2",
+        "--save_every=1",
+        "--warmup=1",
+        "--batch=8",
+    ]
+    result = run("train_prior.py", *flags, f"--out={tmp_path}/run", "--heldout=4")
+    assert result.returncode == 0, result.stderr[-2000:]
+    shutil.rmtree(tmp_path / "run" / "prior")
+    prior = gd.load_prior(tmp_path / "run")
+    assert prior.sha256 == modules.digest(prior.denoise.params)
+    assert prior.image_shape == (8, 8, 3)
+    latest = tmp_path / "run" / "checkpoints" / "2"
+    (latest / "about" / "metadata").write_text(json.dumps({"ema_sha256": "0"}))
+    with pytest.raises(ValueError, match=r"checkpoints/2 cannot be read .*digest"):
+        gd.load_prior(tmp_path / "run")
+    shutil.rmtree(latest / "state")
+    with pytest.raises(ValueError, match=r"checkpoints/2 cannot be read"):
+        gd.load_prior(tmp_path / "run")
+    shutil.rmtree(latest.parent)
+    latest.parent.mkdir()
+    with pytest.raises(ValueError, match="no checkpoint yet"):
+        gd.load_prior(tmp_path / "run")
 
 
 def test_eps_mse_of_a_network_that_predicts_zero_is_one(data):

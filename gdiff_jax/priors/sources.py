@@ -71,6 +71,7 @@ def read_scheduler(config: Mapping[str, Any]) -> Diffusion:
     bad = []
     for field, known in (
         ("prediction_type", ("epsilon",)),
+        ("predict_epsilon", (True,)),  # what old files say instead
         ("rescale_betas_zero_snr", (False,)),
         ("thresholding", (False,)),
         ("clip_sample_range", (1, 1.0)),
