@@ -7,11 +7,13 @@ import pytest
 torch = pytest.importorskip("torch", reason="needs the extra `parity`")
 
 import make_golden
-from parity_cases import ADM, CELEBAHQ, CIFAR10, GOLDEN, UNET2D, error
-from test_golden import torch_shapes
+from diffusers import DDPMPipeline
+from parity_cases import ADM, CELEBAHQ, CIFAR10, GOLDEN, TOLERANCE, UNET2D, error, state_dict
+from test_golden import run, torch_shapes
 
 import gdiff_jax as gd
 from gdiff_jax.priors import UNet2DConfig
+from gdiff_jax.priors.weights import read_tensors
 
 
 @pytest.mark.parametrize("name", UNET2D)
@@ -40,3 +42,64 @@ def test_every_key_and_shape_is_that_of_diffusers(config):
         model = make_golden.UNet2DModel(**{k: v for k, v in config.items() if not k.startswith("_")})
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     assert torch_shapes(UNet2DConfig.from_diffusers(config)) == expected
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("GDIFF_JAX_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "bin"])
+@pytest.mark.parametrize("pipeline", [True, False], ids=["pipeline", "root"])
+def test_what_diffusers_saves_is_loaded_and_computes_the_same(tmp_path, safe, pipeline):
+    config = UNET2D["learned-variance"]
+    model, scheduler = make_golden.torch_unet(config), make_golden.DDPMScheduler(variance_type="learned_range")
+    if pipeline:
+        DDPMPipeline(model, scheduler).save_pretrained(tmp_path / "ddpm", safe_serialization=safe)
+    else:
+        model.save_pretrained(tmp_path / "ddpm", safe_serialization=safe)
+        scheduler.save_pretrained(tmp_path / "ddpm")
+    prior = gd.load_prior(tmp_path / "ddpm")
+    assert prior.variance == "learned_range"
+    with np.load(GOLDEN / "unet2d.npz") as golden:
+        assert error(run(prior.denoise), golden["learned-variance"]) < TOLERANCE
+
+
+def test_what_torch_saves_of_an_adm_is_loaded_and_computes_the_same(tmp_path):
+    flags = ADM["ffhq"]
+    tensors = {name: torch.from_numpy(a) for name, a in state_dict(make_golden.adm_shapes(flags)).items()}
+    torch.save(tensors, tmp_path / "adm.pt")
+    with np.load(GOLDEN / "adm.npz") as golden:
+        assert error(run(gd.load_prior(tmp_path / "adm.pt", config=flags).denoise), golden["ffhq"]) < TOLERANCE
+
+
+def test_torch_files_are_read_exactly(tmp_path):
+    x = torch.arange(24.0).reshape(4, 6)
+    half, column = x.to(torch.float16), x[:, 2]
+    tensors = {
+        "contiguous": x,
+        "transposed": x.t(),
+        "column": column,
+        "half": half,
+        "bfloat16": x.to(torch.bfloat16),
+        "double": x.double(),
+        "integers": torch.arange(5),
+        "scalar": torch.tensor(2.5),
+        "parameter": torch.nn.Parameter(x).detach(),
+        "empty": torch.zeros(0, 3),
+    }
+    torch.save(tensors, tmp_path / "x.pt")
+    read = read_tensors(tmp_path / "x.pt")
+    assert read.keys() == tensors.keys()
+    for name, value in tensors.items():
+        assert str(read[name].dtype) == str(value.dtype).removeprefix("torch."), name
+        np.testing.assert_array_equal(read[name].astype(np.float64), value.double().numpy(), err_msg=name)
+
+
+def test_legacy_files_and_whole_modules_of_torch_are_refused(tmp_path):
+    torch.save({"x": torch.zeros(2)}, tmp_path / "legacy.pt", _use_new_zipfile_serialization=False)
+    with pytest.raises(ValueError, match="legacy pickle"):
+        read_tensors(tmp_path / "legacy.pt")
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "module.pt")
+    with pytest.raises(ValueError, match=r"it asks for torch\.nn"):
+        read_tensors(tmp_path / "module.pt")
