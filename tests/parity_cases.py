@@ -73,6 +73,15 @@ UNET2D = {
     "scale-shift-attn-norm": TWO | dict(resnet_time_scale_shift="scale_shift", attn_norm_num_groups=4),
     "no-mid-attention": TWO | dict(add_attention=False),
     "mid-scale": TWO | dict(mid_block_scale_factor=2.0**0.5, center_input_sample=True),
+    "resnet-resampling": TWO
+    | dict(
+        block_out_channels=[16, 32, 32],
+        down_block_types=["ResnetDownsampleBlock2D", "AttnDownBlock2D", "DownBlock2D"],
+        up_block_types=["UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D"],
+        downsample_type="resnet",
+        upsample_type="resnet",
+        resnet_time_scale_shift="scale_shift",
+    ),
     "mish": TWO | dict(act_fn="mish", time_embedding_dim=24),
     "gelu": TWO | dict(act_fn="gelu"),
     "relu-grey": TWO | dict(act_fn="relu", in_channels=1, out_channels=1),

@@ -224,6 +224,20 @@ def test_hub_id_is_found_in_the_hub_cache(folder, tensors, tmp_path, monkeypatch
         load_prior("someone/else")
 
 
+@pytest.mark.parametrize("name", sources.BUNDLED)
+def test_bundled_priors_are_whole_small_and_have_a_card(name):
+    prior = load_prior(name)
+    assert prior.image_shape == prior.mean_image.shape
+    folder = sources.find(name).weights.parent
+    sizes = [file.stat().st_size for file in folder.iterdir()]
+    assert max(sizes) < 16e6
+    assert sum(sizes) < 32e6
+    card = (folder / "README.md").read_text()
+    assert prior.sha256 in card
+    assert (folder / "samples.png").is_file()
+    assert not (folder / "neighbours.png").exists()  # it would publish training images
+
+
 # The cache
 
 
@@ -440,6 +454,21 @@ def test_mutated_state_dicts_are_refused(folder, tensors, own_cache, name):
     assert not own_cache.exists()
     write(folder / name, tensors)
     load_prior(folder)  # it was the mutations
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_mutated_adm_files_are_refused(tmp_path, own_cache, suffix):
+    path, flags = tmp_path / f"adm{suffix}", ADM["plain"]
+    whole = state_dict(torch_shapes(ADMConfig.from_flags(flags), ADM_CONV1D))
+    cases = list(mutations(whole, np.random.default_rng(2)))
+    assert len(cases) >= 100
+    path.with_suffix(".json").write_text(json.dumps(flags))
+    for what, mutated in cases:
+        write(path, mutated)
+        expect_refusal(path, what)
+    assert not own_cache.exists()
+    write(path, whole)
+    load_prior(path)
 
 
 @pytest.mark.parametrize("name", [SAFETENSORS, BIN])

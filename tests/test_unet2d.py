@@ -40,13 +40,13 @@ def test_config_fields_are_read():
         ("act_fn", "tanh"),
         ("attn_norm_num_groups", 7),
         ("class_embed_type", "timestep"),
-        ("downsample_type", "resnet"),
+        ("downsample_type", "fir"),
         ("mid_block_type", None),
         ("num_class_embeds", 10),
         ("num_train_timesteps", 1000),
         ("resnet_time_scale_shift", "spatial"),
         ("time_embedding_type", "fourier"),
-        ("upsample_type", "resnet"),
+        ("upsample_type", "fir"),
         ("downsample_padding", 2),
         ("sample_size", None),
         ("sample_size", [32, 64]),
@@ -59,8 +59,8 @@ def test_config_values_that_are_not_implemented_are_refused_by_name_and_value(fi
 
 
 def test_all_that_is_wrong_with_a_config_is_listed_at_once():
-    with pytest.raises(ValueError, match=r"upsample_type='resnet'.*shape='round' \(unknown field\)"):
-        UNet2DConfig.from_diffusers(CIFAR10 | dict(upsample_type="resnet", shape="round"))
+    with pytest.raises(ValueError, match=r"time_embedding_type='fourier'.*shape='round' \(unknown field\)"):
+        UNet2DConfig.from_diffusers(CIFAR10 | dict(time_embedding_type="fourier", shape="round"))
 
 
 @pytest.mark.parametrize("field", ["down_block_types", "up_block_types", "block_out_channels"])
@@ -219,13 +219,13 @@ def test_downsampling_pads_as_diffusers_does(padding, pads):
     windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), (1, 2))[:, ::2, ::2]
     expected = np.einsum("nhwcij,ijco->nhwo", windows, np.asarray(down.conv.kernel[...])) + np.asarray(down.conv.bias[...])
     assert expected.shape == (2, 3, 3, 8)
-    assert error(down(x), expected) < 1e-5
+    assert error(down(x, None), expected) < 1e-5
 
 
 def test_upsampling_repeats_pixels():
     up = layer(lambda config, rngs: Upsample(8, rngs))
     x = normal(2, 3, 4, 8)
-    assert error(up(x), up.conv(jnp.asarray(np.repeat(np.repeat(x, 2, 1), 2, 2)))) < 1e-6
+    assert error(up(x, None), up.conv(jnp.asarray(np.repeat(np.repeat(x, 2, 1), 2, 2)))) < 1e-6
 
 
 # The whole network

@@ -3,7 +3,8 @@
 from gdiff_jax.priors.adm import ADM, ADMConfig
 from gdiff_jax.priors.prior import Denoiser, Prior, load_prior, save_configs, save_prior
 from gdiff_jax.priors.sources import BUNDLED
-from gdiff_jax.priors.unet2d import UNet2D, UNet2DConfig
+from gdiff_jax.priors.unet2d import UNet2D
+from gdiff_jax.priors.unet2d_config import UNet2DConfig
 
 __all__ = [
     "ADM",

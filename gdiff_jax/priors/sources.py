@@ -15,7 +15,7 @@ import numpy as np
 from diffusers.configuration_utils import ConfigMixin
 
 from gdiff_jax.priors.adm import ADMConfig
-from gdiff_jax.priors.unet2d import UNet2DConfig
+from gdiff_jax.priors.unet2d_config import UNet2DConfig
 from gdiff_jax.schedule import VarianceType, make_betas
 
 BUNDLED = ("cifar10-32", "faces-64")

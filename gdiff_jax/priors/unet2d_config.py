@@ -1,0 +1,142 @@
+"""The config of diffusers' `UNet2DModel`: which fields and values are implemented; the others are refused by name and value,
+because a network that silently differs gives plausible, wrong reconstructions."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from flax import nnx
+
+from gdiff_jax.priors.unet2d import ACTIVATIONS, DOWN_BLOCKS, UP_BLOCKS, UNet2D
+
+# Fields that diffusers' config may hold and that only one value of is implemented.
+_ONLY: dict[str, tuple[Any, ...]] = {
+    "time_embedding_type": ("positional",),
+    "mid_block_type": ("UNetMidBlock2D",),
+    "class_embed_type": (None,),
+    "num_class_embeds": (None,),
+    "num_train_timesteps": (None,),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class UNet2DConfig:
+    """The config fields of `UNet2DModel` that change the network; defaults are the class defaults of diffusers 0.42.
+
+    `sample_size` counts the network's own pixels. `patch_size` p is ours: the image is folded by space-to-depth before
+    the network (H, W, C) -> (H/p, W/p, C p p) and unfolded after, so that a small network sees a large image at the cost of a
+    small one; `in_channels` is then C p p.
+    """
+
+    sample_size: int
+    in_channels: int = 3
+    out_channels: int = 3
+    center_input_sample: bool = False
+    time_embedding_dim: int | None = None
+    freq_shift: int = 0
+    flip_sin_to_cos: bool = True
+    down_block_types: tuple[str, ...] = ("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D")
+    up_block_types: tuple[str, ...] = ("AttnUpBlock2D", "AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D")
+    block_out_channels: tuple[int, ...] = (224, 448, 672, 896)
+    layers_per_block: int = 2
+    mid_block_scale_factor: float = 1
+    downsample_padding: Literal[0, 1] = 1
+    downsample_type: Literal["conv", "resnet"] = "conv"
+    upsample_type: Literal["conv", "resnet"] = "conv"
+    dropout: float = 0.0
+    act_fn: str = "silu"
+    attention_head_dim: int | None = 8
+    norm_num_groups: int = 32
+    attn_norm_num_groups: int | None = None
+    norm_eps: float = 1e-5
+    resnet_time_scale_shift: Literal["default", "scale_shift"] = "default"
+    add_attention: bool = True
+    patch_size: int = 1
+
+    def __post_init__(self) -> None:
+        blocks = len(self.block_out_channels)
+        if not len(self.down_block_types) == len(self.up_block_types) == blocks:
+            raise ValueError(
+                f"down_block_types {self.down_block_types}, up_block_types {self.up_block_types} and block_out_channels "
+                f"{self.block_out_channels} must have the same length"
+            )
+        for names, known in ((self.down_block_types, DOWN_BLOCKS), (self.up_block_types, UP_BLOCKS)):
+            for name in names:
+                if name not in known:
+                    raise ValueError(f"block type {name!r} is not implemented here; implemented: {', '.join(known)}")
+        for field, known in (
+            ("downsample_padding", (0, 1)),
+            ("downsample_type", ("conv", "resnet")),
+            ("upsample_type", ("conv", "resnet")),
+            ("act_fn", tuple(ACTIVATIONS)),
+            ("resnet_time_scale_shift", ("default", "scale_shift")),
+        ):
+            if getattr(self, field) not in known:
+                raise ValueError(
+                    f"{field} {getattr(self, field)!r} is not implemented; implemented: {', '.join(map(str, known))}"
+                )
+        for name, divisor in (
+            ("norm_num_groups", self.norm_num_groups),
+            ("attn_norm_num_groups", 1 if self.attn_norm_num_groups is None else self.attn_norm_num_groups),
+            ("attention_head_dim", 1 if self.attention_head_dim is None else self.attention_head_dim),
+        ):
+            if not isinstance(divisor, int) or divisor < 1 or any(width % divisor for width in self.block_out_channels):
+                raise ValueError(f"{name} {divisor} does not divide all of block_out_channels {self.block_out_channels}")
+        factor = 2 ** (blocks - 1)
+        if self.sample_size % factor:
+            raise ValueError(f"sample_size {self.sample_size} cannot be halved {blocks - 1} times; use a multiple of {factor}")
+        if self.out_channels not in (self.in_channels, 2 * self.in_channels):
+            raise ValueError(
+                f"out_channels {self.out_channels} must be in_channels {self.in_channels} (eps) or twice as many (eps and v)"
+            )
+
+    @classmethod
+    def from_diffusers(cls, config: Mapping[str, Any]) -> UNet2DConfig:
+        """Config from the dict of a diffusers `config.json`.
+
+        Raises:
+          ValueError: naming each field whose value is not implemented, and each unknown field.
+        """
+        own = {f.name for f in dataclasses.fields(cls)}
+        values: dict[str, Any] = {}
+        bad = []
+        for name, value in config.items():
+            if name.startswith("_"):
+                continue
+            if name in own:
+                values[name] = tuple(value) if isinstance(value, list) else value
+                if name == "sample_size" and isinstance(value, (list, tuple)) and len(set(value)) == 1:
+                    values[name] = value[0]
+            elif name not in _ONLY:
+                bad.append(f"{name}={value!r} (unknown field)")
+            elif value not in _ONLY[name]:
+                bad.append(f"{name}={value!r} (implemented: {_ONLY[name][0]!r})")
+        if not isinstance(values.get("sample_size"), int):
+            bad.append(f"sample_size={config.get('sample_size')!r} (implemented: one integer)")
+        if bad:
+            raise ValueError("this UNet2DModel config cannot be loaded: " + "; ".join(bad))
+        # Files older than the field mean one head; today's default of 8 would apply silently.
+        if "attention_head_dim" not in config and str(config.get("_diffusers_version", "")).startswith("0.0."):
+            values["attention_head_dim"] = None
+        return cls(**values)
+
+    def to_diffusers(self) -> dict[str, Any]:
+        """The dict that `from_diffusers` reads back."""
+        return {"_class_name": "UNet2DModel", **dataclasses.asdict(self)}
+
+    def build(self, rngs: nnx.Rngs) -> UNet2D:
+        """The network, freshly initialised."""
+        return UNet2D(self, rngs)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(H, W, C) of the images that the network denoises."""
+        size = self.sample_size * self.patch_size
+        return size, size, self.in_channels // self.patch_size**2
+
+    @property
+    def learns_variance(self) -> bool:
+        """Whether half of the output is v."""
+        return self.out_channels == 2 * self.in_channels
