@@ -62,10 +62,10 @@ class UNet2DConfig:
                 f"down_block_types {self.down_block_types}, up_block_types {self.up_block_types} and block_out_channels "
                 f"{self.block_out_channels} must have the same length"
             )
-        for names, known in ((self.down_block_types, DOWN_BLOCKS), (self.up_block_types, UP_BLOCKS)):
-            for name in names:
-                if name not in known:
-                    raise ValueError(f"block type {name!r} is not implemented here; implemented: {', '.join(known)}")
+        for types, blocks_known in ((self.down_block_types, DOWN_BLOCKS), (self.up_block_types, UP_BLOCKS)):
+            for name in types:
+                if name not in blocks_known:
+                    raise ValueError(f"block type {name!r} is not implemented here; implemented: {', '.join(blocks_known)}")
         for field, known in (
             ("downsample_padding", (0, 1)),
             ("downsample_type", ("conv", "resnet")),
