@@ -15,10 +15,13 @@ def load_split(source: str, size: int, limit: int | None = None) -> tuple[ImageS
     images, drawn by a fixed seed. At most `limit` images are held out.
     """
     train = load_images(source, "train", size)
-    if train.names[0].startswith("cifar10-"):
-        return train, load_images(source, "test").take(slice(1000, 9000)).take(slice(0, limit))
-    if train.names[0].startswith("train/") and not source.endswith(".npz"):
-        return train, load_images(source, "test", size).take(slice(0, limit))
-    order = np.random.default_rng(0).permutation(len(train))  # folders are sorted by class
-    held = len(train) // 10 if limit is None else min(limit, len(train) // 10)
-    return train.take(order[held:]), train.take(order[:held])
+    if train.names[0] == "cifar10-train/0":
+        heldout = load_images(source, "test").take(slice(1000, 9000))
+    elif train.names[0].startswith("train/") and not source.endswith(".npz"):
+        heldout = load_images(source, "test", size)
+    else:
+        order = np.random.default_rng(0).permutation(len(train))  # folders are sorted by class
+        train, heldout = train.take(order[len(train) // 10 :]), train.take(order[: len(train) // 10])
+    if not len(heldout):
+        raise ValueError(f"{source} has {len(train)} images, too few to hold a tenth of them out")
+    return train, heldout.take(slice(0, limit))

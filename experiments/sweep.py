@@ -155,9 +155,15 @@ def load_inputs(c: SweepConfig) -> Inputs:
                 trained[f"{name}/{steps}"] = modules.digest(params[name, steps])
             else:
                 params[name, steps] = victim_files.init_params(name, victim, c.seed)
-    hashes = {"prior": prior.sha256, "prior_revision": prior.revision, "images": data.sha256, "trained_victims": trained}
     if c.clip != "prior":
         prior = dataclasses.replace(prior, clip=c.clip == "yes")
+    hashes = {
+        "prior": prior.sha256,
+        "prior_settings": prior.settings_sha256,
+        "prior_revision": prior.revision,
+        "images": data.sha256,
+        "trained_victims": trained,
+    }
     images = image_files.to_model(data.images)
     schedule = prior.schedule(c.steps, c.spacing)
     return Inputs(prior, schedule, images, data.labels, data.names, victims, params, hashes)

@@ -145,7 +145,6 @@ def main() -> None:
     network = _check(config)
     images, heldout = load_data(config, network)
     out = Path(config.out).absolute()
-    save_configs(out, network, SCHEDULER)  # load_prior(out) then reads the newest checkpoint
     manager = ocp.CheckpointManager(out / "checkpoints", options=ocp.CheckpointManagerOptions(max_to_keep=2))
 
     mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
@@ -159,10 +158,14 @@ def main() -> None:
     replicated = NamedSharding(mesh, P())
     abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=replicated), jax.eval_shape(create))
     if (latest := manager.latest_step()) is not None:
+        about = manager.restore(latest, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
+        if about["config"] != json.loads(json.dumps(network.to_diffusers())):
+            raise ConfigError(f"--out {config.out} holds a run of another --config; give another folder")
         state = manager.restore(latest, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))["state"]
         print(f"resumed from step {latest} in {out}")
     else:
         state = jax.device_put(jax.jit(create)(), replicated)
+    save_configs(out, network, SCHEDULER)  # load_prior(out) then reads the newest checkpoint
     count = sum(a.size for a in jax.tree.leaves(state["params"]))
     devices = f"{jax.device_count()} {jax.default_backend()} device(s)"
     print(f"{len(images)} images, {len(heldout)} held out, {count:,} parameters, {devices}")
@@ -181,9 +184,10 @@ def main() -> None:
                 losses.clear()
                 if not np.isfinite(mean):
                     raise SystemExit(f"the loss is {mean} at step {i + 1}; start again with a lower --learning_rate")
-                about = ocp.args.JsonSave({"ema_sha256": digest(state["ema"])})
-                manager.save(i + 1, args=ocp.args.Composite(state=ocp.args.StandardSave(state), about=about))
-                levels = eps_mse_by_level(Denoiser(state["ema"], network), schedule, heldout[:200], (50, 200, 500))
+                about = {"ema_sha256": digest(state["ema"]), "config": network.to_diffusers()}
+                args = ocp.args.Composite(state=ocp.args.StandardSave(state), about=ocp.args.JsonSave(about))
+                manager.save(i + 1, args=args)
+                levels = eps_mse_by_level(Denoiser(state["ema"], network), schedule, heldout[:200], (0.05, 0.2, 0.5))
                 bar.set_postfix(loss=f"{mean:.4f}", heldout=f"{np.mean(list(levels.values())):.4f}")
                 row = dict(step=i + 1, loss=mean, heldout=levels, seconds=round(time.time() - started, 1))
                 started = time.time()

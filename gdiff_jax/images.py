@@ -203,17 +203,22 @@ def _from_pictures(path: Path, files: dict[str, Callable[[], bytes]], split: Spl
     """`files`: what gives the bytes of each file, by its name relative to `path`."""
     names = sorted(name for name in files if os.path.splitext(name)[1].lower() in _SUFFIXES)
     folders = [name.split("/")[0] if "/" in name else "" for name in names]
+    classes = sorted(set(folders))
     if "train" in folders and set(folders) <= _SPLITS:
+        inner = {name: name.split("/")[1] if name.count("/") > 1 else "" for name in names}
+        classes = sorted(set(inner.values()))  # of all splits, so that a label means the same in each
         names = [name for name, folder in zip(names, folders, strict=True) if (folder == "train") == (split == "train")]
-        folders = [name.split("/")[1] if name.count("/") > 1 else "" for name in names]
+        folders = [inner[name] for name in names]
     if not names:
         raise FileNotFoundError(f"{path} holds no picture for the split {split} ({', '.join(sorted(_SUFFIXES))})")
     images = []
     for name in names:
         try:
             with Image.open(io.BytesIO(files[name]())) as picture:
+                if picture.mode in ("F", "I") or picture.mode.startswith("I;16"):
+                    raise ValueError(f"its pixels are of mode {picture.mode}, 8 bits a channel are needed")
                 image = picture.convert("RGB")
-        except (OSError, SyntaxError, zipfile.BadZipFile, Image.DecompressionBombError) as error:
+        except Exception as error:  # Pillow and zipfile raise many types for what is broken, encrypted or too large
             raise ValueError(f"{path / name} cannot be read as a picture ({error}); remove or replace it") from None
         if size is not None and image.size != (size, size):
             side = min(image.size)
@@ -222,6 +227,5 @@ def _from_pictures(path: Path, files: dict[str, Callable[[], bytes]], split: Spl
         images.append(np.asarray(image))
         if images[-1].shape != images[0].shape:
             raise ValueError(f"{path / name} is {image.size}, {names[0]} is not; give a size to resize them all to")
-    classes = sorted(set(folders))
     labels = np.asarray([classes.index(folder) for folder in folders]) if "" not in classes else None
     return _checked(np.stack(images), labels, names, path)

@@ -409,3 +409,29 @@ def test_a_broken_zip_is_refused_by_name(tmp_path):
     (tmp_path / "x.zip").write_bytes(b"PK\x03\x04 no")
     with pytest.raises(ValueError, match=r"x\.zip cannot be read as a \.zip file"):
         load_images(tmp_path / "x.zip")
+
+
+def test_a_class_has_the_same_label_in_every_split(tmp_path):
+    for name in ("train/cat/0.png", "train/dog/0.png", "train/eel/0.png", "test/cat/1.png", "test/eel/1.png"):
+        write_picture(tmp_path / name, pixels(4, 4))
+    assert load_images(tmp_path, "train").labels.tolist() == [0, 1, 2]
+    assert load_images(tmp_path, "test").labels.tolist() == [0, 2]
+
+
+def test_what_is_held_out_does_not_depend_on_how_much_is_asked_for(tmp_path):
+    for i in range(40):
+        write_picture(tmp_path / f"cifar10-{i:03}.png", pixels(4, 4))  # a name like CIFAR's, and no CIFAR
+    (train, few), (same, all_) = (load_split(str(tmp_path), 4, limit) for limit in (2, None))
+    assert (len(train), len(few), len(all_)) == (36, 2, 4)
+    assert train.names == same.names
+    assert few.names == all_.names[:2]
+    assert not set(train.names) & set(all_.names)
+    np.savez(tmp_path / "x.npz", images=pixels(5, 4, 4))
+    with pytest.raises(ValueError, match="too few to hold"):
+        load_split(str(tmp_path / "x.npz"), 4)
+
+
+def test_pixels_of_more_than_8_bits_are_refused_not_clipped(tmp_path):
+    Image.fromarray(np.full((4, 4), 20000, np.uint16)).save(tmp_path / "a.png")
+    with pytest.raises(ValueError, match=r"mode I;16, 8 bits"):
+        load_images(tmp_path)

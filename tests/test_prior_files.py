@@ -1,5 +1,6 @@
 """Priors from files: every layout and format, whole and broken; what is broken is refused, named, and never half-loaded."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -15,10 +16,11 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import torch_files
-from parity_cases import ADM, FFHQ, state_dict
+from parity_cases import ADM, CELEBAHQ, FFHQ, TWO, state_dict
 from test_golden import ADM_CONV1D, torch_shapes
 
-from gdiff_jax.priors import ADMConfig, Prior, cache, load_prior, save_prior, sources, weights
+from gdiff_jax import modules
+from gdiff_jax.priors import ADMConfig, Prior, UNet2DConfig, cache, load_prior, save_prior, sources, weights
 from gdiff_jax.schedule import make_betas
 
 SCHEDULER = dict(beta_schedule="linear", beta_start=1e-4, beta_end=0.02, num_train_timesteps=50, variance_type="fixed_large")
@@ -106,9 +108,12 @@ def test_bfloat16_weights_are_read(folder, tensors, tiny_unet):
     assert_same(load_prior(folder).denoise.params, tiny_unet.params, rtol=1e-2)
 
 
-def test_the_plain_weight_file_is_taken_before_its_variants_and_before_bin(folder, tensors, tiny_unet):
-    write(folder / SAFETENSORS, tensors)
-    write(folder / BIN, {})
+@pytest.mark.parametrize("name", [SAFETENSORS, BIN])
+def test_the_plain_weight_file_is_taken_before_its_variants(folder, tensors, tiny_unet, name):
+    write(folder / name, tensors)
+    write(folder / FP16, {})
+    if name == SAFETENSORS:
+        write(folder / BIN, {})
     assert_same(load_prior(folder).denoise.params, tiny_unet.params, rtol=0)
 
 
@@ -187,7 +192,7 @@ def test_adm_file_is_read_with_its_flags(adm_file):
         (dict(image_size=10), "10 cannot be halved 2 times"),
         (dict(channel_mult=""), "channel_mult is needed for image_size 16"),
         (dict(channel_mult="1,b"), "channel_mult '1,b'"),
-        (dict(num_head_channels=-1, num_heads=5), "5 heads do not divide 32 channels"),
+        (dict(num_head_channels=-1, num_heads=5), "attention: 64 channels are no multiple of .* 5"),
         (dict(noise_schedule="sigmoid"), "'sigmoid' is not implemented"),
     ],
 )
@@ -304,6 +309,7 @@ def test_cache_that_cannot_be_written_is_told_of(folder, tmp_path, monkeypatch):
         (lambda w: w.update({"conv_a.bias": w.pop("conv_in.bias")}), r"missing: conv_in\.bias; unexpected: conv_a\.bias"),
         (lambda w: w.clear(), r"missing: conv_in\.bias, .* and \d+ more"),
         (lambda w: w.update({"conv_in.bias": np.full(8, np.inf, np.float16)}), r"not finite: conv_in\.bias"),
+        (lambda w: w.update({k: v.astype(float) + 1e39 for k, v in w.items()}), r"not finite: conv_in\.bias"),
         (lambda w: w.update({"conv_in.bias": np.zeros(8, np.int64)}), r"another type: conv_in\.bias int64 among float16"),
         (lambda w: w.update({"conv_in.bias": np.zeros(8, np.float32)}), r"another type: conv_in\.bias float32 among float16"),
     ],
@@ -361,7 +367,10 @@ def test_legacy_pickle_is_refused_with_the_command_that_converts_it(folder):
         (dict(_class_name="ScoreSdeVeScheduler"), "_class_name='ScoreSdeVeScheduler'"),
         (dict(beta_schedule="laplace"), "'laplace'"),
         (dict(trained_betas=[0.1, 1.5]), r"in \(0, 1\)"),
-        (dict(num_train_timesteps="many"), "num_train_timesteps 'many'"),
+        (dict(trained_betas=[0.1, 0.2]), "length 2 .*num_train_timesteps 50"),
+        (dict(clip_sample="no"), "clip_sample='no'"),
+        (dict(use_flow_sigmas=True), "use_flow_sigmas=True"),
+        (dict(num_train_timesteps="many"), "num_train_timesteps='many'"),
     ],
 )
 def test_scheduler_values_that_are_not_implemented_are_refused(folder, fields, message):
@@ -385,7 +394,8 @@ def test_scheduler_config_is_honoured(fields, variance, clip):
     assert (diffusion.variance, diffusion.clip) == (variance, clip)
     np.testing.assert_array_equal(diffusion.betas, np.linspace(1e-4, 0.02, 1000))
     betas = [0.1, 0.2]
-    np.testing.assert_array_equal(sources.read_scheduler(fields | dict(trained_betas=betas)).betas, betas)
+    with_betas = fields | dict(trained_betas=betas, num_train_timesteps=2)
+    np.testing.assert_array_equal(sources.read_scheduler(with_betas).betas, betas)
 
 
 def test_another_model_class_is_refused(folder):
@@ -405,6 +415,90 @@ def test_flags_are_for_adm_files_only(folder):
         load_prior(folder, config={})
     with pytest.raises(ValueError, match="dtype 'float8'"):
         load_prior(folder, "float8")
+
+
+def fields_and_values():
+    odd = (None, True, -1, 0, 10**12, 1.5, float("nan"), float("inf"), "8", "", [], [8], ["8"], [None], [[8], [8]], {})
+    for field in [*CELEBAHQ, "patch_size", "time_embedding_dim", "attn_norm_num_groups", "add_attention", "dropout"]:
+        for value in odd:
+            yield field, value
+
+
+def test_odd_values_in_a_network_config_are_refused_or_mean_what_they_say():
+    """Every field by every odd value: a clear error, or a config that holds exactly the value."""
+    refused = {}
+    for field, value in fields_and_values():
+        if field.startswith("_"):
+            continue
+        try:
+            config = UNet2DConfig.from_diffusers(TWO | {field: value})
+        except ValueError as error:
+            refused[field, repr(value)] = str(error)
+        else:
+            assert getattr(config, field, value) == (tuple(value) if isinstance(value, list) else value), (field, value)
+            assert min(config.image_shape) > 0
+    assert len(refused) > 300
+    assert all(field in message or "block type" in message for (field, _), message in refused.items())
+
+
+def test_odd_values_in_adm_flags_and_schedulers_are_refused_or_harmless():
+    odd = (True, -1, -2, 0, 10**12, 1.5, "inf", "", [], [8], [None], {}, "x")
+    for field in (f.name for f in dataclasses.fields(ADMConfig)):
+        for value in (None, *odd):
+            with contextlib.suppress(ValueError):
+                config = ADMConfig.from_flags(ADM["plain"] | {field: value})
+                modules.param_shapes(dataclasses.replace(config, num_channels=min(config.num_channels, 64)))
+    fields = (*SCHEDULER, "trained_betas", "clip_sample", "_class_name", "prediction_type", "timestep_values")
+    for field in fields:
+        for value in (*odd, 10**400, [0.1], [2.0]):
+            with contextlib.suppress(ValueError):
+                diffusion = sources.read_scheduler(SCHEDULER | {field: value})
+                assert len(diffusion.betas) > 0
+                assert ((diffusion.betas > 0) & (diffusion.betas < 1)).all()
+
+
+def test_mean_image_that_is_none_is_refused(folder):
+    whole = np.zeros((8, 8, 1), np.float16)
+    for content in (whole + 2, whole * np.nan, whole[1:], whole.astype(np.uint8), whole.astype(complex), np.array(None)):
+        np.save(folder / "mean_image.npy", content)
+        with pytest.raises(ValueError, match=r"mean_image\.npy"):
+            load_prior(folder)
+    for raw in (b"", b"PK\x03\x04", b"\x93NUMPY"):
+        (folder / "mean_image.npy").write_bytes(raw)
+        with pytest.raises(ValueError, match=r"mean_image\.npy cannot be read"):
+            load_prior(folder)
+
+
+def test_weights_that_change_while_they_are_read_are_refused(folder, own_cache, monkeypatch, tiny_unet):
+    read = weights.read_tensors
+
+    def swap_and_read(path):
+        write(path, weights.to_torch({k: v + 1 for k, v in tiny_unet.params.items()}))
+        return read(path)
+
+    monkeypatch.setattr(weights, "read_tensors", swap_and_read)
+    with pytest.raises(ValueError, match="changed while it was read"):
+        load_prior(folder)
+    assert not own_cache.exists()
+
+
+def test_saving_what_would_be_read_back_as_another_prior_is_refused(folder, tiny_unet, tensors):
+    prior = load_prior(folder)
+    for scheduler in (SCHEDULER | dict(variance_type="fixed_small"), SCHEDULER | dict(beta_end=0.03), dict()):
+        with pytest.raises(ValueError, match="not those of the prior"):
+            save_prior(folder, prior, scheduler)
+    save_prior(folder, dataclasses.replace(prior, mean_image=None), SCHEDULER)
+    assert load_prior(folder).mean_image is None
+    write(folder / BIN, tensors)
+    with pytest.raises(ValueError, match="holds other weights"):
+        save_prior(folder, prior, SCHEDULER)
+
+
+def test_settings_beside_the_weights_have_a_digest_of_their_own(folder):
+    prior = load_prior(folder)
+    for changed in (dict(variance="fixed_small"), dict(clip=False), dict(mean_image=None), dict(betas=make_betas(num=49))):
+        assert dataclasses.replace(prior, **changed).settings_sha256 != prior.settings_sha256
+    assert load_prior(folder, "bfloat16").settings_sha256 == prior.settings_sha256
 
 
 # Many generated cases: not one may be loaded, wholly or by half

@@ -68,7 +68,7 @@ def test_a_prior_resumes_to_the_same_weights(data, tmp_path):
 def test_held_out_images_are_not_trained_on(data):
     config = train_prior.TrainConfig(data=f"{data}/train.npz", config="", out="", heldout=5)
     images, heldout = train_prior.load_data(config, NETWORK)
-    assert (len(images), len(heldout)) == (75, 5)
+    assert (len(images), len(heldout)) == (72, 5)
     seen = {image.tobytes() for image in images}
     assert not any(image.tobytes() in seen for image in heldout)
 
@@ -102,8 +102,18 @@ def test_an_unfinished_training_run_is_a_prior(data, tmp_path):
     prior = gd.load_prior(tmp_path / "run")
     assert prior.sha256 == modules.digest(prior.denoise.params)
     assert prior.image_shape == (8, 8, 3)
+    other = NETWORK.to_diffusers() | dict(norm_eps=1e-3)
+    (tmp_path / "config.json").write_text(json.dumps(other))
+    resumed = run("train_prior.py", *flags, f"--out={tmp_path}/run", "--heldout=4")
+    assert (resumed.returncode, "another --config" in resumed.stderr) == (2, True)
+    assert gd.load_prior(tmp_path / "run").sha256 == prior.sha256
+    (tmp_path / "run" / "config.json").write_text(json.dumps(other))
+    with pytest.raises(ValueError, match="trained with another config"):
+        gd.load_prior(tmp_path / "run")
+    (tmp_path / "run" / "config.json").write_text(json.dumps(NETWORK.to_diffusers()))
     latest = tmp_path / "run" / "checkpoints" / "2"
-    (latest / "about" / "metadata").write_text(json.dumps({"ema_sha256": "0"}))
+    note = latest / "about" / "metadata"
+    note.write_text(json.dumps(json.loads(note.read_text()) | {"ema_sha256": "0"}))
     with pytest.raises(ValueError, match=r"checkpoints/2 cannot be read .*digest"):
         gd.load_prior(tmp_path / "run")
     shutil.rmtree(latest / "state")

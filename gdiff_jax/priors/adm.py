@@ -55,10 +55,14 @@ class ADMConfig:
     noise_schedule: str = "linear"
 
     def __post_init__(self) -> None:
-        for name in ("image_size", "num_channels", "num_res_blocks", "diffusion_steps"):
+        for name, most in (("image_size", 4096), ("num_channels", 4096), ("num_res_blocks", 64), ("diffusion_steps", 10**5)):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} {value!r} must be an integer of at least 1")
+            if type(value) is not int or not 1 <= value <= most:
+                raise ValueError(f"{name} {value!r} must be an integer in 1..{most}")
+        if self.num_heads < 1 or (self.num_head_channels < 1 and self.num_head_channels != -1):
+            raise ValueError(
+                f"num_heads {self.num_heads} must be at least 1, num_head_channels {self.num_head_channels} at least 1 or -1"
+            )
         if not self.channel_mult and self.image_size not in _MULTIPLIERS:
             raise ValueError(f"channel_mult is needed for image_size {self.image_size}, such as '1,2,2'")
         if self.image_size % 2 ** (len(self.widths) - 1):
@@ -66,10 +70,16 @@ class ADMConfig:
         for width in self.widths:
             if width % 32 or width < 1:
                 raise ValueError(f"channels {width} of a level must be a multiple of 32, the groups of its norms")
-            if width % self.heads(width):
-                raise ValueError(f"{self.heads(width)} heads do not divide {width} channels; see num_heads, num_head_channels")
+        sizes = [self.image_size // 2**level for level in range(len(self.widths))]
+        attended = [width for width, size in zip(self.widths, sizes, strict=True) if size in self.attention_sizes]
+        for width in [*attended, self.widths[-1]]:
+            divisor = self.num_heads if self.num_head_channels == -1 else self.num_head_channels
+            if width % divisor:
+                raise ValueError(f"attention: {width} channels are no multiple of num_head_channels or num_heads {divisor}")
         if self.noise_schedule not in ("linear", "cosine"):
             raise ValueError(f"noise_schedule {self.noise_schedule!r} is not implemented; implemented: linear, cosine")
+        if not np.all((self.betas > 0) & (self.betas < 1)):
+            raise ValueError(f"diffusion_steps {self.diffusion_steps} are too few: betas reach {self.betas.max()}")
 
     @classmethod
     def from_flags(cls, flags: Mapping[str, Any]) -> ADMConfig:
@@ -85,7 +95,7 @@ class ADMConfig:
             if name in types:
                 try:
                     values[name] = _parse(value, types[name])
-                except ValueError:
+                except (ValueError, TypeError, OverflowError):
                     bad.append(f"{name}={value!r} (a {types[name].__name__} is needed)")
             elif name in _ONLY:
                 if value not in (_ONLY[name], str(_ONLY[name])):
@@ -130,7 +140,7 @@ class ADMConfig:
         text = self.channel_mult or _MULTIPLIERS[self.image_size]
         try:
             return [int(float(m) * self.num_channels) for m in text.split(",")]
-        except ValueError:
+        except (ValueError, OverflowError):
             raise ValueError(f"channel_mult {text!r} must be numbers with commas between, such as '1,2,2'") from None
 
     @property
@@ -143,7 +153,7 @@ class ADMConfig:
             ) from None
 
     def heads(self, channels: int) -> int:
-        return self.num_heads if self.num_head_channels == -1 else max(1, channels // self.num_head_channels)
+        return self.num_heads if self.num_head_channels == -1 else channels // self.num_head_channels
 
 
 def _parse(value: Any, kind: type) -> Any:

@@ -24,6 +24,7 @@ import orbax.checkpoint as ocp
 
 from gdiff_jax import modules
 from gdiff_jax.modules import Params
+from gdiff_jax.priors.unet2d_config import UNet2DConfig
 from gdiff_jax.priors.weights import CONVERTER_VERSION
 
 
@@ -52,7 +53,7 @@ def cached(spec: modules.Spec, convert: Callable[[], Params], about: dict[str, A
     about = {**about, "converter": CONVERTER_VERSION, "config": repr(spec)}
     key = hashlib.sha256(json.dumps([about["sha256"], about["converter"], about["config"]]).encode()).hexdigest()[:32]
     entry = folder() / key
-    if entry.exists():
+    if os.path.exists(entry):
         try:
             note = json.loads((entry / "about.json").read_text())
             with ocp.StandardCheckpointer() as checkpointer:
@@ -66,7 +67,7 @@ def cached(spec: modules.Spec, convert: Callable[[], Params], about: dict[str, A
     params = convert()
     try:
         _write(entry, params, about)
-    except OSError as error:
+    except Exception as error:  # OSError, and what orbax makes of a full disk
         warnings.warn(f"the converted weights could not be kept in {entry} ({error})", stacklevel=2)
     return params
 
@@ -85,7 +86,7 @@ def _write(entry: Path, params: Params, about: dict[str, Any]) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def latest_ema(checkpoints: Path, spec: modules.Spec) -> tuple[Params, str]:
+def latest_ema(checkpoints: Path, spec: UNet2DConfig) -> tuple[Params, str]:
     """The moving average of the newest checkpoint of a training run, and its digest.
 
     Raises:
@@ -97,6 +98,8 @@ def latest_ema(checkpoints: Path, spec: modules.Spec) -> tuple[Params, str]:
         raise ValueError(f"{checkpoints} holds no checkpoint yet")
     try:
         about = manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
+        if about["config"] != json.loads(json.dumps(spec.to_diffusers())):
+            raise ValueError("it was trained with another config.json")
         item = {"ema": abstract(spec)}
         restore = ocp.args.PyTreeRestore(item, ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True)
         params = manager.restore(step, args=ocp.args.Composite(state=restore))["state"]["ema"]

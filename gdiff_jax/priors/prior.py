@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -72,6 +73,13 @@ class Prior:
     def image_shape(self) -> tuple[int, int, int]:
         return self.denoise.config.image_shape
 
+    @property
+    def settings_sha256(self) -> str:
+        """Of all that decides its samples beside the weights: network, betas, variance, clip and mean image."""
+        mean = b"" if self.mean_image is None else self.mean_image.tobytes()
+        text = repr((self.denoise.config, self.variance, self.clip)).encode()
+        return hashlib.sha256(text + np.asarray(self.betas, np.float64).tobytes() + mean).hexdigest()
+
     def schedule(self, num_steps: int | None = None, spacing: Spacing = "quadratic") -> Schedule:
         """The prior's own schedule, respaced to num_steps.
 
@@ -81,6 +89,18 @@ class Prior:
         return Schedule.create(self.betas, num_steps, self.variance, spacing)
 
 
+def _read_mean(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+    try:
+        mean = np.asarray(np.load(path, allow_pickle=False))
+    except Exception as error:  # NumPy raises many types for a file that is no array
+        raise ValueError(f"{path.name} cannot be read ({error})") from None
+    if mean.shape != shape or mean.dtype.kind != "f":
+        raise ValueError(f"{path.name} is {mean.dtype} {mean.shape}, floats of the network's {shape} are needed")
+    if not np.all(np.abs(mean) <= 1):
+        raise ValueError(f"{path.name} holds values outside [-1, 1]")
+    return mean.astype(np.float32)
+
+
 def save_prior(folder: str | os.PathLike[str], prior: Prior, scheduler: dict[str, Any]) -> None:
     """Writes the prior as a folder that `load_prior` reads; the weights come last and appear whole or not at all.
 
@@ -88,14 +108,26 @@ def save_prior(folder: str | os.PathLike[str], prior: Prior, scheduler: dict[str
       folder: created if absent.
       prior: a UNet2D's; its params are stored in float16.
       scheduler: dict of `scheduler_config.json` (beta_schedule, beta_start, beta_end, num_train_timesteps, variance_type).
+
+    Raises:
+      ValueError: where the scheduler does not say what the prior's betas, variance and clip are, or the folder holds
+        weights of another name, which would be read instead.
     """
     folder = Path(folder)
+    said = sources.read_scheduler(scheduler)
+    same = said.betas.shape == prior.betas.shape and np.allclose(said.betas, prior.betas, rtol=1e-12)
+    if not same or (said.variance, said.clip) != (prior.variance, prior.clip):
+        raise ValueError("the scheduler's betas, variance_type or clip_sample are not those of the prior")
+    name = "diffusion_pytorch_model.fp16.safetensors"
+    if others := [file.name for file in folder.glob("diffusion_pytorch_model*") if file.name != name]:
+        raise ValueError(f"{folder} holds other weights ({', '.join(others)}); remove them or take another folder")
     save_configs(folder, prior.denoise.config, scheduler)
+    (folder / "mean_image.npy").unlink(missing_ok=True)
     if prior.mean_image is not None:
         np.save(folder / "mean_image.npy", prior.mean_image.astype(np.float16))
     partial = folder / "weights.partial"
     safetensors.numpy.save_file(weights.to_torch(prior.denoise.params), partial)
-    os.replace(partial, folder / "diffusion_pytorch_model.fp16.safetensors")
+    os.replace(partial, folder / name)
 
 
 def save_configs(folder: Path, config: UNet2DConfig | ADMConfig, scheduler: dict[str, Any]) -> None:
@@ -103,8 +135,10 @@ def save_configs(folder: Path, config: UNet2DConfig | ADMConfig, scheduler: dict
     if not isinstance(config, UNet2DConfig):
         raise ValueError("only a UNet2D can be written in diffusers' layout")
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config.to_diffusers(), indent=2) + "\n")
-    (folder / "scheduler_config.json").write_text(json.dumps(scheduler, indent=2) + "\n")
+    for name, content in (("config.json", config.to_diffusers()), ("scheduler_config.json", scheduler)):
+        partial = folder / f"{name}.partial"
+        partial.write_text(json.dumps(content, indent=2) + "\n")
+        os.replace(partial, folder / name)
 
 
 def load_prior(
@@ -138,16 +172,20 @@ def load_prior(
         found = sources.find(name, config)
         if found.diffusion.variance == "learned_range" and not found.config.learns_variance:
             raise ValueError("its scheduler wants a learned variance, its network has no output for it")
-        if found.weights.is_dir():
+        if found.weights.is_dir() and isinstance(found.config, UNet2DConfig):
             params, digest = cache.latest_ema(found.weights, found.config)
         else:
             digest = weights.sha256(found.weights)
-            convert = lambda: weights.to_params(found.config, weights.read_tensors(found.weights), name)
+
+            def convert() -> Params:
+                converted = weights.to_params(found.config, weights.read_tensors(found.weights), name)
+                if weights.sha256(found.weights) != digest:
+                    raise ValueError(f"{found.weights} changed while it was read; try again")
+                return converted
+
             about = {"source": name, "revision": found.revision, "sha256": digest}
             params = convert() if name in sources.BUNDLED else cache.cached(found.config, convert, about)
-        mean = None if found.mean_image is None else np.load(found.mean_image, allow_pickle=False).astype(np.float32)
-        if mean is not None and mean.shape != found.config.image_shape:
-            raise ValueError(f"mean_image.npy is {mean.shape}, the network takes {found.config.image_shape}")
+        mean = None if found.mean_image is None else _read_mean(found.mean_image, found.config.image_shape)
     except ValueError as error:
         text = str(error)
         raise ValueError(text if repr(name) in text else f"prior {name!r}: {text}") from None

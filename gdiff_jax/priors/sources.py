@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 from collections.abc import Mapping
 from importlib import resources
@@ -21,6 +22,8 @@ from gdiff_jax.schedule import VarianceType, make_betas
 BUNDLED = ("cifar10-32", "faces-64")
 
 _STEM = "diffusion_pytorch_model"
+# In the order of preference: diffusers too takes the plain name before a variant such as fp16 or non_ema.
+_WEIGHT_FILES = (f"{_STEM}.safetensors", f"{_STEM}.bin", f"{_STEM}*.safetensors", f"{_STEM}*.bin")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _CONFIGS = ["*config.json", "unet/config.json", "scheduler/scheduler_config.json"]
 # Schedulers whose betas are those of a discrete, variance-preserving process; the others scale x_t in ways of their own.
@@ -74,28 +77,33 @@ def read_scheduler(config: Mapping[str, Any]) -> Diffusion:
         ("predict_epsilon", (True,)),  # what old files say instead
         ("rescale_betas_zero_snr", (False,)),
         ("thresholding", (False,)),
+        ("use_flow_sigmas", (False,)),
+        ("timestep_values", (None,)),
         ("clip_sample_range", (1, 1.0)),
     ):
         if config.get(field, known[0]) not in known:
             bad.append(f"{field}={config[field]!r} (implemented: {known[0]!r})")
     if kind not in _SCHEDULERS:
         bad.append(f"_class_name={config['_class_name']!r} (implemented: {', '.join(_SCHEDULERS)})")
-    variance = config.get("variance_type") or "fixed_small"
-    if variance not in _VARIANCES:
+    variance = config.get("variance_type")
+    variance = "fixed_small" if variance is None else variance
+    if not isinstance(variance, str) or variance not in _VARIANCES:
         bad.append(f"variance_type={variance!r} (implemented: {', '.join(_VARIANCES)})")
+    clip = config.get("clip_sample", kind in ("DDPM", "DDIM"))
+    if type(clip) is not bool:
+        bad.append(f"clip_sample={clip!r} (needed: true or false)")
+    total, trained = config.get("num_train_timesteps", 1000), config.get("trained_betas")
+    ends = [config.get("beta_start", 1e-4), config.get("beta_end", 0.02)] if trained is None else trained
+    if type(total) is not int or not 1 <= total <= 10**5:
+        bad.append(f"num_train_timesteps={total!r} (needed: an integer in 1..100000)")
+    elif not isinstance(ends, list) or not all(type(v) is float and 0 < v < 1 for v in ends):
+        bad.append(f"{'beta_start, beta_end' if trained is None else 'trained_betas'}={ends!r} (needed: numbers in (0, 1))")
+    elif trained is not None and len(trained) != total:
+        bad.append(f"trained_betas of length {len(trained)} (needed: num_train_timesteps {total})")
     if bad:
         raise ValueError("this scheduler config cannot be used: " + "; ".join(bad))
-    if config.get("trained_betas") is not None:
-        betas = np.asarray(config["trained_betas"], np.float64)
-    else:
-        schedule, total = config.get("beta_schedule", "linear"), config.get("num_train_timesteps", 1000)
-        start, end = config.get("beta_start", 1e-4), config.get("beta_end", 0.02)
-        if type(total) is not int or total < 1 or not all(isinstance(v, (int, float)) for v in (start, end)):
-            raise ValueError(f"num_train_timesteps {total!r}, beta_start {start!r} and beta_end {end!r} must be numbers")
-        betas = make_betas(schedule, total, start, end)
-    if betas.ndim != 1 or not np.all((betas > 0) & (betas < 1)):
-        raise ValueError("the betas of its scheduler config must lie in (0, 1)")
-    return Diffusion(betas, _VARIANCES[variance], bool(config.get("clip_sample", kind in ("DDPM", "DDIM"))))
+    betas = make_betas(config.get("beta_schedule", "linear"), total, *ends) if trained is None else np.asarray(trained)
+    return Diffusion(betas, _VARIANCES[variance], clip)
 
 
 def find(name: str, config: Mapping[str, Any] | None = None) -> Source:
@@ -108,11 +116,11 @@ def find(name: str, config: Mapping[str, Any] | None = None) -> Source:
     path = Path(name)
     if name in BUNDLED:
         path = Path(str(resources.files("gdiff_jax") / "priors" / "bundled" / re.sub(r"\W", "_", name)))
-    if path.is_file():
+    if os.path.isfile(path):  # unlike Path.is_file, False for names that no file system takes
         return _adm(path, config)
     if config is not None:
         raise ValueError(f"prior {name!r} brings its own config; flags are for ADM files only")
-    if path.is_dir():
+    if os.path.isdir(path):
         return _folder(path)
     repo, _, revision = name.partition("@")
     if not _HUB_ID.fullmatch(repo):
@@ -122,10 +130,11 @@ def find(name: str, config: Mapping[str, Any] | None = None) -> Source:
 
 def _hub(repo: str, revision: str | None) -> Source:
     try:
-        fetch = lambda weights: Path(hub.snapshot_download(repo, revision=revision, allow_patterns=[*_CONFIGS, *weights]))
-        folder = fetch([f"{_STEM}*.safetensors", f"unet/{_STEM}*.safetensors"])
-        if not any(folder.rglob(f"{_STEM}*.safetensors")):  # older repositories
-            folder = fetch([f"{_STEM}.bin", f"unet/{_STEM}.bin"])
+        for name in _WEIGHT_FILES:  # one format and variant, not all that there are
+            patterns = [*_CONFIGS, name, f"unet/{name}"]
+            folder = Path(hub.snapshot_download(repo, revision=revision, allow_patterns=patterns))
+            if any(folder.rglob(name)):
+                break
     except Exception as error:  # not on the hub, not allowed, offline: huggingface_hub has a type for each
         raise FileNotFoundError(
             f"prior {repo!r} is no file or folder, not bundled ({', '.join(BUNDLED)}), and cannot be had from the hub: {error}"
@@ -138,7 +147,7 @@ def _load(kind: type[ConfigMixin], folder: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"prior {str(folder)!r}: {kind.config_name} is missing in the folder")
     try:
         config = kind.load_config(folder)
-    except (OSError, ValueError) as error:  # what diffusers raises for broken JSON
+    except (OSError, ValueError, RecursionError) as error:  # what diffusers raises for broken JSON, and JSON for deep one
         raise ValueError(f"prior {str(folder)!r}: {error}") from None
     if not isinstance(config, dict):
         raise ValueError(f"prior {str(folder)!r}: {kind.config_name} holds no JSON object")
@@ -163,14 +172,12 @@ def _folder(folder: Path) -> Source:
 
 
 def _weight_file(folder: Path) -> Path:
-    for suffix in ("safetensors", "bin"):
-        if (folder / f"{_STEM}.{suffix}").is_file():
-            return folder / f"{_STEM}.{suffix}"
-        variants = sorted(folder.glob(f"{_STEM}*.{suffix}"))
-        if len(variants) == 1 and "-of-" not in variants[0].name:
-            return variants[0]
-        if variants:
-            names = ", ".join(file.name for file in variants)
+    for pattern in _WEIGHT_FILES:
+        found = sorted(folder.glob(pattern))
+        if len(found) == 1 and "-of-" not in found[0].name:
+            return found[0]
+        if found:
+            names = ", ".join(file.name for file in found)
             raise FileNotFoundError(f"prior {str(folder)!r}: expected one weight file, found {names}; keep one of them")
     raise FileNotFoundError(f"prior {str(folder)!r}: expected one {_STEM}*.safetensors or .bin in the folder, found 0")
 
@@ -185,7 +192,7 @@ def _adm(path: Path, flags: Mapping[str, Any] | None) -> Source:
             )
         try:
             flags = json.loads(beside.read_text())
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{beside} is not JSON ({error})") from None
         if not isinstance(flags, dict):
             raise ValueError(f"{beside} holds no JSON object of flags")

@@ -21,6 +21,53 @@ _ONLY: dict[str, tuple[Any, ...]] = {
 }
 
 
+def _number(least: float, most: float, kind: type = int, none: bool = False) -> tuple[str, Any]:
+    def ok(config: Any, field: str) -> bool:
+        value = getattr(config, field)
+        if value is None:
+            return none
+        # bool is an int for Python; a whole number may stand for a float.
+        return type(value) in {int, kind} and least <= value <= most
+
+    return f"{kind.__name__} in {least}..{most}{' or null' * none}", ok
+
+
+def _each(kind: type, most: int) -> tuple[str, Any]:
+    def ok(config: Any, field: str) -> bool:
+        values = getattr(config, field)
+        return type(values) is tuple and 1 <= len(values) <= most and all(type(v) is kind for v in values)
+
+    return f"a list of 1..{most} {kind.__name__}", ok
+
+
+def _boolean(config: Any, field: str) -> bool:
+    return type(getattr(config, field)) is bool
+
+
+_WIDE = 2**16
+_NEEDED: dict[str, tuple[str, Any]] = {
+    "sample_size": _number(1, _WIDE),
+    "in_channels": _number(1, _WIDE),
+    "out_channels": _number(1, _WIDE),
+    "center_input_sample": ("true or false", _boolean),
+    "time_embedding_dim": _number(1, _WIDE, none=True),
+    "freq_shift": _number(0, 1, float),
+    "flip_sin_to_cos": ("true or false", _boolean),
+    "down_block_types": _each(str, 12),
+    "up_block_types": _each(str, 12),
+    "block_out_channels": _each(int, 12),
+    "layers_per_block": _number(1, 64),
+    "mid_block_scale_factor": _number(1e-3, 1e3, float),
+    "dropout": _number(0, 1, float),
+    "attention_head_dim": _number(1, _WIDE, none=True),
+    "norm_num_groups": _number(1, _WIDE),
+    "attn_norm_num_groups": _number(1, _WIDE, none=True),
+    "norm_eps": _number(0, 1, float),
+    "add_attention": ("true or false", _boolean),
+    "patch_size": _number(1, 64),
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class UNet2DConfig:
     """The config fields of `UNet2DModel` that change the network; defaults are the class defaults of diffusers 0.42.
@@ -56,6 +103,11 @@ class UNet2DConfig:
     patch_size: int = 1
 
     def __post_init__(self) -> None:
+        bad = [
+            f"{field}={getattr(self, field)!r} (needed: {need})" for field, (need, ok) in _NEEDED.items() if not ok(self, field)
+        ]
+        if bad:
+            raise ValueError("this UNet2DModel config cannot be used: " + "; ".join(bad))
         blocks = len(self.block_out_channels)
         if not len(self.down_block_types) == len(self.up_block_types) == blocks:
             raise ValueError(
@@ -82,11 +134,15 @@ class UNet2DConfig:
             ("attn_norm_num_groups", 1 if self.attn_norm_num_groups is None else self.attn_norm_num_groups),
             ("attention_head_dim", 1 if self.attention_head_dim is None else self.attention_head_dim),
         ):
-            if not isinstance(divisor, int) or divisor < 1 or any(width % divisor for width in self.block_out_channels):
+            if any(width % divisor for width in self.block_out_channels):
                 raise ValueError(f"{name} {divisor} does not divide all of block_out_channels {self.block_out_channels}")
         factor = 2 ** (blocks - 1)
         if self.sample_size % factor:
             raise ValueError(f"sample_size {self.sample_size} cannot be halved {blocks - 1} times; use a multiple of {factor}")
+        if self.block_out_channels[0] % 2 or min(self.block_out_channels) < 2:
+            raise ValueError(f"block_out_channels {self.block_out_channels}: the first must be even, all at least 2")
+        if self.in_channels % self.patch_size**2:
+            raise ValueError(f"in_channels {self.in_channels} must be a multiple of patch_size {self.patch_size} squared")
         if self.out_channels not in (self.in_channels, 2 * self.in_channels):
             raise ValueError(
                 f"out_channels {self.out_channels} must be in_channels {self.in_channels} (eps) or twice as many (eps and v)"
@@ -107,13 +163,13 @@ class UNet2DConfig:
                 continue
             if name in own:
                 values[name] = tuple(value) if isinstance(value, list) else value
-                if name == "sample_size" and isinstance(value, (list, tuple)) and len(set(value)) == 1:
+                if name == "sample_size" and isinstance(value, list) and len(value) == 2 and value[0] == value[1]:
                     values[name] = value[0]
             elif name not in _ONLY:
                 bad.append(f"{name}={value!r} (unknown field)")
             elif value not in _ONLY[name]:
                 bad.append(f"{name}={value!r} (implemented: {_ONLY[name][0]!r})")
-        if not isinstance(values.get("sample_size"), int):
+        if type(values.get("sample_size")) is not int:
             bad.append(f"sample_size={config.get('sample_size')!r} (implemented: one integer)")
         if bad:
             raise ValueError("this UNet2DModel config cannot be loaded: " + "; ".join(bad))

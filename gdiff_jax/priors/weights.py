@@ -102,8 +102,12 @@ class _Unpickler(pickle.Unpickler):
         return np.frombuffer(raw, dtype)
 
 
-def _rebuild(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> np.ndarray:
-    """A strided view of a storage, never beyond its end."""
+def _rebuild(
+    storage: Any, offset: Any, shape: Any, strides: Any, requires_grad: Any, hooks: Any, metadata: Any = None
+) -> np.ndarray:
+    """A strided view of a storage, never beyond its end; hooks are never run, metadata (a negated view, say) is refused."""
+    if metadata:
+        raise ValueError(f"a tensor with metadata {metadata!r}")
     if not isinstance(storage, np.ndarray) or len(shape) != len(strides):
         raise ValueError("a tensor without a storage, or without a stride a dimension")
     if not all(type(n) is int and n >= 0 for n in (offset, *shape, *strides)):
@@ -179,10 +183,13 @@ def to_params(spec: modules.Spec, tensors: Tensors, source: str) -> Params:
             problems["of another shape"].append(f"{key} {original.shape}, expected {name} {shape}")
         elif str(value.dtype) not in _FLOATS or str(value.dtype) != usual:
             problems["of another type"].append(f"{key} {value.dtype} among {usual}")
-        elif not np.isfinite(value).all():
-            problems["not finite"].append(key)
         else:
-            params[name] = jnp.asarray(np.ascontiguousarray(value, np.float32))
+            with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is named
+                value = np.ascontiguousarray(value, np.float32)
+            if np.isfinite(value).all():
+                params[name] = jnp.asarray(value)
+            else:
+                problems["not finite"].append(key)
     problems["unexpected"] = sorted(found)
     texts = [
         f"{title}: {', '.join(names[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''}"
