@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,7 +19,12 @@ def budget(memory_gib: float) -> int:
     if memory_gib:
         return int(memory_gib * GIB)
     stats = jax.local_devices()[0].memory_stats() or {}
-    return stats.get("bytes_limit") or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * 3 // 4
+    if "bytes_limit" in stats:
+        return stats["bytes_limit"]
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    container = Path("/sys/fs/cgroup/memory.max")  # "max" where there is no limit
+    limit = container.read_text().strip() if container.is_file() else "max"
+    return min([machine, *([int(limit)] if limit.isdigit() else [])]) * 3 // 4
 
 
 def needed(compiled: Any) -> int:

@@ -187,9 +187,10 @@ def write(c: SweepConfig, inputs: Inputs, rows: list[Row], store: Store) -> None
     """Prints the table and writes summary.md, quality.png and contact_sheet.png."""
     mean_rows = mean_image_rows(inputs)
     text = table(rows, mean_rows)
+    prior = f"{c.prior} (sha256 {inputs.prior.sha256[:12]}{f', revision {r[:12]}' if (r := inputs.prior.revision) else ''})"
     about = [
         "The attacker knows the victim's weights and loss, the label and the prior. No clipping, so no (epsilon, delta).",
-        f"Median [quartiles] over {c.num_images} images x {c.seeds} seeds of {c.images}; prior {c.prior}; {c.steps} steps, "
+        f"Median [quartiles] over {c.num_images} images x {c.seeds} seeds of {c.images}; prior {prior}; {c.steps} steps, "
         f"{c.spacing}; DSG guidance rate {c.guidance_rate:g}, DPS zeta {c.zeta:g}. The scores are of each trial's last image.",
         "Picks: PSNR of one iterate an image, over all its steps and seeds: least gradient distance (attacker), closest to "
         "the truth (oracle: no attacker can do that).",
