@@ -51,6 +51,7 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=1, help="trials under vmap")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="arithmetic of the prior")
     parser.add_argument("--remat", action="store_true", help="keep only the inputs of the prior's blocks")
+    parser.add_argument("--peak_tflops", type=float, help="of the chip in this dtype, to tell the share of it that a step uses")
     parser.add_argument("--repeats", type=int, default=3, help="timed steps")
     parser.add_argument("--out", type=Path, help="file that one JSON line is appended to")
     args = parser.parse_args()
@@ -77,7 +78,8 @@ def main() -> None:
         start = time.perf_counter()
         jax.block_until_ready(compiled(denoise, weights, schedule, keys, x))
         seconds.append(time.perf_counter() - start)
-    cost = compiled.cost_analysis() or {}
+    flops = (compiled.cost_analysis() or {}).get("flops")
+    step_s = statistics.median(seconds[1:])
     device = jax.devices()[0]
     on_device = device.memory_stats() or {}
     gib = lambda n: round(n / 2**30, 3)
@@ -87,9 +89,10 @@ def main() -> None:
         "device": f"{device.platform}: {device.device_kind}, {os.cpu_count()} cores",
         "versions": {m.__name__: m.__version__ for m in (jax, flax, np)},
         "parameters": sum(v.size for v in denoise.params.values()),
-        "step_s": round(statistics.median(seconds[1:]), 4),
+        "step_s": round(step_s, 4),
         "compile_s": round(compile_s, 1),
-        "flops": cost.get("flops"),
+        "flops": flops,
+        "share_of_peak": round(flops / step_s / 1e12 / args.peak_tflops, 3) if flops and args.peak_tflops else None,
         "arguments_gib": gib(memory.argument_size_in_bytes),
         "temporaries_gib": gib(memory.temp_size_in_bytes),
         "peak_process_gib": gib(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024),
