@@ -253,7 +253,9 @@ def sweep(c: SweepConfig, inputs: Inputs, store: Store) -> None:
     print(
         f"{total} trials, {total - left} done before, on {jax.device_count()} {jax.devices()[0].device_kind}; output in {c.out}"
     )
-    first = {(t.group.method, t.group.victim): t for t in reversed([chunks[k][0] for k in todo])}
+    first: dict[tuple[str, str], trials.Trial] = {}
+    for trial in (chunks[k][0] for k in todo):
+        first.setdefault((trial.group.method, trial.group.victim), trial)
     programs = {}
     with tqdm(first.items(), unit="program", disable=not left) as bar:
         for name, trial in bar:  # all before the first trial runs: what does not fit is known at once
