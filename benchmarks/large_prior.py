@@ -9,7 +9,7 @@ memory nor speed depends on them. Appends one line to --out. Run it once per set
 from __future__ import annotations
 
 import argparse
-import datetime
+import dataclasses
 import json
 import os
 import resource
@@ -20,28 +20,19 @@ from pathlib import Path
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-import flax
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 import gdiff_jax as gd
-from gdiff_jax import modules, victims
+from benchmarks.guided_step import VICTIMS, environment, random_params
 from gdiff_jax.priors import ADMConfig, UNet2DConfig
 from gdiff_jax.samplers.dsg import dsg_step
-
-VICTIMS = {"mlp": victims.mlp, "lenet": victims.lenet, "cnn": victims.cnn}
 
 
 def read_config(path: Path) -> UNet2DConfig | ADMConfig:
     if path.is_dir():
         return UNet2DConfig.from_diffusers(json.loads((path / "config.json").read_text()))
     return ADMConfig.from_flags(json.loads(path.read_text()))
-
-
-def random_params(spec: modules.Spec) -> modules.Params:
-    rng = np.random.default_rng(0)
-    return {k: jnp.asarray(0.02 * rng.standard_normal(s, np.float32)) for k, s in modules.param_shapes(spec).items()}
 
 
 def main() -> None:
@@ -58,7 +49,7 @@ def main() -> None:
 
     config = read_config(args.prior)
     denoise = gd.Denoiser(random_params(config), config, args.dtype, args.remat)
-    victim = VICTIMS[args.victim](config.image_shape)
+    victim = dataclasses.replace(VICTIMS[args.victim], image_shape=config.image_shape)
     weights = random_params(victim)
     schedule = gd.Schedule.create(num_steps=100, variance="learned_range" if config.learns_variance else "fixed_small")
     keys = jax.random.split(jax.random.key(0), args.trials)
@@ -84,10 +75,7 @@ def main() -> None:
     on_device = device.memory_stats() or {}
     gib = lambda n: round(n / 2**30, 3)
     row = {
-        "command": " ".join(["python", *sys.argv]),
-        "date": datetime.date.today().isoformat(),
-        "device": f"{device.platform}: {device.device_kind}, {os.cpu_count()} cores",
-        "versions": {m.__name__: m.__version__ for m in (jax, flax, np)},
+        **environment(),
         "parameters": sum(v.size for v in denoise.params.values()),
         "step_s": round(step_s, 4),
         "compile_s": round(compile_s, 1),

@@ -12,7 +12,7 @@ def load_split(source: str, size: int, limit: int | None = None) -> tuple[ImageS
 
     Of CIFAR-10 the training split, and test images 1000 to 8999 (the bundled private set lies below, the last thousand
     is kept for others). Pictures in sub-folders `train` and `validation` as they lie. Any other set gives a tenth of its
-    images, drawn by a fixed seed. At most `limit` images are held out.
+    images, drawn by a fixed seed. At most `limit` held-out images are given; what is trained on does not depend on it.
     """
     train = load_images(source, "train", size)
     if train.names[0] == "cifar10-train/0":

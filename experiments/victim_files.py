@@ -66,10 +66,9 @@ def load(folder: str, name: str, steps: int, victim: Victim) -> tuple[Params, di
             f"--checkpoints {where / str(steps)} is of another shape: {wrong[0]} is {found.get(wrong[0])}, "
             f"{name} for images {victim.image_shape} and {victim.num_classes} classes has {expected.get(wrong[0])}; {remedy}"
         )
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    abstract = {k: jax.ShapeDtypeStruct(s, "float32", sharding=sharding) for k, s in expected.items()}
+    target = ocp.args.StandardRestore(modules.restore_target(victim))
     try:
-        restored = checkpoints.restore(steps, args=ocp.args.Composite(params=ocp.args.StandardRestore(abstract)))
+        restored = checkpoints.restore(steps, args=ocp.args.Composite(params=target))
     except Exception as error:
         raise ConfigError(f"--checkpoints {where / str(steps)} cannot be read ({error}); make it again: {remedy}") from None
     return restored["params"], about

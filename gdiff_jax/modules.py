@@ -103,6 +103,12 @@ def param_shapes(spec: Spec) -> dict[str, tuple[int, ...]]:
     return {_name(path): leaf.shape for path, leaf in _abstract(spec)[1].items()}
 
 
+def restore_target(spec: Spec) -> dict[str, jax.ShapeDtypeStruct]:
+    """What orbax restores a network's parameters into: float32, on one device."""
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return {name: jax.ShapeDtypeStruct(shape, np.float32, sharding=sharding) for name, shape in param_shapes(spec).items()}
+
+
 def init_params(key: jax.Array, spec: Spec) -> Params:
     """Fresh float32 parameters: a flat dict of dotted names (`down_blocks.0.resnets.1.conv1.kernel`)."""
     state = nnx.split(spec.build(nnx.Rngs(key)))[1]

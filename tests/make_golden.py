@@ -16,7 +16,10 @@ import jax
 import numpy as np
 import torch
 from diffusers import DDPMScheduler, UNet2DModel
-from parity_cases import ADM, GOLDEN, UNET2D, inputs, state_dict
+from parity_cases import ADM, ADM_CONV1D, GOLDEN, UNET2D, inputs, state_dict, torch_shapes
+
+from gdiff_jax import Schedule
+from gdiff_jax.priors import ADMConfig
 
 TRAJECTORY_STEPS = 50
 torch.set_num_threads(1)
@@ -37,27 +40,13 @@ def unet2d_output(config: dict) -> np.ndarray:
     return y.permute(0, 2, 3, 1).numpy()
 
 
-def adm_output(flags: dict, shapes: dict) -> np.ndarray:
+def adm_output(flags: dict) -> np.ndarray:
+    shapes = torch_shapes(ADMConfig.from_flags(flags), ADM_CONV1D)
     x, t = inputs(flags["image_size"], 3)
     weights = {name: torch.from_numpy(value) for name, value in state_dict(shapes).items()}
     with torch.no_grad():
         y = adm_reference.forward(weights, flags, torch.from_numpy(x).permute(0, 3, 1, 2), torch.from_numpy(t))
     return y.permute(0, 2, 3, 1).numpy()
-
-
-def adm_shapes(flags: dict) -> dict:
-    """Names and shapes of a guided-diffusion state dict."""
-    from gdiff_jax import modules
-    from gdiff_jax.priors import ADMConfig
-
-    shapes = {}
-    for name, shape in modules.param_shapes(ADMConfig.from_flags(flags)).items():
-        stem, leaf = name.rsplit(".", 1)
-        if leaf == "kernel":
-            conv1d = stem.endswith(("qkv", "proj_out"))
-            shape = (*shape[:-3:-1], 1) if conv1d else shape[::-1] if len(shape) == 2 else (*shape[:1:-1], *shape[:2])
-        shapes[f"{stem}.{'bias' if leaf == 'bias' else 'weight'}"] = shape
-    return shapes
 
 
 def trajectory(config: dict, variance: str, timesteps: np.ndarray, clip: bool = True) -> np.ndarray:
@@ -81,11 +70,9 @@ def trajectory(config: dict, variance: str, timesteps: np.ndarray, clip: bool = 
 
 
 def main() -> None:
-    from gdiff_jax import Schedule
-
     GOLDEN.mkdir(exist_ok=True)
     np.savez_compressed(GOLDEN / "unet2d.npz", **{name: unet2d_output(config) for name, config in UNET2D.items()})
-    np.savez_compressed(GOLDEN / "adm.npz", **{name: adm_output(flags, adm_shapes(flags)) for name, flags in ADM.items()})
+    np.savez_compressed(GOLDEN / "adm.npz", **{name: adm_output(flags) for name, flags in ADM.items()})
     t = np.asarray(Schedule.create(num_steps=TRAJECTORY_STEPS).t)
     runs = {
         "celebahq-fixed_small": trajectory(UNET2D["celebahq"], "fixed_small", t),

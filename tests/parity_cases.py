@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from gdiff_jax.modules import param_shapes
+
 GOLDEN = Path(__file__).parent / "golden"
 TOLERANCE = 1e-5  # of the largest value; the mistakes that a port makes start at 6e-5
 
@@ -110,6 +112,22 @@ ADM = {
         use_new_attention_order=True,
     ),
 }
+
+
+ADM_CONV1D = ("qkv", "proj_out")  # what guided-diffusion has as 1-d convolutions, and we as matrices
+
+
+def torch_shapes(spec, conv1d: tuple[str, ...] = ()) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the torch state dict of a network of ours."""
+    shapes = {}
+    for name, shape in param_shapes(spec).items():
+        stem, leaf = name.rsplit(".", 1)
+        if leaf == "kernel":
+            shape = shape[::-1] if len(shape) == 2 else (*shape[:1:-1], *shape[:2])
+            if stem.endswith(conv1d):
+                shape = (*shape, 1)
+        shapes[f"{stem}.{'bias' if leaf == 'bias' else 'weight'}"] = tuple(map(int, shape))
+    return shapes
 
 
 def state_dict(shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:

@@ -11,6 +11,7 @@ import pytest
 from conftest import QUICK_COMPILE
 from parity_cases import (
     ADM,
+    ADM_CONV1D,
     FFHQ,
     GOLDEN,
     SMALL_CELEBAHQ,
@@ -22,6 +23,7 @@ from parity_cases import (
     error,
     inputs,
     state_dict,
+    torch_shapes,
 )
 
 import gdiff_jax as gd
@@ -37,25 +39,9 @@ def golden(file):
         return dict(arrays)
 
 
-def torch_shapes(spec, conv1d=()):
-    """Names and shapes of the torch state dict of a network."""
-    shapes = {}
-    for name, shape in modules.param_shapes(spec).items():
-        stem, leaf = name.rsplit(".", 1)
-        if leaf == "kernel":
-            shape = shape[::-1] if len(shape) == 2 else (*shape[:1:-1], *shape[:2])
-            if stem.endswith(conv1d):
-                shape = (*shape, 1)
-        shapes[f"{stem}.{'bias' if leaf == 'bias' else 'weight'}"] = tuple(map(int, shape))
-    return shapes
-
-
 def unet2d(config):
     spec = UNet2DConfig.from_diffusers(config)
     return Denoiser(to_params(spec, state_dict(torch_shapes(spec)), "golden"), spec)
-
-
-ADM_CONV1D = ("qkv", "proj_out")
 
 
 def adm(flags):

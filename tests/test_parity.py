@@ -8,11 +8,11 @@ torch = pytest.importorskip("torch", reason="needs the extra `parity`")
 
 import make_golden
 from diffusers import DDPMPipeline
-from parity_cases import ADM, CELEBAHQ, CIFAR10, GOLDEN, TOLERANCE, UNET2D, error, state_dict
-from test_golden import run, torch_shapes
+from parity_cases import ADM, ADM_CONV1D, CELEBAHQ, CIFAR10, GOLDEN, TOLERANCE, UNET2D, error, state_dict, torch_shapes
+from test_golden import run
 
 import gdiff_jax as gd
-from gdiff_jax.priors import UNet2DConfig
+from gdiff_jax.priors import ADMConfig, UNet2DConfig
 from gdiff_jax.priors.weights import read_tensors
 
 
@@ -25,7 +25,7 @@ def test_golden_unet2d_is_what_diffusers_computes(name):
 @pytest.mark.parametrize("name", ADM)
 def test_golden_adm_is_what_the_reference_computes(name):
     with np.load(GOLDEN / "adm.npz") as golden:
-        assert error(golden[name], make_golden.adm_output(ADM[name], make_golden.adm_shapes(ADM[name]))) < 3e-6
+        assert error(golden[name], make_golden.adm_output(ADM[name])) < 3e-6
 
 
 def test_golden_trajectories_are_those_of_diffusers_scheduler():
@@ -67,7 +67,9 @@ def test_what_diffusers_saves_is_loaded_and_computes_the_same(tmp_path, safe, pi
 
 def test_what_torch_saves_of_an_adm_is_loaded_and_computes_the_same(tmp_path):
     flags = ADM["ffhq"]
-    tensors = {name: torch.from_numpy(a) for name, a in state_dict(make_golden.adm_shapes(flags)).items()}
+    tensors = {
+        name: torch.from_numpy(a) for name, a in state_dict(torch_shapes(ADMConfig.from_flags(flags), ADM_CONV1D)).items()
+    }
     torch.save(tensors, tmp_path / "adm.pt")
     with np.load(GOLDEN / "adm.npz") as golden:
         assert error(run(gd.load_prior(tmp_path / "adm.pt", config=flags).denoise), golden["ffhq"]) < TOLERANCE

@@ -16,8 +16,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import torch_files
-from parity_cases import ADM, CELEBAHQ, FFHQ, TWO, state_dict
-from test_golden import ADM_CONV1D, torch_shapes
+from parity_cases import ADM, ADM_CONV1D, CELEBAHQ, FFHQ, TWO, state_dict, torch_shapes
 
 from gdiff_jax import modules
 from gdiff_jax.priors import ADMConfig, Prior, UNet2DConfig, cache, load_prior, save_prior, sources, weights

@@ -16,7 +16,16 @@ import numpy as np
 from flax import nnx
 
 from gdiff_jax.modules import GroupNorm, Linear
-from gdiff_jax.priors.layers import attend, average_pool, block_runner, conv, timestep_embedding, upsample, zeros
+from gdiff_jax.priors.layers import (
+    attend,
+    average_pool,
+    block_runner,
+    conv,
+    norm_with_time,
+    timestep_embedding,
+    upsample,
+    zeros,
+)
 from gdiff_jax.schedule import VarianceType, make_betas
 
 # What an empty `channel_mult` means, by image size.
@@ -195,13 +204,8 @@ class ResBlock(nnx.Module):
         h = jax.nn.silu(self.in_layers[0](x))
         if self.resample is not None:
             h, x = self.resample(h), self.resample(x)
-        h = self.in_layers[2](h)
-        time = self.emb_layers[1](jax.nn.silu(emb))[:, None, None]
-        if self.modulates:
-            scale, shift = jnp.split(time, 2, axis=-1)
-            h = self.out_layers[0](h) * (1 + scale) + shift
-        else:
-            h = self.out_layers[0](h + time)
+        time = self.emb_layers[1](jax.nn.silu(emb))
+        h = norm_with_time(self.out_layers[0], self.in_layers[2](h), time, self.modulates)
         h = self.out_layers[3](jax.nn.silu(h))
         return h + (self.skip_connection(x) if hasattr(self, "skip_connection") else x)
 

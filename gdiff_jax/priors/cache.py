@@ -19,20 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 
 from gdiff_jax import modules
 from gdiff_jax.modules import Params
 from gdiff_jax.priors.unet2d_config import UNet2DConfig
 from gdiff_jax.priors.weights import CONVERTER_VERSION
-
-
-def abstract(spec: modules.Spec) -> dict[str, jax.ShapeDtypeStruct]:
-    """What orbax restores a network's params into: one device, float32."""
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    shapes = modules.param_shapes(spec)
-    return {name: jax.ShapeDtypeStruct(shape, np.float32, sharding=sharding) for name, shape in shapes.items()}
 
 
 def folder() -> Path:
@@ -57,7 +49,7 @@ def cached(spec: modules.Spec, convert: Callable[[], Params], about: dict[str, A
         try:
             note = json.loads((entry / "about.json").read_text())
             with ocp.StandardCheckpointer() as checkpointer:
-                params = checkpointer.restore(entry / "params", abstract(spec))
+                params = checkpointer.restore(entry / "params", modules.restore_target(spec))
             if modules.digest(params) != note["params_sha256"]:
                 raise ValueError("the digest of the params differs")
             return params
@@ -100,7 +92,7 @@ def latest_ema(checkpoints: Path, spec: UNet2DConfig) -> tuple[Params, str]:
         about = manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
         if about["config"] != json.loads(json.dumps(spec.to_diffusers())):
             raise ValueError("it was trained with another config.json")
-        item = {"ema": abstract(spec)}
+        item = {"ema": modules.restore_target(spec)}
         restore = ocp.args.PyTreeRestore(item, ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True)
         params = manager.restore(step, args=ocp.args.Composite(state=restore))["state"]["ema"]
         digest = modules.digest(params)

@@ -33,6 +33,15 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     return jnp.einsum("nhqk,nkhd->nqhd", jax.nn.softmax(logits, axis=-1).astype(q.dtype), v)
 
 
+def norm_with_time(norm: Callable[[jax.Array], jax.Array], h: jax.Array, time: jax.Array, scale_shift: bool) -> jax.Array:
+    """norm(h) (1 + scale) + shift, with (scale, shift) the halves of `time` (N, 2 C); or norm(h + time), `time` (N, C)."""
+    time = time[:, None, None]
+    if not scale_shift:
+        return norm(h + time)
+    scale, shift = jnp.split(time, 2, axis=-1)
+    return norm(h) * (1 + scale) + shift
+
+
 def upsample(x: jax.Array) -> jax.Array:
     """Nearest neighbour, twice the size; by broadcast, because a gather's gradient would be a scatter."""
     n, h, w, c = x.shape

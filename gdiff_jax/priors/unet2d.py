@@ -22,6 +22,7 @@ from gdiff_jax.priors.layers import (
     block_runner,
     conv,
     depth_to_space,
+    norm_with_time,
     space_to_depth,
     timestep_embedding,
     upsample,
@@ -82,13 +83,7 @@ class ResnetBlock(nnx.Module):
         h = self.act(self.norm1(x))
         if self.resample is not None:
             h, x = self.resample(h), self.resample(x)
-        h = self.conv1(h)
-        time = self.time_emb_proj(self.act(temb))[:, None, None]
-        if self.modulates:
-            scale, shift = jnp.split(time, 2, axis=-1)
-            h = self.norm2(h) * (1 + scale) + shift
-        else:
-            h = self.norm2(h + time)
+        h = norm_with_time(self.norm2, self.conv1(h), self.time_emb_proj(self.act(temb)), self.modulates)
         h = self.conv2(self.act(h)) + (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)
         return h / self.scale if self.scale != 1 else h
 

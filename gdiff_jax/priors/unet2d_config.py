@@ -40,6 +40,10 @@ def _each(kind: type, most: int) -> tuple[str, Any]:
     return f"a list of 1..{most} {kind.__name__}", ok
 
 
+def _one_of(*known: str) -> tuple[str, Any]:
+    return " or ".join(known), lambda config, field: getattr(config, field) in known
+
+
 def _boolean(config: Any, field: str) -> bool:
     return type(getattr(config, field)) is bool
 
@@ -58,11 +62,16 @@ _NEEDED: dict[str, tuple[str, Any]] = {
     "block_out_channels": _each(int, 12),
     "layers_per_block": _number(1, 64),
     "mid_block_scale_factor": _number(1e-3, 1e3, float),
+    "downsample_padding": _number(0, 1),
+    "downsample_type": _one_of("conv", "resnet"),
+    "upsample_type": _one_of("conv", "resnet"),
     "dropout": _number(0, 1, float),
+    "act_fn": _one_of(*ACTIVATIONS),
     "attention_head_dim": _number(1, _WIDE, none=True),
     "norm_num_groups": _number(1, _WIDE),
     "attn_norm_num_groups": _number(1, _WIDE, none=True),
     "norm_eps": _number(0, 1, float),
+    "resnet_time_scale_shift": _one_of("default", "scale_shift"),
     "add_attention": ("true or false", _boolean),
     "patch_size": _number(1, 64),
 }
@@ -118,17 +127,6 @@ class UNet2DConfig:
             for name in types:
                 if name not in blocks_known:
                     raise ValueError(f"block type {name!r} is not implemented here; implemented: {', '.join(blocks_known)}")
-        for field, known in (
-            ("downsample_padding", (0, 1)),
-            ("downsample_type", ("conv", "resnet")),
-            ("upsample_type", ("conv", "resnet")),
-            ("act_fn", tuple(ACTIVATIONS)),
-            ("resnet_time_scale_shift", ("default", "scale_shift")),
-        ):
-            if getattr(self, field) not in known:
-                raise ValueError(
-                    f"{field} {getattr(self, field)!r} is not implemented; implemented: {', '.join(map(str, known))}"
-                )
         for name, divisor in (
             ("norm_num_groups", self.norm_num_groups),
             ("attn_norm_num_groups", 1 if self.attn_norm_num_groups is None else self.attn_norm_num_groups),
