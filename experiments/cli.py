@@ -70,6 +70,11 @@ def read_flags(config: type) -> Any:
     return config(**{f.name: flags.FLAGS[f.name].value for f in dataclasses.fields(config)})
 
 
+def given(name: str) -> bool:
+    """Whether the user wrote this flag."""
+    return bool(flags.FLAGS[name].present)
+
+
 def run(main: Callable[[], None]) -> None:
     """Parses the flags and calls main; bad input ends with one line on stderr and exit code 2."""
 

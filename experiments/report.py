@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,9 +21,9 @@ from experiments.trials import PRIOR_ONLY
 from gdiff_jax.images import to_unit
 
 if TYPE_CHECKING:
-    from experiments.sweep import Inputs, SweepConfig
+    from experiments.inputs import Inputs, SweepConfig
 
-Key = tuple[str, int, str, float]  # victim, training steps, method, sigma
+Key = tuple[str, int, str, str, float]  # victim, training steps, mechanism, method, sigma
 METRICS = ("psnr", "ssim", "mse")
 COLOURS = {"dsg": "#0b6e99", "dps": "#d1601f"}
 
@@ -31,7 +32,7 @@ def by_cell(rows: list[Row]) -> dict[Key, list[Row]]:
     cells: dict[Key, list[Row]] = defaultdict(list)
     for row in rows:
         if row["method"] != PRIOR_ONLY:
-            cells[row["victim"], row["training_steps"], row["method"], row["sigma"]].append(row)
+            cells[row["victim"], row["training_steps"], row["mechanism"], row["method"], row["sigma"]].append(row)
     return dict(cells)
 
 
@@ -72,18 +73,35 @@ def _spread(rows: list[Row], name: str) -> str:
 
 
 def table(rows: list[Row], mean_rows: list[Row]) -> str:
-    """Median [first, third quartile] over images and seeds, a line for each victim, method and sigma."""
-    head = ["victim", "trained", "method", "sigma", "trials", "PSNR dB", "SSIM", "MSE", "attacker's pick", "oracle's pick"]
+    """Median [first, third quartile] over images and seeds, a line for each victim, mechanism, method and sigma."""
+    head = [
+        "victim",
+        "trained",
+        "mechanism",
+        "method",
+        "sigma",
+        "trials",
+        "PSNR dB",
+        "SSIM",
+        "MSE",
+        "attacker's pick",
+        "oracle's pick",
+    ]
     body = []
-    for (victim, steps, method, sigma), cell in sorted(by_cell(rows).items(), key=lambda kv: kv[0]):
+    for (victim, steps, mechanism, method, sigma), cell in sorted(by_cell(rows).items(), key=lambda kv: kv[0]):
         picks = [f"{p:.1f}" for p in choices(cell)]
         failed = sum(r["failed"] for r in cell)
         count = f"{len(cell)}" + (f" ({failed} failed)" if failed else "")
         spreads = [_spread(cell, name) for name in METRICS]
-        body.append([victim, str(steps) if steps else "no", method, f"{sigma:g}", count, *spreads, *picks])
+        body.append([victim, str(steps) if steps else "no", mechanism, method, f"{sigma:.4g}", count, *spreads, *picks])
     for name, base in ((PRIOR_ONLY, [r for r in rows if r["method"] == PRIOR_ONLY]), ("mean image", mean_rows)):
         if base:
-            body.append(["-", "-", name, "-", str(len(base)), *[_spread(base, m) for m in METRICS], "-", "-"])
+            body.append(["-", "-", "-", name, "-", str(len(base)), *[_spread(base, m) for m in METRICS], "-", "-"])
+    return markdown(head, body)
+
+
+def markdown(head: list[str], body: list[list[str]]) -> str:
+    """A table with columns of even width."""
     widths = [max(len(line[i]) for line in [head, *body]) for i in range(len(head))]
     rule = ["-" * w for w in widths]
     return "\n".join(
@@ -91,40 +109,71 @@ def table(rows: list[Row], mean_rows: list[Row]) -> str:
     )
 
 
-def _panels(rows: list[Row]) -> list[tuple[str, int]]:
-    return sorted({(victim, steps) for victim, steps, _, _ in by_cell(rows)})
+def privacy_table(c: SweepConfig, inputs: Inputs) -> str:
+    """What each mechanism guarantees at each of its noise levels, one release of one image's gradient."""
+    head = ["mechanism", "victim", "sigma", "epsilon", "delta", "mu", "advantage", "TPR at 1 % FPR", "gamma at kappa 1e-4"]
+    body = []
+    for text, spec in inputs.mechanisms.items():
+        # Only Laplace noise's guarantee depends on how many parameters the victim has.
+        per_victim = "laplace" in text and spec.guarantee(1.0, 1, c.delta)
+        for victim in c.victims if per_victim else c.victims[:1]:
+            size = sum(p.size for p in inputs.params[victim, c.training_steps[0]].values())
+            for sigma in inputs.sigmas[text]:
+                g = spec.guarantee(sigma, size, c.delta)
+                line = [text, victim if per_victim else "any", f"{sigma:.4g}"]
+                figures = [g.tpr(0.01), g.reconstruction_bound(1e-4)]
+                mu = "-" if g.mu is None else f"{g.mu:.4g}"
+                if g:
+                    line += [f"{g.epsilon:.4g}", f"{c.delta:g}", mu, f"{g.advantage:.3g}", *[f"{v:.3g}" for v in figures]]
+                else:
+                    line += [str(g), *["-"] * 5]
+                body.append(line)
+    return markdown(head, body)
 
 
-def _title(victim: str, steps: int) -> str:
-    return f"{victim}, {f'trained {steps} steps' if steps else 'untrained'}"
+def _panels(rows: list[Row]) -> list[tuple[str, int, str]]:
+    return sorted({key[:3] for key in by_cell(rows)})
 
 
-def plot_quality(rows: list[Row], mean_rows: list[Row], path: Path) -> None:
-    """PSNR and SSIM over sigma: median and interquartile band a method, beside prior-only and the mean image."""
+def _title(victim: str, steps: int, mechanism: str) -> str:
+    noise = "" if mechanism == "gaussian" else f", {mechanism}"
+    return f"{victim}, {f'trained {steps} steps' if steps else 'untrained'}{noise}"
+
+
+def _tick(sigma: float, epsilon: float) -> str:
+    return f"{sigma:.3g}" if np.isinf(epsilon) else f"{sigma:.3g}\n(ε {epsilon:.3g})"
+
+
+def plot_quality(rows: list[Row], mean_rows: list[Row], epsilon: Callable[[str, float], float], path: Path) -> None:
+    """PSNR and SSIM over sigma: median and interquartile band a method, beside prior-only and the mean image.
+
+    `epsilon(mechanism, sigma)` is written under sigma where it is finite.
+    """
     panels, cells = _panels(rows), by_cell(rows)
-    sigmas = sorted({sigma for _, _, _, sigma in cells})
     names = [n for n in ("psnr", "ssim") if n in rows[0]]
     size = (max(3.4 * len(panels), 5), 2.9 * len(names) + 0.6)
     fig, axes = plt.subplots(
-        len(names), len(panels), figsize=size, squeeze=False, sharey="row", sharex=True, layout="constrained"
+        len(names), len(panels), figsize=size, squeeze=False, sharey="row", sharex="col", layout="constrained"
     )
-    x = np.arange(len(sigmas))  # even spacing: the grid is logarithmic and begins with 0
     prior = [r for r in rows if r["method"] == PRIOR_ONLY]
     for i, name in enumerate(names):
-        for j, (victim, steps) in enumerate(panels):
+        for j, panel in enumerate(panels):
             ax = axes[i, j]
-            for method in sorted({m for v, s, m, _ in cells if (v, s) == (victim, steps)}):
-                found = [quartiles(cells.get((victim, steps, method, s), []), name) for s in sigmas]
+            here = [key[3:] for key in cells if key[:3] == panel]
+            sigmas = sorted({sigma for _, sigma in here})
+            x = np.arange(len(sigmas))  # even spacing: the grid is logarithmic and begins with 0
+            for method in sorted({method for method, _ in here}):
+                found = [quartiles(cells.get((*panel, method, s), []), name) for s in sigmas]
                 middle, low, high = np.array(found).T
                 ax.plot(x, middle, "o-", color=COLOURS[method], label=method.upper(), ms=4)
                 ax.fill_between(x, low, high, color=COLOURS[method], alpha=0.18, lw=0)
             for base, label, style in ((prior, "prior only", "--"), (mean_rows, "mean image", ":")):
                 if base:
                     ax.axhline(quartiles(base, name)[0], ls=style, color="0.35", lw=1.2, label=label)
-            ax.set_xticks(x, [f"{s:g}" for s in sigmas], rotation=45)
+            ax.set_xticks(x, [_tick(s, epsilon(panel[2], s)) for s in sigmas], rotation=45)
             ax.grid(alpha=0.25)
             if i == 0:
-                ax.set_title(_title(victim, steps), fontsize=10)
+                ax.set_title(_title(*panel), fontsize=10)
         axes[i, 0].set_ylabel({"psnr": "PSNR (dB)", "ssim": "SSIM"}[name])
     fig.supxlabel("sigma: standard deviation of the noise on the gradient", fontsize=10)
     handles, labels = axes[0, 0].get_legend_handles_labels()
@@ -136,8 +185,8 @@ def plot_quality(rows: list[Row], mean_rows: list[Row], path: Path) -> None:
 def contact_sheet(rows: list[Row], inputs: Inputs, store: Store, path: Path) -> None:
     """Truth, then seed 0's reconstruction at every sigma: a block a victim and method, a line an image, about a page in all."""
     cells = by_cell(rows)
-    blocks = sorted({(v, s, m) for v, s, m, _ in cells})
-    sigmas = sorted({sigma for _, _, _, sigma in cells})
+    blocks = sorted({key[:4] for key in cells})
+    sigmas = sorted({key[4] for key in cells})
     shown = min(4, max(1, 12 // len(blocks)), len(inputs.images))
     cache: dict[int, dict[str, np.ndarray]] = {}
 
@@ -152,15 +201,10 @@ def contact_sheet(rows: list[Row], inputs: Inputs, store: Store, path: Path) -> 
     size = (columns * 0.95 + 0.6, lines * 1.08 + 0.6)
     fig, axes = plt.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")
     fig.get_layout_engine().set(w_pad=0.01, h_pad=0.01, wspace=0, hspace=0)
-    for b, (victim, steps, method) in enumerate(blocks):
+    for b, block in enumerate(blocks):
         for i in range(shown):
             line = axes[b * shown + i]
-            at = {
-                r["sigma"]: r
-                for s in sigmas
-                for r in cells.get((victim, steps, method, s), [])
-                if (r["image"], r["seed"]) == (i, 0)
-            }
+            at = {r["sigma"]: r for s in sigmas for r in cells.get((*block, s), []) if (r["image"], r["seed"]) == (i, 0)}
             shots: list[Any] = [
                 to_unit(inputs.images[i]),
                 *[picture(at[s]) if s in at else None for s in sigmas],
@@ -174,13 +218,26 @@ def contact_sheet(rows: list[Row], inputs: Inputs, store: Store, path: Path) -> 
                 if shot is not None:
                     ax.imshow(np.nan_to_num(shot).squeeze(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
                 ax.set_xlabel(note, fontsize=7, labelpad=1)
-        label = f"{method.upper()}\n{_title(victim, steps)}"
+        label = f"{block[3].upper()}\n{_title(*block[:3])}"
         axes[b * shown + (shown - 1) // 2, 0].set_ylabel(label.replace(", ", "\n"), fontsize=8)
-    for ax, title in zip(axes[0], ["truth", *[f"σ = {s:g}" for s in sigmas], "prior only"], strict=True):
+    for ax, title in zip(axes[0], ["truth", *[f"σ = {s:.3g}" for s in sigmas], "prior only"], strict=True):
         ax.set_title(title, fontsize=8)
     fig.suptitle("Seed 0 of every cell, not chosen; numbers are PSNR in dB", fontsize=9)
     write_atomic(path, lambda p: fig.savefig(p, dpi=130))
     plt.close(fig)
+
+
+def threat_model(c: SweepConfig) -> str:
+    """What the attacker knows, in words."""
+    known = "The attacker knows the victim's weights and loss, the label, the prior"
+    if all(name in ("gaussian", "laplace", "uniform", "none") for name in c.mechanisms):
+        return f"{known}, and that noise of mean zero was added." if c.mechanisms != ("none",) else f"{known}."
+    how = (
+        "and the mechanism, and matches through it"
+        if c.adaptive
+        else "but not the mechanism: the leak is taken for the gradient"
+    )
+    return f"{known}, {how}."
 
 
 def write(c: SweepConfig, inputs: Inputs, rows: list[Row], store: Store) -> None:
@@ -189,13 +246,22 @@ def write(c: SweepConfig, inputs: Inputs, rows: list[Row], store: Store) -> None
     text = table(rows, mean_rows)
     prior = f"{c.prior} (sha256 {inputs.prior.sha256[:12]}{f', revision {r[:12]}' if (r := inputs.prior.revision) else ''})"
     about = [
-        "The attacker knows the victim's weights and loss, the label and the prior. No clipping, so no (epsilon, delta).",
+        threat_model(c),
         f"Median [quartiles] over {c.num_images} images x {c.seeds} seeds of {c.images}; prior {prior}; {c.steps} steps, "
         f"{c.spacing}; DSG guidance rate {c.guidance_rate:g}, DPS zeta {c.zeta:g}. The scores are of each trial's last image.",
         "Picks: PSNR of one iterate an image, over all its steps and seeds: least gradient distance (attacker), closest to "
         "the truth (oracle: no attacker can do that).",
     ]
-    store.write_text("summary.md", "\n\n".join([text, *about]) + "\n")
-    plot_quality(rows, mean_rows, store.folder / "quality.png")
+    guarantees = [
+        f"Guarantees of one release against every attack, add/remove adjacency, delta {c.delta:g}:",
+        privacy_table(c, inputs),
+    ]
+    store.write_text("summary.md", "\n\n".join([text, *about, *guarantees]) + "\n")
+    epsilon = lambda mechanism, sigma: inputs.mechanisms[mechanism].guarantee(sigma, 1, c.delta).epsilon
+    plot_quality(rows, mean_rows, epsilon, store.folder / "quality.png")
     contact_sheet(rows, inputs, store, store.folder / "contact_sheet.png")
-    print("\n".join([text, *about, f"plot {store.folder / 'quality.png'}, images {store.folder / 'contact_sheet.png'}"]))
+    print(
+        "\n".join(
+            [text, *about, *guarantees, f"plot {store.folder / 'quality.png'}, images {store.folder / 'contact_sheet.png'}"]
+        )
+    )

@@ -1,8 +1,8 @@
 """One trial of the sweep, its grid, and the compiled function that runs a chunk of trials.
 
-A trial is (victim, training state, method, sigma, image, seed). Its random numbers come from (image, seed) alone: the
-same noise n at every sigma (g + sigma n), the same start and steps for every method and victim, so curves over sigma compare
-like with like, and a result depends on neither its chunk nor its neighbours.
+A trial is (victim, training state, mechanism, method, sigma, image, seed). Its random numbers come from (image, seed) alone:
+the same noise n at every sigma (g + sigma n), the same start and steps for every method and victim, so curves over sigma
+compare like with like, and a result depends on neither its chunk nor its neighbours.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ import jax
 import jax.numpy as jnp
 
 import gdiff_jax as gd
-from gdiff_jax.matching import l2
+from experiments.mechanism_specs import Spec
+from gdiff_jax.matching import cosine, l2
+from gdiff_jax.victims import Victim
 
 PRIOR_ONLY = "prior-only"
 GUIDED = ("dsg", "dps")
@@ -29,6 +31,12 @@ class Group:
     method: str
     victim: str  # "" for prior-only
     training_steps: int
+    mechanism: str = "gaussian"  # "" for prior-only
+
+    @property
+    def title(self) -> str:
+        """Of the compiled program: the victim's training state is an argument of it."""
+        return f"{self.method} {self.victim} {self.mechanism}".strip()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,20 +51,25 @@ def make_grid(
     methods: tuple[str, ...],
     victims: tuple[str, ...],
     training: tuple[int, ...],
-    sigmas: tuple[float, ...],
+    sigmas: dict[str, tuple[float, ...]],
     images: int,
     seeds: int,
 ) -> Iterator[Trial]:
-    """All trials, group by group; prior-only once an image and seed, since neither victim nor sigma touches it."""
+    """All trials, group by group; prior-only once an image and seed, since neither victim nor mechanism touches it.
+
+    `sigmas` holds the noise levels of each mechanism.
+    """
     pairs = [(image, seed) for image in range(images) for seed in range(seeds)]
     for image, seed in pairs:
-        yield Trial(Group(PRIOR_ONLY, "", 0), float("nan"), image, seed)
+        yield Trial(Group(PRIOR_ONLY, "", 0, ""), float("nan"), image, seed)
     for victim in victims:
         for steps in training:
-            for method in methods:
-                for sigma in sigmas:
-                    for image, seed in pairs:
-                        yield Trial(Group(method, victim, steps), sigma, image, seed)
+            for mechanism, levels in sigmas.items():
+                for method in methods:
+                    group = Group(method, victim, steps, mechanism)
+                    for sigma in levels:
+                        for image, seed in pairs:
+                            yield Trial(group, sigma, image, seed)
 
 
 def chunks(trials: Iterator[Trial], size: int) -> list[list[Trial]]:
@@ -77,7 +90,7 @@ def trial_keys(seed: int, chunk: list[Trial]) -> jax.Array:
 
 
 def make_runner(
-    method: str, loss: Callable[..., jax.Array] | None, shape: tuple[int, ...], interval: int, clip: bool
+    method: str, victim: Victim | None, spec: Spec | None, adaptive: bool, shape: tuple[int, ...], interval: int, clip: bool
 ) -> Callable[..., Any]:
     """run(denoise, schedule, params, step_size, key, sigma, image, label) for a chunk of trials.
 
@@ -89,22 +102,22 @@ def make_runner(
         k_noise, k_sample = jax.random.split(key)
         if method == PRIOR_ONLY:
             x, trace = gd.unguided_sample(k_sample, denoise, schedule, shape, clip=clip, truth=image)
-            match, norms = None, {}
+            return dict(image=x, trace=trace._asdict(), scalars=gd.image_metrics(x, image))
+        gradient = gd.victim_gradient(victim.loss, params, image, label)
+        mechanism = spec.for_image(jax.random.fold_in(k_noise, 1), sigma, victim, params, image)
+        leak = mechanism(k_noise, gradient)
+        match = gd.GradientMatching(params, label, leak, victim.loss, l2, mechanism if adaptive else None)
+        if method == "dsg":
+            sample = functools.partial(gd.dsg_sample, guidance_rate=step_size, interval=interval)
         else:
-            gradient = gd.victim_gradient(loss, params, image, label)
-            leak = gd.GaussianNoise(sigma)(k_noise, gradient)
-            match = gd.GradientMatching(params, label, leak, loss, l2)
-            common = dict(clip=clip, truth=image)
-            if method == "dsg":
-                sample = functools.partial(gd.dsg_sample, guidance_rate=step_size, interval=interval)
-            else:
-                sample = functools.partial(gd.dps_sample, zeta=step_size)
-            x, trace = sample(k_sample, denoise, match, schedule, shape, **common)
-            norms = {
-                "gradient_norm": l2(gradient, jax.tree.map(jnp.zeros_like, gradient)),
-                "noise_norm": l2(leak, gradient),
-                "distance": match(x),
-            }
+            sample = functools.partial(gd.dps_sample, zeta=step_size)
+        x, trace = sample(k_sample, denoise, match, schedule, shape, clip=clip, truth=image)
+        norms = {
+            "gradient_norm": l2(gradient, jax.tree.map(jnp.zeros_like, gradient)),
+            "noise_norm": l2(leak, gradient),
+            "leak_cosine": 1 - cosine(leak, gradient),
+            "distance": match(x),
+        }
         return dict(image=x, trace=trace._asdict(), scalars={**norms, **gd.image_metrics(x, image)})
 
     return jax.jit(jax.vmap(one, in_axes=(None, None, None, None, 0, 0, 0, 0)))

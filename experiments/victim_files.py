@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +14,57 @@ from gdiff_jax import modules, victims
 from gdiff_jax.modules import Params
 from gdiff_jax.victims import Victim
 
+_sigmoid, _tanh, _gelu = jax.nn.sigmoid, jax.nn.tanh, jax.nn.gelu
+
+# Names of the flags, each a function of (image_shape, num_classes). New ones go to the end: a victim's weights are drawn
+# from its place. The variants differ from their family's first in one thing.
 VICTIMS = {
     "mlp": victims.mlp,
     "lenet": victims.lenet,
     "lenet-sigmoid": victims.lenet_sigmoid,
     "cnn": victims.cnn,
     "resnet": victims.resnet,
+    "vit": victims.vit_tiny,
+    "mlp-narrow": partial(victims.mlp, widths=(128, 32)),
+    "mlp-wide": partial(victims.mlp, widths=(1024, 256)),
+    "mlp-shallow": partial(victims.mlp, widths=(512,)),
+    "mlp-deep": partial(victims.mlp, widths=(512, 128, 128, 128)),
+    "mlp-tanh": partial(victims.mlp, activation=_tanh),
+    "mlp-sigmoid": partial(victims.mlp, activation=_sigmoid),
+    "mlp-gelu": partial(victims.mlp, activation=_gelu),
+    "mlp-norm": partial(victims.mlp, norm=True),
+    "lenet-narrow": partial(victims.lenet, width=6),
+    "lenet-wide": partial(victims.lenet, width=24),
+    "lenet-tanh": partial(victims.lenet, activation=_tanh),
+    "cnn-narrow": partial(victims.cnn, channels=(16, 32, 32)),
+    "cnn-wide": partial(victims.cnn, channels=(64, 128, 128)),
+    "cnn-shallow": partial(victims.cnn, channels=(32, 64)),
+    "cnn-deep": partial(victims.cnn, channels=(32, 64, 64, 64)),
+    "cnn-tanh": partial(victims.cnn, activation=_tanh),
+    "cnn-sigmoid": partial(victims.cnn, activation=_sigmoid),
+    "cnn-norm": partial(victims.cnn, norm=True),
+    "cnn-mean-pool": partial(victims.cnn, pooling="mean"),
+    "cnn-max-pool": partial(victims.cnn, pooling="max"),
+    "resnet-narrow": partial(victims.resnet, channels=(8, 16, 32)),
+    "resnet-wide": partial(victims.resnet, channels=(32, 64, 128)),
+    "resnet-deep": partial(victims.resnet, channels=(16, 32, 64, 64)),
+    "resnet-plain": partial(victims.resnet, residual=False),
+    "vit-narrow": partial(victims.vit_tiny, dim=32),
+    "vit-wide": partial(victims.vit_tiny, dim=128),
+    "vit-shallow": partial(victims.vit_tiny, depth=1),
+    "vit-deep": partial(victims.vit_tiny, depth=4),
 }
 
 
 def make_victim(name: str, image_shape: tuple[int, int, int], num_classes: int) -> Victim:
     if name not in VICTIMS:
         raise ConfigError(f"victim {name!r} is not known; known: {', '.join(VICTIMS)}")
-    return VICTIMS[name](image_shape, num_classes)
+    try:
+        victim = VICTIMS[name](image_shape, num_classes)
+        modules.param_shapes(victim)
+    except ValueError as error:
+        raise ConfigError(f"victim {name}: {error}") from None
+    return victim
 
 
 def init_params(name: str, victim: Victim, seed: int) -> Params:

@@ -18,7 +18,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-Gradient = Any  # a pytree shaped as the victim's parameters
+from gdiff_jax.mechanisms import Gradient, Mechanism
+
 Loss = Callable[[Any, jax.Array, jax.Array], jax.Array]
 Distance = Callable[[Gradient, Gradient], jax.Array]
 
@@ -75,18 +76,22 @@ def mixed_partial(loss: Loss, params: Any, x: jax.Array, y: jax.Array, v: Gradie
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 @at_full_precision
-def _match(loss: Loss, distance: Distance, victim: tuple[Any, jax.Array, Gradient], x: jax.Array) -> jax.Array:
-    params, y, leak = victim
-    return distance(victim_gradient(loss, params, x, y), leak)
+def _match(loss: Loss, distance: Distance, victim: tuple[Any, ...], x: jax.Array) -> jax.Array:
+    params, y, leak, mechanism = victim
+    return _compare(distance, victim_gradient(loss, params, x, y), leak, mechanism)
+
+
+def _compare(distance: Distance, gradient: Gradient, leak: Gradient, mechanism: Mechanism | None) -> jax.Array:
+    return distance(gradient if mechanism is None else mechanism.simulate(gradient, leak), leak)
 
 
 @at_full_precision
 def _match_fwd(loss: Loss, distance: Distance, victim: Any, x: Any) -> tuple[jax.Array, jax.Array]:
     if any(leaf.perturbed for leaf in jax.tree.leaves(victim)):
-        raise TypeError("GradientMatching is differentiable in the image only, not in params, label or leak")
-    (params, y, leak), x = jax.tree.map(lambda leaf: leaf.value, (victim, x))
+        raise TypeError("GradientMatching is differentiable in the image only, not in params, label, leak or mechanism")
+    (params, y, leak, mechanism), x = jax.tree.map(lambda leaf: leaf.value, (victim, x))
     gradient = victim_gradient(loss, params, x, y)
-    value, v = jax.value_and_grad(distance)(gradient, leak)
+    value, v = jax.value_and_grad(functools.partial(_compare, distance))(gradient, leak, mechanism)
     return value, mixed_partial(loss, params, x, y, v)
 
 
@@ -100,18 +105,19 @@ _match.defvjp(_match_fwd, _match_bwd, symbolic_zeros=True)
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class GradientMatching:
-    """objective(x0) = distance(grad_W L(W, x0, y), leak): what guides a sampler towards the private image.
+    """objective(x0) = distance(M(grad_W L(W, x0, y)), leak): what guides a sampler towards the private image.
 
-    A pytree (weights, label and leak are its leaves), so `jax.vmap` over it is a batch of trials and jit sees no constants.
-    `jax.grad` of it with respect to x0 costs one mixed partial, always at full matmul precision.
+    A pytree (weights, label, leak and the mechanism's numbers are its leaves), so `jax.vmap` over it is a batch of trials and
+    jit sees no constants. `jax.grad` of it with respect to x0 costs one mixed partial, always at full matmul precision.
 
     Attributes:
       params: the victim's parameters W, any pytree.
       label: y, whatever `loss` takes.
       leak: the released gradient g~, shaped as params.
       loss: scalar `loss(params, x, y)`, pure, twice differentiable almost everywhere; a victim network of the user's own fits.
-      distance: `l2`, `squared_l2`, `cosine`, or any differentiable `distance(gradient, leak)`; a distance that first
-        passes the gradient through a differentiable mechanism gives the attacker who knows the mechanism.
+      distance: `l2`, `squared_l2`, `cosine`, or any differentiable `distance(gradient, leak)`.
+      mechanism: M, what the attacker knows to have happened to the gradient (`mechanisms.Mechanism.simulate`); None is the
+        attacker who takes the leak for the bare gradient.
     """
 
     params: Any
@@ -119,6 +125,7 @@ class GradientMatching:
     leak: Gradient
     loss: Loss = dataclasses.field(metadata=dict(static=True))
     distance: Distance = dataclasses.field(default=l2, metadata=dict(static=True))
+    mechanism: Mechanism | None = None
 
     def __call__(self, x0: jax.Array) -> jax.Array:
-        return _match(self.loss, self.distance, (self.params, self.label, self.leak), x0)
+        return _match(self.loss, self.distance, (self.params, self.label, self.leak, self.mechanism), x0)

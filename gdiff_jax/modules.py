@@ -80,6 +80,22 @@ class GroupNorm(nnx.Module):
         return (grouped * scale + shift).reshape(n, h, w, c).astype(x.dtype)
 
 
+class LayerNorm(nnx.Module):
+    """Layer normalisation of the last axis, statistics in at least float32."""
+
+    def __init__(self, channels: int, eps: float = 1e-5):
+        self.scale = nnx.Param(jnp.ones((channels,), jnp.float32))
+        self.bias = nnx.Param(jnp.zeros((channels,), jnp.float32))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = x.astype(np.promote_types(x.dtype, np.float32))
+        centred = wide - wide.mean(-1, keepdims=True)
+        normed = centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + self.eps)
+        ones = (1,) * (x.ndim - 1)
+        return (normed * self.scale[...].reshape(*ones, -1) + self.bias[...].reshape(*ones, -1)).astype(x.dtype)
+
+
 def _name(path: tuple[Any, ...]) -> str:
     return ".".join(map(str, path))
 
@@ -124,7 +140,12 @@ def digest(params: Params) -> str:
     return sha.hexdigest()
 
 
+def call(spec: Spec, use: Callable[[Any], Any], params: Params) -> Any:
+    """use(network with these parameters), pure where `use` is."""
+    graph, flat = _abstract(spec)
+    return use(nnx.merge(graph, nnx.from_flat_state({path: params[_name(path)] for path in flat})))
+
+
 def apply(spec: Spec, params: Params, *args: Any) -> Any:
     """The network's `__call__` with these parameters, as a pure function."""
-    graph, flat = _abstract(spec)
-    return nnx.merge(graph, nnx.from_flat_state({path: params[_name(path)] for path in flat}))(*args)
+    return call(spec, lambda network: network(*args), params)

@@ -18,7 +18,7 @@ from PIL import Image
 import gdiff_jax as gd
 from experiments import memory, records, report, sweep, trials, victim_files
 from experiments.cli import ConfigError
-from experiments.sweep import SweepConfig
+from experiments.inputs import DEFAULT_SIGMAS, SweepConfig, load_inputs
 from experiments.train_prior import SCHEDULER
 from gdiff_jax import modules
 from gdiff_jax.priors import UNet2DConfig, save_prior
@@ -73,7 +73,7 @@ def command(c):
 
 
 def run_in_process(c):
-    inputs = sweep.load_inputs(c)
+    inputs = load_inputs(c)
     store = records.Store(Path(c.out), {"steps": c.steps})
     sweep.sweep(c, inputs, store)
     return [json.loads(line) for line in (Path(c.out) / "records.jsonl").read_text().splitlines()]
@@ -97,7 +97,7 @@ def test_records_hold_what_the_arrays_hold(folder, tmp_path):
     """The scores in the rows are those of the stored images, computed again."""
     c = config(folder, tmp_path / "out")
     rows = run_in_process(c)
-    images = sweep.load_inputs(c).images
+    images = load_inputs(c).images
     for row in rows:
         with np.load(tmp_path / "out" / "chunks" / f"{row['chunk']:05d}.npz") as arrays:
             image, error = arrays["images"][row["row"]], arrays["trace_x0_error"][row["row"]]
@@ -128,7 +128,7 @@ def test_a_result_depends_on_neither_chunk_nor_neighbours(folder, tmp_path):
 def test_one_compilation_for_the_whole_grid(folder, tmp_path):
     """Two sigmas, three images, a padded last chunk, and a second training state: the victim's loss is traced as for one."""
     c = config(folder, tmp_path / "out", methods=("dsg",))
-    inputs = sweep.load_inputs(c)
+    inputs = load_inputs(c)
     group = trials.Group("dsg", "mlp", 0)
     grid = [[trials.Trial(group, s, i, 0) for i in range(n)] for s, n in ((0.0, 3), (0.1, 3), (0.1, 1))]
     counts = []
@@ -141,7 +141,7 @@ def test_one_compilation_for_the_whole_grid(folder, tmp_path):
                 return super().loss(params, x, y)
 
         victim = inputs.victims["mlp"]
-        counting = Counting(victim.network, victim.image_shape, victim.num_classes)
+        counting = Counting(victim.network, victim.image_shape, victim.num_classes, victim.options)
         counted = dataclasses.replace(inputs, victims={"mlp": counting})
         program = sweep.compile_program(c, counted, grid[0][0])
         for chunk in grid[:chunks]:
@@ -211,7 +211,7 @@ BAD = [
 @pytest.mark.parametrize(("changes", "value"), BAD, ids=lambda x: str(x)[:40])
 def test_bad_input_is_refused_with_its_value(folder, tmp_path, changes, value):
     with pytest.raises(ConfigError) as caught:
-        sweep.load_inputs(config(folder, tmp_path / "out", **changes))
+        load_inputs(config(folder, tmp_path / "out", **changes))
     assert value in str(caught.value)
     assert not (tmp_path / "out").exists()
 
@@ -222,16 +222,16 @@ def test_bad_pictures_are_refused(folder, tmp_path):
     (tmp_path / "corrupt" / "a.png").write_text("no picture")
     for name, value in (("empty", "holds no picture"), ("corrupt", "a.png")):
         with pytest.raises(ConfigError, match=value):
-            sweep.load_inputs(config(folder, tmp_path / "out", images=str(tmp_path / name), num_images=1))
+            load_inputs(config(folder, tmp_path / "out", images=str(tmp_path / name), num_images=1))
 
 
 def test_images_without_labels_get_label_0_and_the_user_is_told(folder, tmp_path, capsys):
     (tmp_path / "unlabelled").mkdir()
     Image.new("RGB", (20, 20)).save(tmp_path / "unlabelled" / "a.png")
     c = config(folder, tmp_path / "out", images=str(tmp_path / "unlabelled"), num_images=1)
-    assert sweep.load_inputs(c).labels.tolist() == [0]
+    assert load_inputs(c).labels.tolist() == [0]
     assert "every image gets label 0" in capsys.readouterr().out
-    assert sweep.load_inputs(dataclasses.replace(c, label=3)).labels.tolist() == [3]
+    assert load_inputs(dataclasses.replace(c, label=3)).labels.tolist() == [3]
 
 
 def test_clip_is_the_priors_unless_the_user_says_otherwise(folder, tmp_path):
@@ -240,9 +240,9 @@ def test_clip_is_the_priors_unless_the_user_says_otherwise(folder, tmp_path):
     scheduler.write_text(json.dumps(SCHEDULER | dict(clip_sample=False)))
     for clip, expected in (("prior", False), ("yes", True), ("no", False)):
         c = config(folder, tmp_path / "out", prior=str(tmp_path / "prior"), clip=clip)
-        assert sweep.load_inputs(c).prior.clip is expected
+        assert load_inputs(c).prior.clip is expected
     with pytest.raises(ConfigError, match="--clip maybe"):
-        sweep.load_inputs(config(folder, tmp_path / "out", clip="maybe"))
+        load_inputs(config(folder, tmp_path / "out", clip="maybe"))
 
 
 def test_checkpoint_of_another_shape_is_refused(folder, tmp_path):
@@ -253,8 +253,8 @@ def test_checkpoint_of_another_shape_is_refused(folder, tmp_path):
     checkpoints.wait_until_finished()
     c = config(folder, tmp_path / "out", victims=("lenet",), training_steps=(5,), checkpoints=str(tmp_path / "victims"))
     with pytest.raises(ConfigError, match=r"another shape.*fc.*7.*10"):
-        sweep.load_inputs(c)
-    inputs = sweep.load_inputs(dataclasses.replace(c, num_classes=7))
+        load_inputs(c)
+    inputs = load_inputs(dataclasses.replace(c, num_classes=7))
     np.testing.assert_array_equal(inputs.params["lenet", 5]["fc.kernel"], params["fc.kernel"])
 
 
@@ -295,10 +295,10 @@ def test_output_of_another_configuration_is_refused_and_left_alone(tmp_path):
 
 def test_sigma_grid_takes_both_spellings():
     script = (
-        "import sys; from absl import flags; from experiments import cli, sweep\n"
-        "cli.define_flags(sweep.SweepConfig); flags.FLAGS(sys.argv); print(cli.read_flags(sweep.SweepConfig).sigma_grid)"
+        "import sys; from absl import flags; from experiments import cli, inputs\n"
+        "cli.define_flags(inputs.SweepConfig); flags.FLAGS(sys.argv); print(cli.read_flags(inputs.SweepConfig).sigma_grid)"
     )
-    for argument, expected in (("--sigma_grid", sweep.DEFAULT_SIGMAS), ("--sigma_grid=0,1e-3", (0.0, 1e-3))):
+    for argument, expected in (("--sigma_grid", DEFAULT_SIGMAS), ("--sigma_grid=0,1e-3", (0.0, 1e-3))):
         result = subprocess.run(
             [sys.executable, "-c", script, argument], capture_output=True, text=True, check=True, cwd=ROOT, env=os.environ
         )
@@ -308,7 +308,8 @@ def test_sigma_grid_takes_both_spellings():
 def test_table_statistics_by_hand():
     """Quartiles, the failed trial left out and counted, and the two picks, which differ where distance misleads."""
     row = lambda image, seed, psnr, distance, at_least, best, failed=False: {
-        "method": "dsg", "victim": "v", "training_steps": 0, "sigma": 0.1, "image": image, "seed": seed, "psnr": psnr,
+        "method": "dsg", "victim": "v", "training_steps": 0, "mechanism": "gaussian", "sigma": 0.1,
+        "image": image, "seed": seed, "psnr": psnr,
         "least_step_distance": distance, "psnr_at_least_distance": at_least, "psnr_of_best_step": best, "failed": failed,
     }  # fmt: skip
     rows = [row(0, 0, 10.0, 1.0, 10.0, 12.0), row(0, 1, 20.0, 2.0, 20.0, 21.0), row(1, 0, 30.0, 1.0, 30.0, 30.0)]
@@ -349,7 +350,7 @@ def test_one_trial_that_does_not_fit_is_an_error_with_the_remedy():
 
 def test_a_memory_budget_changes_how_many_run_at_a_time_and_no_result(folder, tmp_path):
     plenty = run_in_process(config(folder, tmp_path / "a", methods=("dsg",)))
-    inputs = sweep.load_inputs(config(folder, tmp_path / "a"))
+    inputs = load_inputs(config(folder, tmp_path / "a"))
     trial = trials.Trial(trials.Group("dsg", "mlp", 0), 0.1, 0, 0)
     sizes = {}
     for n in (1, 3):

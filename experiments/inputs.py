@@ -1,0 +1,179 @@
+"""What a sweep is asked for: its flags, and everything they name, loaded and checked before anything is computed."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+
+import gdiff_jax as gd
+from experiments import mechanism_specs, trials, victim_files
+from experiments.cli import ConfigError, option
+from gdiff_jax import images as image_files
+from gdiff_jax import modules
+from gdiff_jax.priors import BUNDLED
+from gdiff_jax.theory import privacy
+
+DEFAULT_SIGMAS = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class SweepConfig:
+    sigma_grid: tuple[float, ...] = option(
+        DEFAULT_SIGMAS, "standard deviations of the Gaussian noise on the gradient; without a value the default grid", bare=True
+    )
+    epsilon_grid: tuple[float, ...] = option(
+        (),
+        "epsilons at --delta of one release, each giving a sigma; needs --mechanisms=clip:NORM+gaussian. Beside "
+        "--sigma_grid where both are given",
+    )
+    delta: float = option(1e-5, "delta of every (epsilon, delta) that is asked for or reported")
+    mechanisms: tuple[str, ...] = option(("gaussian",), mechanism_specs.HELP)
+    adaptive: bool = option(True, "the attacker knows the mechanism and matches through it")
+    methods: tuple[str, ...] = option(trials.GUIDED, f"guided samplers: {', '.join(trials.GUIDED)}; prior-only always runs")
+    victims: tuple[str, ...] = option(("mlp", "lenet", "cnn"), f"attacked networks: {', '.join(victim_files.VICTIMS)}")
+    training_steps: tuple[int, ...] = option((0,), "training states of each victim, in steps; 0 is untrained")
+    checkpoints: str = option("", "folder of experiments/train_victim.py, for training states other than 0")
+    images: str = option(image_files.BUNDLED, "private images: the bundled set, a folder, a .npz or CIFAR-10's archive")
+    num_images: int = option(4, "the first so many images of the set")
+    label: int = option(-1, "label of every image; -1 takes the set's own, and 0 where it has none, as the paper does")
+    num_classes: int = option(10, "labels are 0 .. num_classes - 1")
+    seeds: int = option(1, "trials an image, each with noise, start and steps of its own")
+    seed: int = option(0, "of the victims' initial weights and of all random numbers of the trials")
+    steps: int = option(100, "reverse steps, at most as many as the prior was trained with")
+    spacing: str = option(
+        "quadratic", "of the steps over the prior's: quadratic (denser where there is little noise) or uniform"
+    )
+    zeta: float = option(8.0, "step size of dps, on the un-squared gradient distance")
+    guidance_rate: float = option(0.2, "guidance rate of dsg, 0 to 1")
+    interval: int = option(1, "dsg guides every so many steps")
+    clip: str = option("prior", "clip x0hat to [-1, 1] in every step: yes, no, or what the prior's scheduler says")
+    prior: str = option("cifar10-32", f"diffusion prior: {', '.join(BUNDLED)}, a folder, OWNER/NAME on the hub, or an ADM file")
+    prior_dtype: str = option("float32", "arithmetic of the prior: float32 or bfloat16; the victim is always float32")
+    prior_remat: bool = option(False, "compute the prior's inner values twice, keep only its blocks' inputs")
+    batch: int = option(8, "trials computed at a time, fewer where --memory_gib is too little for so many")
+    memory_gib: float = option(0.0, "memory for the trials and weights in GiB; 0: all that the device has, 3/4 of it on a CPU")
+    out: str = option("runs/sweep", "output folder")
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """Everything that a configuration names, loaded and checked; nothing has been compiled or written."""
+
+    prior: gd.Prior
+    schedule: gd.Schedule
+    images: np.ndarray  # (N, H, W, C) in [-1, 1]
+    labels: np.ndarray
+    names: tuple[str, ...]
+    mechanisms: dict[str, mechanism_specs.Spec]
+    sigmas: dict[str, tuple[float, ...]]  # by mechanism, ascending
+    victims: dict[str, gd.Victim]
+    params: dict[tuple[str, int], Any]  # by victim and training steps
+    hashes: dict[str, Any]
+
+
+def _need(ok: bool, message: str) -> None:
+    if not ok:
+        raise ConfigError(message)
+
+
+def _check_numbers(c: SweepConfig) -> None:
+    _need(len(c.sigma_grid + c.epsilon_grid) > 0, "--sigma_grid is empty; give standard deviations such as 0,1e-3,1e-2")
+    for sigma in c.sigma_grid:
+        _need(math.isfinite(sigma) and sigma >= 0, f"--sigma_grid holds {sigma}; a standard deviation is finite and >= 0")
+    for epsilon in c.epsilon_grid:
+        _need(math.isfinite(epsilon) and epsilon > 0, f"--epsilon_grid holds {epsilon}; an epsilon is finite and above 0")
+    _need(0 < c.delta < 1, f"--delta {c.delta} must lie in (0, 1), and be well below 1 over the number of examples")
+    for name in ("sigma_grid", "epsilon_grid", "mechanisms", "methods", "victims", "training_steps"):
+        values = getattr(c, name)
+        ok = len(set(values)) == len(values) and (len(values) > 0 or name.endswith("grid"))
+        _need(ok, f"--{name} {','.join(map(str, values))!r} must be non-empty, without repeats")
+    for method in c.methods:
+        _need(method in trials.GUIDED, f"method {method!r} is not known; known: {', '.join(trials.GUIDED)}")
+    for name in ("num_images", "seeds", "steps", "interval", "batch", "num_classes"):
+        _need(getattr(c, name) >= 1, f"--{name} {getattr(c, name)} must be at least 1")
+    _need(min(c.training_steps) >= 0, f"--training_steps {min(c.training_steps)} must not be negative; 0 is untrained")
+    _need(math.isfinite(c.zeta) and c.zeta >= 0, f"--zeta {c.zeta} must be finite and >= 0; 0 is unguided")
+    _need(0 <= c.guidance_rate <= 1, f"--guidance_rate {c.guidance_rate} must lie in 0..1")
+    _need(c.spacing in ("uniform", "quadratic"), f"--spacing {c.spacing} is not known; use uniform or quadratic")
+    _need(c.clip in ("prior", "yes", "no"), f"--clip {c.clip} is not known; use prior, yes or no")
+    _need(math.isfinite(c.memory_gib) and c.memory_gib >= 0, f"--memory_gib {c.memory_gib} must be finite and >= 0")
+    _need(c.prior_dtype in ("float32", "bfloat16"), f"--prior_dtype {c.prior_dtype} is not known; use float32 or bfloat16")
+
+
+def _sigmas(c: SweepConfig, spec: mechanism_specs.Spec) -> tuple[float, ...]:
+    """The standard deviations that a mechanism is run at: of both grids, or 0 alone where it adds no noise."""
+    if not spec.noisy:
+        return (0.0,)
+    norm = spec.clip_norm
+    _need(
+        norm is not None or not c.epsilon_grid,
+        f"--epsilon_grid with --mechanisms {spec.text}: an epsilon gives a sigma only where "
+        "gradients are clipped and the noise is Gaussian; use --mechanisms=clip:1+gaussian, or --sigma_grid",
+    )
+    found = [privacy.gaussian_noise_multiplier(e, c.delta) * norm for e in c.epsilon_grid] if norm else []
+    return tuple(sorted({*c.sigma_grid, *found}))
+
+
+def _load_images(c: SweepConfig, shape: tuple[int, int, int]) -> image_files.ImageSet:
+    try:
+        data = image_files.load_images(c.images, "test", size=shape[0])
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--images: {error}") from None
+    _need(
+        data.images.shape[1:] == shape,
+        f"--images {c.images}: images are {data.images.shape[1:]}, prior {c.prior} takes {shape}; "
+        "use images of that shape or another --prior",
+    )
+    _need(c.num_images <= len(data), f"--num_images {c.num_images}: {c.images} holds {len(data)}; ask for fewer")
+    data = data.take(slice(0, c.num_images))
+    if c.label >= 0:
+        data = dataclasses.replace(data, labels=np.full(len(data), c.label, np.int32))
+    if data.labels is None:
+        print(f"{c.images} has no labels; every image gets label 0 (--label gives another, sub-folders give classes)")
+        data = dataclasses.replace(data, labels=np.zeros(len(data), np.int32))
+    for name, label in zip(data.names, data.labels.tolist(), strict=True):
+        ok = 0 <= label < c.num_classes
+        _need(ok, f"label {label} of {name} is outside 0..{c.num_classes - 1}; change --label or --num_classes")
+    return data
+
+
+def load_inputs(c: SweepConfig) -> Inputs:
+    """Loads and checks what `c` names.
+
+    Raises:
+      ConfigError: with the value and the remedy, for the first thing that cannot be used.
+    """
+    _check_numbers(c)
+    mechanisms = {text: mechanism_specs.parse(text) for text in c.mechanisms}
+    sigmas = {text: _sigmas(c, spec) for text, spec in mechanisms.items()}
+    try:
+        prior = gd.load_prior(c.prior, c.prior_dtype, remat=c.prior_remat)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--prior: {error}") from None
+    _need(c.steps <= len(prior.betas), f"--steps {c.steps}: prior {c.prior} was trained with {len(prior.betas)}; ask for fewer")
+    data = _load_images(c, prior.image_shape)
+    victims, params, trained = {}, {}, {}
+    for name in c.victims:
+        victims[name] = victim_files.make_victim(name, prior.image_shape, c.num_classes)
+    for name, victim in victims.items():
+        for steps in c.training_steps:
+            if steps:
+                params[name, steps], _ = victim_files.load(c.checkpoints, name, steps, victim)
+                trained[f"{name}/{steps}"] = modules.digest(params[name, steps])
+            else:
+                params[name, steps] = victim_files.init_params(name, victim, c.seed)
+    if c.clip != "prior":
+        prior = dataclasses.replace(prior, clip=c.clip == "yes")
+    hashes = {
+        "prior": prior.sha256,
+        "prior_settings": prior.settings_sha256,
+        "prior_revision": prior.revision,
+        "images": data.sha256,
+        "trained_victims": trained,
+    }
+    images = image_files.to_model(data.images)
+    schedule = prior.schedule(c.steps, c.spacing)
+    return Inputs(prior, schedule, images, data.labels, data.names, mechanisms, sigmas, victims, params, hashes)

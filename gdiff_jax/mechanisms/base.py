@@ -1,0 +1,71 @@
+"""The contract of a mechanism, what the mechanisms share, and how they are joined."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import typing
+from collections.abc import Callable
+from typing import Any, ClassVar, Protocol, TypeVar
+
+import jax
+import jax.numpy as jnp
+
+T = TypeVar("T")
+Gradient = Any  # a pytree of arrays
+static: Callable[..., Any] = functools.partial(dataclasses.field, metadata=dict(static=True))
+
+
+@typing.dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field,))
+def pytree(cls: type[T]) -> type[T]:
+    """A frozen dataclass whose fields are leaves, but for those made with `static()`."""
+    return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))
+
+
+class Mechanism(Protocol):
+    """See the package's docstring."""
+
+    differentiable: ClassVar[bool]
+
+    def __call__(self, key: jax.Array, gradient: Gradient) -> Gradient: ...
+
+    def norm_bound(self, norm: float, size: int) -> float: ...
+
+    def simulate(self, gradient: Gradient, leak: Gradient) -> Gradient: ...
+
+
+def per_leaf(key: jax.Array, gradient: Gradient, change: Callable[[jax.Array, jax.Array], jax.Array]) -> Gradient:
+    leaves, tree = jax.tree.flatten(gradient)
+    keys = jax.random.split(key, len(leaves))
+    return jax.tree.unflatten(tree, [change(k, g) for k, g in zip(keys, leaves, strict=True)])
+
+
+def seen(gradient: Gradient, leak: Gradient) -> Gradient:
+    """The coordinates that the leak shows; where it is zero nothing was sent."""
+    return jax.tree.map(lambda g, s: jnp.where(s != 0, g, jnp.zeros_like(g)), gradient, leak)
+
+
+@pytree
+class Chain:
+    """Several mechanisms, the first applied first: `Chain((Clip(1.0), GaussianNoise(sigma)))` is the Gaussian mechanism."""
+
+    stages: tuple[Any, ...]
+
+    @property
+    def differentiable(self) -> bool:
+        return all(stage.differentiable for stage in self.stages)
+
+    def __call__(self, key: jax.Array, gradient: Gradient) -> Gradient:
+        for i, stage in enumerate(self.stages):
+            gradient = stage(jax.random.fold_in(key, i), gradient)
+        return gradient
+
+    def norm_bound(self, norm: float, size: int) -> float:
+        for stage in self.stages:
+            norm = stage.norm_bound(norm, size)
+        return norm
+
+    def simulate(self, gradient: Gradient, leak: Gradient) -> Gradient:
+        for stage in self.stages:
+            gradient = stage.simulate(gradient, leak)
+        return gradient

@@ -1,0 +1,10 @@
+"""What can be said without an attack: vulnerability, spectrum, Jensen bounds, limits, and privacy guarantees.
+
+| question | module |
+|---|---|
+| how strongly does the gradient answer to the pixels (RV, I2F, shares of the layers) | `jacobian` |
+| which directions of the image does it show (extremes, effective rank) | `spectrum` |
+| what does judging x0hat instead of x0 cost (Theorems 1 and 2) | `jensen` |
+| how well can any attack do (Cramer-Rao, van Trees) | `limits` |
+| what does the noise guarantee (epsilon, delta, mu, advantage, gamma) | `privacy` |
+"""
