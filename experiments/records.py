@@ -93,7 +93,7 @@ class Store:
 
     def open(self) -> None:
         """Creates the folder and notes this run in the manifest."""
-        (self.folder / "chunks").mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
         manifest = {"identity": self.identity, "runs": [*self.runs, this_run()]}
         write_atomic(self.folder / "manifest.json", lambda p: p.write_text(json.dumps(manifest, indent=2) + "\n"))
 
@@ -105,6 +105,7 @@ class Store:
 
     def save(self, chunk: int, rows: list[Row], arrays: dict[str, np.ndarray]) -> None:
         """Arrays first, rows last: the rows are what says that the chunk is done."""
+        (self.folder / "chunks").mkdir(exist_ok=True)
         write_atomic(self._path(chunk, ".npz"), lambda p: np.savez_compressed(p, **arrays))
         text = "".join(_json(row) + "\n" for row in rows)
         write_atomic(self._path(chunk, ".jsonl"), lambda p: p.write_text(text))

@@ -240,7 +240,7 @@ def threat_model(c: SweepConfig) -> str:
     return f"{known}, {how}."
 
 
-def write(c: SweepConfig, inputs: Inputs, rows: list[Row], store: Store) -> None:
+def write(c: SweepConfig, inputs: Inputs, rows: list[Row], store: Store, quiet: bool = False) -> None:
     """Prints the table and writes summary.md, quality.png and contact_sheet.png."""
     mean_rows = mean_image_rows(inputs)
     text = table(rows, mean_rows)

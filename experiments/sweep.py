@@ -107,8 +107,11 @@ def run_chunk(
     return rows, {"images": result["image"], **{f"trace_{k}": v for k, v in trace.items()}}
 
 
-def sweep(c: SweepConfig, inputs: Inputs, store: Store) -> None:
-    """Runs what is not done yet, chunk by chunk, then writes records, table, plot and contact sheet."""
+def sweep(c: SweepConfig, inputs: Inputs, store: Store, quiet: bool = False) -> list[Row]:
+    """Runs what is not done yet, chunk by chunk, then writes records, table, plot and contact sheet.
+
+    Returns all rows; `quiet` leaves the table to the files.
+    """
     grid = trials.make_grid(c.methods, c.victims, c.training_steps, inputs.sigmas, c.num_images, c.seeds)
     chunks = trials.chunks(grid, c.batch)
     todo = [k for k in range(len(chunks)) if not store.is_done(k)]
@@ -138,7 +141,8 @@ def sweep(c: SweepConfig, inputs: Inputs, store: Store) -> None:
             bar.update(len(rows))
     rows = store.rows(range(len(chunks)))
     store.write_records(rows)
-    report.write(c, inputs, rows, store)
+    report.write(c, inputs, rows, store, quiet)
+    return rows
 
 
 def identity(c: SweepConfig, inputs: Inputs) -> dict[str, Any]:

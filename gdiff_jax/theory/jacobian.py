@@ -100,6 +100,7 @@ class Vulnerability(NamedTuple):
 
     rv: Estimate  # of the image with the largest estimate; the largest of noisy estimates errs upwards
     per_image: Estimate  # (N,) || J(x) ||_F, the distribution
+    shares: Gradient  # (N,) for each array of the parameters: an `Estimate` of its share in || J(x) ||_F^2
 
 
 def reconstruction_vulnerability(
@@ -107,9 +108,9 @@ def reconstruction_vulnerability(
 ) -> Vulnerability:
     """RV = max_x || J(x) ||_F (Definition 3) over the images x (N, H, W, C) with labels y (N,), and its distribution."""
     keys = jax.random.split(key, len(x))
-    per_image = jax.lax.map(lambda a: frobenius(a[0], loss, params, a[1], a[2], probes)[0], (keys, x, y))
+    per_image, shares = jax.lax.map(lambda a: frobenius(a[0], loss, params, a[1], a[2], probes), (keys, x, y))
     worst = jnp.argmax(per_image.value)
-    return Vulnerability(Estimate(per_image.value[worst], per_image.standard_error[worst]), per_image)
+    return Vulnerability(Estimate(per_image.value[worst], per_image.standard_error[worst]), per_image, shares)
 
 
 def i2f(loss: Loss, params: Any, x: jax.Array, y: jax.Array, delta: Gradient, lambda_max: jax.Array) -> jax.Array:

@@ -1,7 +1,7 @@
 """The Jensen gap of guided diffusion: what it costs to judge x0hat = E[x0 | x_t] in place of the images that x_t may become.
 
 For a function f the gap at x_t is E[f(x0) | x_t] - f(x0hat). The paper bounds it from above for the likelihood of the leak
-(Theorem 1) and from below for convex f (Theorem 2); `measure` draws from the prior given x_t and shows whether they hold.
+(Theorem 1) and from below for convex f (Theorem 2); `draw_given` and `gap` measure it and show whether they hold.
 """
 
 from __future__ import annotations
@@ -72,18 +72,8 @@ class Gap(NamedTuple):
     trace_covariance: Estimate  # mean of || x0 - x0hat ||^2, which is tr(Sigma) where x0hat is the mean
 
 
-def draw_given(key: jax.Array, denoise: Denoise, schedule: Schedule, x_t: jax.Array, i: int, clip: bool = True) -> jax.Array:
-    """An image x0 of the prior given x_t at index i of the schedule: the reverse process from there, unguided."""
-
-    def step(x: jax.Array, j: jax.Array) -> tuple[jax.Array, None]:
-        return unguided_step(jax.random.fold_in(key, j), x, j, denoise, schedule, clip=clip)[0], None
-
-    return jax.lax.scan(step, x_t, jnp.arange(i, -1, -1))[0]
-
-
-def measure(
+def draw_given(
     key: jax.Array,
-    f: Callable[[jax.Array], jax.Array],
     denoise: Denoise,
     schedule: Schedule,
     x_t: jax.Array,
@@ -92,31 +82,40 @@ def measure(
     *,
     clip: bool = True,
     batch: int = 8,
-) -> Gap:
-    """The Jensen gap of f at x_t, over images that the prior draws from x_t.
+) -> tuple[jax.Array, jax.Array]:
+    """x0hat at x_t, and images x0 that the prior draws from there: the reverse process, unguided.
 
     Args:
       key: typed PRNG key.
-      f: scalar function of an image, a pytree if it is to pass through jit.
       denoise: the prior.
       schedule: its kept timesteps.
       x_t: (H, W, C) at index i.
       i: index of the schedule, static: i + 1 steps are taken.
-      samples: images drawn, >= 2.
+      samples: number of images.
       clip: clip x0hat to [-1, 1], as the sampler does.
       batch: images drawn side by side.
+
+    Returns:
+      x0hat (H, W, C) and the images (samples, H, W, C).
     """
-    if samples < 2:
-        raise ValueError(f"samples {samples} must be at least 2; the standard error needs them")
+
+    def one(key: jax.Array) -> jax.Array:
+        def step(x: jax.Array, j: jax.Array) -> tuple[jax.Array, None]:
+            return unguided_step(jax.random.fold_in(key, j), x, j, denoise, schedule, clip=clip)[0], None
+
+        return jax.lax.scan(step, x_t, jnp.arange(i, -1, -1))[0]
+
     x0hat = posterior(denoise, schedule, x_t, jnp.array(i), clip).x0
-    at_mean = f(x0hat)
+    return x0hat, jax.lax.map(one, jax.random.split(key, samples), batch_size=batch)
 
-    def one(key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        x0 = draw_given(key, denoise, schedule, x_t, i, clip)
-        return f(x0) - at_mean, jnp.square(x0 - x0hat).sum()
 
-    gaps, squares = jax.lax.map(one, jax.random.split(key, samples), batch_size=batch)
-    mean = lambda v: Estimate(v.mean(), v.std(ddof=1) / samples**0.5)
+def gap(f: Callable[[jax.Array], jax.Array], x0hat: jax.Array, x0: jax.Array) -> Gap:
+    """The Jensen gap of a scalar function f of an image, over x0 (N, H, W, C), N >= 2, drawn by `draw_given`."""
+    if len(x0) < 2:
+        raise ValueError(f"{len(x0)} image is too few; the standard error needs two")
+    gaps = jax.lax.map(f, x0, batch_size=8) - f(x0hat)
+    squares = jnp.square(x0 - x0hat[None]).reshape(len(x0), -1).sum(1)
+    mean = lambda v: Estimate(v.mean(), v.std(ddof=1) / len(x0) ** 0.5)
     return Gap(mean(gaps), mean(jnp.sqrt(squares)), mean(squares))
 
 

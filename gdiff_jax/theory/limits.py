@@ -28,25 +28,24 @@ def cramer_rao(eigenvalues: jax.Array, sigma: jax.Array | float) -> jax.Array:
     return jnp.where(regular.all(), jnp.square(sigma) * total, jnp.inf)
 
 
-def van_trees(gram: jax.Array, sigma: jax.Array | float, covariance: jax.Array) -> jax.Array:
+def van_trees(gram: jax.Array, sigma: jax.Array | float, prior_information: jax.Array) -> jax.Array:
     """Van Trees: E|| x - xhat ||^2 >= tr((J^T J / sigma^2 + I_prior)^-1) for *every* attack, on average over the prior [known].
 
-    I_prior, the prior's own Fisher information, is taken as the inverse of its covariance: exact for a Gaussian prior, and then
-    the limit is the error of the posterior mean. Any other prior has more information, so for images this is the limit of
-    an attacker who knows mean and covariance alone; a diffusion prior may go below it [inferred].
+    With I_prior the inverse of the images' covariance it is exact for a Gaussian prior: the error of the posterior mean.
+    Any other prior has more information than its covariance says, so for images this is the limit of an attacker who
+    knows mean and covariance alone; a diffusion prior may go below it [inferred].
 
     Args:
       gram: (d, d) J^T J; over a set of images its mean is meant.
       sigma: standard deviation of the noise, > 0; at 0 the limit is 0 where J^T J is regular.
-      covariance: (d, d) of the images, positive definite.
+      prior_information: (d, d) Fisher information of the prior, positive definite.
 
     Returns:
-      The limit, a scalar; nan for a covariance that is not positive definite.
+      The limit, a scalar; nan where the sum is not positive definite.
     """
-    root = jnp.linalg.cholesky(covariance)
-    inner = root.T @ gram @ root / jnp.square(sigma) + jnp.eye(len(gram), dtype=gram.dtype)
-    half = jax.scipy.linalg.solve_triangular(jnp.linalg.cholesky(inner), root.T, lower=True)
-    return jnp.square(half).sum()
+    root = jnp.linalg.cholesky(gram / jnp.square(sigma) + prior_information)
+    identity = jnp.eye(len(gram), dtype=gram.dtype)
+    return jnp.square(jax.scipy.linalg.solve_triangular(root, identity, lower=True)).sum()
 
 
 def shrunk_covariance(images: jax.Array, isotropic: float = 0.01) -> tuple[jax.Array, jax.Array]:
