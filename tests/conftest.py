@@ -31,8 +31,8 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_debug_key_reuse", True)
 
-from gdiff_jax.modules import Params, Spec, param_shapes
-from gdiff_jax.priors import Denoiser, UNet2DConfig
+from gdiff_jax.modules import Params, Spec, init_params, param_shapes
+from gdiff_jax.priors import Denoiser, Prior, UNet2DConfig, save_prior
 from gdiff_jax.schedule import make_betas
 
 # For jit(compiler_options=...): half the compile time, for tests of what is computed and not of how fast.
@@ -103,3 +103,30 @@ def tiny_unet(random_params) -> Denoiser:
         norm_num_groups=4,
     )
     return Denoiser(random_params(config), config)
+
+
+PATCHED = UNet2DConfig(
+    sample_size=8,
+    in_channels=12,
+    out_channels=12,
+    patch_size=2,
+    down_block_types=("DownBlock2D",),
+    up_block_types=("UpBlock2D",),
+    block_out_channels=(8,),
+    layers_per_block=1,
+    norm_num_groups=4,
+)
+
+
+@pytest.fixture(scope="session")
+def tiny_prior(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny prior for 16 px (`prior`) and six labelled images of that size (`images.npz`)."""
+    from experiments.train_prior import SCHEDULER
+
+    root = tmp_path_factory.mktemp("tiny")
+    denoise = Denoiser(init_params(jax.random.key(0), PATCHED), PATCHED)
+    mean = np.zeros((16, 16, 3), np.float32)
+    save_prior(root / "prior", Prior(denoise, make_betas(), "fixed_small", "tiny", "", mean), SCHEDULER)
+    rng = np.random.default_rng(0)
+    np.savez(root / "images.npz", images=rng.integers(0, 256, (6, 16, 16, 3), np.uint8), labels=np.arange(6))
+    return root

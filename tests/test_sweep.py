@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-import jax
+import dp_accounting
 import numpy as np
 import pytest
 from PIL import Image
@@ -20,43 +20,17 @@ from experiments import memory, records, report, sweep, trials, victim_files
 from experiments.cli import ConfigError
 from experiments.inputs import DEFAULT_SIGMAS, SweepConfig, load_inputs
 from experiments.train_prior import SCHEDULER
-from gdiff_jax import modules
-from gdiff_jax.priors import UNet2DConfig, save_prior
-from gdiff_jax.schedule import make_betas
 
 ROOT = Path(__file__).parent.parent
-NETWORK = UNet2DConfig(
-    sample_size=8,
-    in_channels=12,
-    out_channels=12,
-    patch_size=2,
-    down_block_types=("DownBlock2D",),
-    up_block_types=("UpBlock2D",),
-    block_out_channels=(8,),
-    layers_per_block=1,
-    norm_num_groups=4,
-)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A tiny prior for 16 px and six labelled images of that size."""
-    root = tmp_path_factory.mktemp("sweep")
-    denoise = gd.Denoiser(modules.init_params(jax.random.key(0), NETWORK), NETWORK)
-    mean = np.zeros((16, 16, 3), np.float32)
-    save_prior(root / "prior", gd.Prior(denoise, make_betas(), "fixed_small", "tiny", "", mean), SCHEDULER)
-    rng = np.random.default_rng(0)
-    np.savez(root / "images.npz", images=rng.integers(0, 256, (6, 16, 16, 3), np.uint8), labels=np.arange(6))
-    return root
-
-
-def config(folder, out, **changes):
+def config(tiny_prior, out, **changes):
     tiny = SweepConfig(
         sigma_grid=(0.0, 0.1),
         victims=("mlp",),
-        images=str(folder / "images.npz"),
+        images=str(tiny_prior / "images.npz"),
         num_images=3,
-        prior=str(folder / "prior"),
+        prior=str(tiny_prior / "prior"),
         steps=3,
         batch=4,
         out=str(out),
@@ -64,12 +38,16 @@ def config(folder, out, **changes):
     return dataclasses.replace(tiny, **changes)
 
 
+def command_of(script):
+    return [sys.executable, str(ROOT / "experiments" / script)]
+
+
 def command(c):
     flags = []
     for name, value in dataclasses.asdict(c).items():
         value = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
         flags.append(f"--{name}={value}")
-    return [sys.executable, str(ROOT / "experiments" / "sweep.py"), *flags]
+    return [*command_of("sweep.py"), *flags]
 
 
 def run_in_process(c):
@@ -83,8 +61,8 @@ def without_time(rows):
     return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
 
 
-def test_every_trial_once_and_all_outputs(folder, tmp_path):
-    rows = run_in_process(config(folder, tmp_path / "out", seeds=2))
+def test_every_trial_once_and_all_outputs(tiny_prior, tmp_path):
+    rows = run_in_process(config(tiny_prior, tmp_path / "out", seeds=2))
     cells = [(r["method"], r["sigma"], r["image"], r["seed"]) for r in rows]
     assert len(set(cells)) == len(cells) == 3 * 2 * (1 + 2 * 2)
     assert all(np.isfinite(r["psnr"]) and np.isfinite(r["ssim"]) for r in rows)
@@ -93,9 +71,9 @@ def test_every_trial_once_and_all_outputs(folder, tmp_path):
     assert not list((tmp_path / "out").rglob("*partial*"))
 
 
-def test_records_hold_what_the_arrays_hold(folder, tmp_path):
+def test_records_hold_what_the_arrays_hold(tiny_prior, tmp_path):
     """The scores in the rows are those of the stored images, computed again."""
-    c = config(folder, tmp_path / "out")
+    c = config(tiny_prior, tmp_path / "out")
     rows = run_in_process(c)
     images = load_inputs(c).images
     for row in rows:
@@ -106,9 +84,9 @@ def test_records_hold_what_the_arrays_hold(folder, tmp_path):
         assert row["psnr_of_best_step"] == pytest.approx(10 * np.log10(4 / error.min()), abs=1e-3)
 
 
-def test_common_random_numbers(folder, tmp_path):
+def test_common_random_numbers(tiny_prior, tmp_path):
     """One noise draw for every sigma, so the noise's norm is proportional to it; prior-only does not know of sigma."""
-    rows = run_in_process(config(folder, tmp_path / "out", sigma_grid=(0.1, 0.4), methods=("dsg",)))
+    rows = run_in_process(config(tiny_prior, tmp_path / "out", sigma_grid=(0.1, 0.4), methods=("dsg",)))
     norm = {(r["sigma"], r["image"]): r["noise_norm"] for r in rows if r["method"] == "dsg"}
     for image in range(3):
         assert norm[0.4, image] == pytest.approx(4 * norm[0.1, image], rel=1e-4)
@@ -116,18 +94,18 @@ def test_common_random_numbers(folder, tmp_path):
     assert sum(r["method"] == trials.PRIOR_ONLY for r in rows) == 3
 
 
-def test_a_result_depends_on_neither_chunk_nor_neighbours(folder, tmp_path):
+def test_a_result_depends_on_neither_chunk_nor_neighbours(tiny_prior, tmp_path):
     key = lambda r: (r["method"], r["sigma"] if r["sigma"] is not None else -1, r["image"])
-    small = sorted(run_in_process(config(folder, tmp_path / "a", methods=("dsg",))), key=key)
-    large = sorted(run_in_process(config(folder, tmp_path / "b", methods=("dsg",), batch=5, num_images=4)), key=key)
+    small = sorted(run_in_process(config(tiny_prior, tmp_path / "a", methods=("dsg",))), key=key)
+    large = sorted(run_in_process(config(tiny_prior, tmp_path / "b", methods=("dsg",), batch=5, num_images=4)), key=key)
     large = [r for r in large if r["image"] < 3]
     assert [key(r) for r in small] == [key(r) for r in large]
     np.testing.assert_allclose([r["psnr"] for r in small], [r["psnr"] for r in large], atol=1e-3)
 
 
-def test_one_compilation_for_the_whole_grid(folder, tmp_path):
+def test_one_compilation_for_the_whole_grid(tiny_prior, tmp_path):
     """Two sigmas, three images, a padded last chunk, and a second training state: the victim's loss is traced as for one."""
-    c = config(folder, tmp_path / "out", methods=("dsg",))
+    c = config(tiny_prior, tmp_path / "out", methods=("dsg",))
     inputs = load_inputs(c)
     group = trials.Group("dsg", "mlp", 0)
     grid = [[trials.Trial(group, s, i, 0) for i in range(n)] for s, n in ((0.0, 3), (0.1, 3), (0.1, 1))]
@@ -150,8 +128,8 @@ def test_one_compilation_for_the_whole_grid(folder, tmp_path):
     assert counts[0] == counts[1] > 0
 
 
-def test_resume_after_sigkill_equals_an_undisturbed_run(folder, tmp_path):
-    c = config(folder, tmp_path / "killed", num_images=6, batch=1, steps=10, methods=("dsg",))
+def test_resume_after_sigkill_equals_an_undisturbed_run(tiny_prior, tmp_path):
+    c = config(tiny_prior, tmp_path / "killed", num_images=6, batch=1, steps=10, methods=("dsg",))
     process = subprocess.Popen(command(c), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     chunks = tmp_path / "killed" / "chunks"
     deadline = time.time() + 300
@@ -172,8 +150,8 @@ def test_resume_after_sigkill_equals_an_undisturbed_run(folder, tmp_path):
     assert len(json.loads((tmp_path / "killed" / "manifest.json").read_text())["runs"]) == 2
 
 
-def test_ctrl_c_ends_at_once_and_says_how_to_go_on(folder, tmp_path):
-    c = config(folder, tmp_path / "out", num_images=6, batch=1, steps=10, methods=("dsg",))
+def test_ctrl_c_ends_at_once_and_says_how_to_go_on(tiny_prior, tmp_path):
+    c = config(tiny_prior, tmp_path / "out", num_images=6, batch=1, steps=10, methods=("dsg",))
     process = subprocess.Popen(command(c), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     while not list((tmp_path / "out" / "chunks").glob("[0-9]*.jsonl")) and process.poll() is None:
         time.sleep(0.01)
@@ -205,53 +183,65 @@ BAD = [
     (dict(prior="no-such-prior"), "no-such-prior"),
     (dict(prior_dtype="float8"), "float8"),
     (dict(training_steps=(5,)), "train_victim.py --victim=mlp"),
+    (dict(mechanisms=()), "mechanisms"),
+    (dict(mechanisms=("gauss",)), "'gauss' is not known"),
+    (dict(mechanisms=("clip+gaussian",)), "clip:1"),
+    (dict(mechanisms=("clip:-1+gaussian",)), "above 0"),
+    (dict(mechanisms=("topk:0",)), "topk:0.1"),
+    (dict(mechanisms=("qsgd:2.5",)), "number of levels"),
+    (dict(mechanisms=("soteria:1",)), "share of features"),
+    (dict(mechanisms=("gaussian:0.1",)), "takes no number"),
+    (dict(epsilon_grid=(1.0,)), "clip:1+gaussian"),
+    (dict(epsilon_grid=(0.0,), mechanisms=("clip:1+gaussian",)), "0.0"),
+    (dict(epsilon_grid=(1.0,), mechanisms=("clip:1+laplace",)), "clip:1+laplace"),
+    (dict(delta=0.0), "delta 0.0"),
 ]
 
 
 @pytest.mark.parametrize(("changes", "value"), BAD, ids=lambda x: str(x)[:40])
-def test_bad_input_is_refused_with_its_value(folder, tmp_path, changes, value):
+def test_bad_input_is_refused_with_its_value(tiny_prior, tmp_path, changes, value):
     with pytest.raises(ConfigError) as caught:
-        load_inputs(config(folder, tmp_path / "out", **changes))
+        load_inputs(config(tiny_prior, tmp_path / "out", **changes))
     assert value in str(caught.value)
     assert not (tmp_path / "out").exists()
 
 
-def test_bad_pictures_are_refused(folder, tmp_path):
+def test_bad_pictures_are_refused(tiny_prior, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "corrupt").mkdir()
     (tmp_path / "corrupt" / "a.png").write_text("no picture")
     for name, value in (("empty", "holds no picture"), ("corrupt", "a.png")):
         with pytest.raises(ConfigError, match=value):
-            load_inputs(config(folder, tmp_path / "out", images=str(tmp_path / name), num_images=1))
+            load_inputs(config(tiny_prior, tmp_path / "out", images=str(tmp_path / name), num_images=1))
 
 
-def test_images_without_labels_get_label_0_and_the_user_is_told(folder, tmp_path, capsys):
+def test_images_without_labels_get_label_0_and_the_user_is_told(tiny_prior, tmp_path, capsys):
     (tmp_path / "unlabelled").mkdir()
     Image.new("RGB", (20, 20)).save(tmp_path / "unlabelled" / "a.png")
-    c = config(folder, tmp_path / "out", images=str(tmp_path / "unlabelled"), num_images=1)
+    c = config(tiny_prior, tmp_path / "out", images=str(tmp_path / "unlabelled"), num_images=1)
     assert load_inputs(c).labels.tolist() == [0]
     assert "every image gets label 0" in capsys.readouterr().out
     assert load_inputs(dataclasses.replace(c, label=3)).labels.tolist() == [3]
 
 
-def test_clip_is_the_priors_unless_the_user_says_otherwise(folder, tmp_path):
-    shutil.copytree(folder / "prior", tmp_path / "prior")
+def test_clip_is_the_priors_unless_the_user_says_otherwise(tiny_prior, tmp_path):
+    shutil.copytree(tiny_prior / "prior", tmp_path / "prior")
     scheduler = tmp_path / "prior" / "scheduler_config.json"
     scheduler.write_text(json.dumps(SCHEDULER | dict(clip_sample=False)))
     for clip, expected in (("prior", False), ("yes", True), ("no", False)):
-        c = config(folder, tmp_path / "out", prior=str(tmp_path / "prior"), clip=clip)
+        c = config(tiny_prior, tmp_path / "out", prior=str(tmp_path / "prior"), clip=clip)
         assert load_inputs(c).prior.clip is expected
     with pytest.raises(ConfigError, match="--clip maybe"):
-        load_inputs(config(folder, tmp_path / "out", clip="maybe"))
+        load_inputs(config(tiny_prior, tmp_path / "out", clip="maybe"))
 
 
-def test_checkpoint_of_another_shape_is_refused(folder, tmp_path):
+def test_checkpoint_of_another_shape_is_refused(tiny_prior, tmp_path):
     victim = victim_files.make_victim("lenet", (16, 16, 3), 7)
     params = victim_files.init_params("lenet", victim, 0)
     checkpoints = victim_files.manager(tmp_path / "victims", "lenet")
     victim_files.save(checkpoints, 5, params, {"shapes": {k: list(v.shape) for k, v in params.items()}})
     checkpoints.wait_until_finished()
-    c = config(folder, tmp_path / "out", victims=("lenet",), training_steps=(5,), checkpoints=str(tmp_path / "victims"))
+    c = config(tiny_prior, tmp_path / "out", victims=("lenet",), training_steps=(5,), checkpoints=str(tmp_path / "victims"))
     with pytest.raises(ConfigError, match=r"another shape.*fc.*7.*10"):
         load_inputs(c)
     inputs = load_inputs(dataclasses.replace(c, num_classes=7))
@@ -348,18 +338,70 @@ def test_one_trial_that_does_not_fit_is_an_error_with_the_remedy():
     assert memory.budget(0) > 2**28
 
 
-def test_a_memory_budget_changes_how_many_run_at_a_time_and_no_result(folder, tmp_path):
-    plenty = run_in_process(config(folder, tmp_path / "a", methods=("dsg",)))
-    inputs = load_inputs(config(folder, tmp_path / "a"))
+def test_a_memory_budget_changes_how_many_run_at_a_time_and_no_result(tiny_prior, tmp_path):
+    plenty = run_in_process(config(tiny_prior, tmp_path / "a", methods=("dsg",)))
+    inputs = load_inputs(config(tiny_prior, tmp_path / "a"))
     trial = trials.Trial(trials.Group("dsg", "mlp", 0), 0.1, 0, 0)
     sizes = {}
     for n in (1, 3):
-        c = config(folder, tmp_path / "a", batch=n)
+        c = config(tiny_prior, tmp_path / "a", batch=n)
         sizes[n] = memory.needed(sweep.compile_program(c, inputs, trial).run)
     gib = (sizes[1] + sizes[3]) / 2 / memory.GIB
-    c = config(folder, tmp_path / "b", methods=("dsg",), memory_gib=gib)
+    c = config(tiny_prior, tmp_path / "b", methods=("dsg",), memory_gib=gib)
     assert sweep.compile_program(c, inputs, trial).size < c.batch
     little = run_in_process(c)
     np.testing.assert_allclose([r["psnr"] for r in little], [r["psnr"] for r in plenty], atol=1e-3)
     with pytest.raises(ConfigError, match="one trial of"):
-        run_in_process(config(folder, tmp_path / "c", memory_gib=1e-6))
+        run_in_process(config(tiny_prior, tmp_path / "c", memory_gib=1e-6))
+
+
+def test_epsilons_become_sigmas_of_the_clipped_gaussian(tiny_prior, tmp_path):
+    c = config(tiny_prior, tmp_path / "out", sigma_grid=(0.5,), epsilon_grid=(10.0, 1.0), mechanisms=("clip:2+gaussian",))
+    sigmas = load_inputs(c).sigmas["clip:2+gaussian"]
+    assert sigmas == (0.5, *sorted(2 * dp_accounting.get_sigma_gaussian(e, c.delta) for e in (1.0, 10.0)))
+    rows = run_in_process(dataclasses.replace(c, methods=("dsg",), num_images=1))
+    assert {r["sigma"] for r in rows if r["method"] == "dsg"} == set(sigmas)
+    summary = (tmp_path / "out" / "summary.md").read_text()
+    line = next(line for line in summary.splitlines() if f"{sigmas[1]:.4g}" in line and "| any" in line)
+    assert float(line.split("|")[4]) == pytest.approx(10)
+
+
+def test_the_command_takes_epsilons_alone_or_beside_sigmas(tiny_prior, tmp_path):
+    """`--epsilon_grid` without `--sigma_grid` means no other noise levels."""
+    flags = [f"--prior={tiny_prior}/prior", f"--images={tiny_prior}/images.npz", "--num_images=1", "--steps=2", "--victims=mlp"]
+    flags += ["--methods=dsg", "--epsilon_grid=10", "--mechanisms=clip:1+gaussian", f"--out={tmp_path}/out"]
+    result = subprocess.run([*command_of("sweep.py"), *flags], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-2000:]
+    rows = [json.loads(line) for line in (tmp_path / "out" / "records.jsonl").read_text().splitlines()]
+    assert [r["sigma"] for r in rows if r["method"] == "dsg"] == [pytest.approx(dp_accounting.get_sigma_gaussian(10, 1e-5))]
+
+
+def test_every_mechanism_runs_and_is_told_in_the_summary(tiny_prior, tmp_path):
+    """All in one sweep; those without noise once; the aware attacker is at distance 0 from the truth where there is none."""
+    texts = (
+        "none",
+        "clip:0.1",
+        "topk:0.2",
+        "random:0.5",
+        "sign",
+        "qsgd:4",
+        "soteria:0.5",
+        "topk:0.5+laplace",
+        "clip:1+uniform",
+    )
+    c = config(tiny_prior, tmp_path / "a", mechanisms=texts, methods=("dsg",), num_images=1, sigma_grid=(0.1,), steps=2)
+    c = dataclasses.replace(c, victims=("mlp-narrow",))
+    rows = {r["mechanism"]: r for r in run_in_process(c) if r["method"] == "dsg"}
+    assert {k: r["sigma"] for k, r in rows.items()} == {t: 0.1 if "+" in t else 0.0 for t in texts}
+    assert rows["none"]["noise_norm"] == 0
+    assert rows["clip:0.1"]["leak_cosine"] == pytest.approx(1, abs=1e-5)
+    assert all(0 < rows[t]["leak_cosine"] < 0.9999 for t in texts if t not in ("none", "clip:0.1"))
+    assert all(r["adaptive"] for r in rows.values())
+    summary = (tmp_path / "a" / "summary.md").read_text()
+    assert "matches through it" in summary
+    for reason in ("none: no noise", "none: no clipping", "none: uniform noise"):
+        assert reason in summary
+    unaware = config(tiny_prior, tmp_path / "b", mechanisms=("clip:0.1",), adaptive=False, methods=("dsg",), num_images=1)
+    other = {r["mechanism"]: r for r in run_in_process(unaware) if r["method"] == "dsg"}
+    assert other["clip:0.1"]["adaptive"] is False
+    assert "but not the mechanism" in (tmp_path / "b" / "summary.md").read_text()

@@ -6,13 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax import lax
 
 import gdiff_jax as gd
 from gdiff_jax import modules
-from gdiff_jax.victims import cnn, lenet, lenet_sigmoid, mlp, resnet
+from gdiff_jax.victims import cnn, lenet, lenet_sigmoid, mlp, resnet, vit_tiny
 
-VICTIMS = dict(mlp=mlp, lenet=lenet, lenet_sigmoid=lenet_sigmoid, cnn=cnn, resnet=resnet)
+VICTIMS = dict(mlp=mlp, lenet=lenet, lenet_sigmoid=lenet_sigmoid, cnn=cnn, resnet=resnet, vit=vit_tiny)
 every = pytest.mark.parametrize("name", VICTIMS)
 RNG = np.random.default_rng(0)
 # The result is what is tested: without optimisation it compiles in a half to a tenth of the time.
@@ -45,7 +46,8 @@ def count(victim):
 
 
 @pytest.mark.parametrize(
-    ("name", "size"), [("mlp", 1_640_330), ("lenet", 15_826), ("lenet_sigmoid", 15_826), ("cnn", 97_290), ("resnet", 78_186)]
+    ("name", "size"),
+    [("mlp", 1_640_330), ("lenet", 15_826), ("lenet_sigmoid", 15_826), ("cnn", 97_290), ("resnet", 78_186), ("vit", 74_954)],
 )
 def test_parameter_count_for_cifar10(name, size):
     assert count(VICTIMS[name]()) == size
@@ -190,3 +192,94 @@ def test_a_loss_of_plain_jax_guides_a_sampler():
     assert match(image) < 0.3 * match(unguided)
     assert trace.distance[-1] < 0.3 * trace.distance[0]
     assert trace.x0_error[-1] < 0.3 * trace.x0_error[0]
+
+
+# Options of the architecture study
+
+
+def test_layer_norm_is_flaxs():
+    x = normal(3, 5, 16)
+    ours, theirs = modules.LayerNorm(16), nnx.LayerNorm(16, epsilon=1e-5, rngs=nnx.Rngs(0))
+    for layer in (ours, theirs):
+        layer.scale[...] = jnp.linspace(0.5, 2, 16)
+        layer.bias[...] = jnp.linspace(-1, 1, 16)
+    np.testing.assert_allclose(ours(x), theirs(x), atol=1e-5)
+
+
+def test_vit_is_a_strided_convolution_attention_and_two_dense_layers():
+    """Against jax.nn's attention, a convolution for the patches, and the mean over tokens."""
+    victim = vit_tiny((8, 12, 2), 4, patch=4, dim=16, depth=1, heads=2)
+    p = {n: normal(*s) / max(1, np.prod(s[:-1])) ** 0.5 for n, s in modules.param_shapes(victim).items()}
+    x = normal(3, 8, 12, 2)
+
+    def norm(v, name):
+        centred = v - v.mean(-1, keepdims=True)
+        return centred / np.sqrt(np.square(centred).mean(-1, keepdims=True) + 1e-5) * p[f"{name}.scale"] + p[f"{name}.bias"]
+
+    with jax.numpy_rank_promotion("allow"):
+        kernel = p["embed.kernel"].reshape(4, 4, 2, 16)
+        h = lax.conv_general_dilated(x, kernel, (4, 4), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        h = h.reshape(3, 6, 16) + p["embed.bias"] + p["position"]
+        qkv = norm(h, "blocks.0.norm1") @ p["blocks.0.qkv.kernel"] + p["blocks.0.qkv.bias"]
+        q, k, v = (qkv.reshape(3, 6, 2, 3, 8)[:, :, :, i] for i in range(3))  # a head's q, k, v lie together
+        attended = jax.nn.dot_product_attention(q, k, v).reshape(3, 6, 16)
+        h = h + attended @ p["blocks.0.out.kernel"] + p["blocks.0.out.bias"]
+        inner = norm(h, "blocks.0.norm2") @ p["blocks.0.mlp1.kernel"] + p["blocks.0.mlp1.bias"]
+        h = h + jax.nn.gelu(inner) @ p["blocks.0.mlp2.kernel"] + p["blocks.0.mlp2.bias"]
+        expected = norm(h, "norm").mean(1) @ p["fc.kernel"] + p["fc.bias"]
+    np.testing.assert_allclose(logits(victim, p, x), expected, atol=1e-4)
+
+
+def test_a_vit_needs_whole_patches():
+    with pytest.raises(ValueError, match="10 x 8"):
+        modules.param_shapes(vit_tiny((10, 8, 3), 4))
+
+
+@pytest.mark.parametrize("pooling", ["mean", "max"])
+def test_pooling_is_that_of_2_by_2_windows(pooling):
+    """An odd last row is left out, as `lax.reduce_window` does without padding."""
+    victim = cnn((9, 8, 2), 3, channels=(4, 5), pooling=pooling)
+    p = {n: normal(*s) for n, s in modules.param_shapes(victim).items()}
+    x = normal(2, 9, 8, 2)
+    h = x
+    with jax.numpy_rank_promotion("allow"):
+        for i in (1, 2):
+            h = lax.conv_general_dilated(h, p[f"conv{i}.kernel"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+            h = jax.nn.relu(h + p[f"conv{i}.bias"])
+        one, start = (lax.add, 0.0) if pooling == "mean" else (lax.max, -jnp.inf)
+        h = lax.reduce_window(h, start, one, (1, 2, 2, 1), (1, 2, 2, 1), "VALID") / (4 if pooling == "mean" else 1)
+        expected = h.reshape(2, -1) @ p["fc.kernel"] + p["fc.bias"]
+    np.testing.assert_allclose(logits(victim, p, x), expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("plain", "changed"),
+    [
+        (mlp((8, 8, 1), 4, widths=(6,)), mlp((8, 8, 1), 4, widths=(6,), activation=jax.nn.tanh)),
+        (mlp((8, 8, 1), 4, widths=(6,)), mlp((8, 8, 1), 4, widths=(6,), norm=True)),
+        (cnn((8, 8, 1), 4, channels=(8, 8)), cnn((8, 8, 1), 4, channels=(8, 8), norm=True)),
+        (cnn((8, 8, 1), 4, channels=(8, 8)), cnn((8, 8, 1), 4, channels=(8, 8), activation=jax.nn.sigmoid)),
+        (resnet((8, 8, 1), 4, channels=(8, 16)), resnet((8, 8, 1), 4, channels=(8, 16), residual=False)),
+        (lenet((8, 8, 1), 4, width=4), lenet((8, 8, 1), 4, width=4, activation=jax.nn.tanh)),
+    ],
+    ids=lambda v: ",".join(k for k, _ in v.options),
+)
+def test_each_option_changes_the_network(plain, changed):
+    """With the shared weights equal the logits differ; features and last layer are the whole network."""
+    shapes = modules.param_shapes(plain) | modules.param_shapes(changed)
+    p = {n: normal(*s) / max(1, np.prod(s[:-1])) ** 0.5 for n, s in shapes.items()}
+    x = normal(2, 8, 8, 1)
+    of = lambda v: {n: p[n] for n in modules.param_shapes(v)}
+    assert np.abs(logits(plain, of(plain), x) - logits(changed, of(changed), x)).max() > 1e-2
+    assert plain != changed
+    last = changed.last_kernel
+    whole = changed.features(of(changed), x[0]) @ p[last] + p[last.replace("kernel", "bias")]
+    np.testing.assert_allclose(whole, logits(changed, of(changed), x)[0], atol=1e-4)
+
+
+def test_a_deeper_or_wider_network_has_the_layers_that_were_asked_for():
+    deep = modules.param_shapes(mlp((4, 4, 1), 3, widths=(5, 6, 7)))
+    assert [deep[f"fc{i}.kernel"] for i in (1, 2, 3, 4)] == [(16, 5), (5, 6), (6, 7), (7, 3)]
+    wide = modules.param_shapes(cnn((8, 8, 1), 3, channels=(2, 3, 4, 5)))
+    assert wide["conv4.kernel"] == (3, 3, 4, 5)
+    assert wide["fc.kernel"] == (5, 3)

@@ -1,0 +1,142 @@
+"""The two studies by their commands, on a tiny prior; their statistics by hand."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+
+from experiments import noise_study, vulnerability_report
+from experiments.mechanism_specs import parse
+from gdiff_jax import victims
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(script, prior, out, *flags):
+    common = [
+        f"--prior={prior}/prior",
+        f"--images={prior}/images.npz",
+        "--steps=4",
+        f"--out={out}",
+        "--batch=2",
+        "--num_images=2",
+    ]
+    command = [sys.executable, str(ROOT / "experiments" / script), *common, *flags]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+VULNERABILITY = (
+    "--victims=mlp-narrow,mlp-shallow,mlp-tanh,lenet-narrow", "--sigma_grid=0,0.1", "--spectrum_images=1", "--gap_images=2",
+    "--probes=8",
+)  # fmt: skip
+
+
+def test_the_study_of_vulnerability(tiny_prior, tmp_path):
+    flags = (*VULNERABILITY, f"--data={tiny_prior}/images.npz")
+    first = run("vulnerability.py", tiny_prior, tmp_path / "out", *flags)
+    assert first.returncode == 0, first.stderr[-3000:]
+    out = tmp_path / "out"
+    results = json.loads((out / "results.json").read_text())
+    assert [v["victim"] for v in results["victims"]] == ["mlp-narrow", "mlp-shallow", "mlp-tanh", "lenet-narrow"]
+    rows = [json.loads(line) for line in (out / "untrained" / "records.jsonl").read_text().splitlines()]
+    for v in results["victims"]:
+        mine = [r["psnr"] for r in rows if (r["victim"], r["sigma"]) == (v["victim"], 0.1)]
+        assert v["psnr"][1] == pytest.approx(np.median(mine))
+        # The matrix-free norm of the first image beside the exact one, from two independent computations.
+        assert v["frobenius"][0] == pytest.approx(v["spectra"][0]["frobenius_exact"], abs=5 * v["frobenius_error"][0])
+        assert v["rv"][0] == max(v["frobenius"])
+        assert sum(v["shares"].values()) == pytest.approx(1, abs=1e-4)
+        assert 0 < v["spectra"][0]["van_trees"][0] <= (v["spectra"][0]["cramer_rao"][0] or np.inf)
+    rv = [v["rv"][0] for v in results["victims"]]
+    psnr = [v["psnr"][0] for v in results["victims"]]
+    assert results["correlations"]["RV = max ||J||_F"]["all"][0][0] == pytest.approx(scipy.stats.spearmanr(rv, psnr).statistic)
+    summary = (out / "summary.md").read_text()
+    assert all(word in summary for word in ("Spearman", "Theorem 2", "Theorem 1", "van Trees", "lenet-narrow"))
+    assert (out / "scatter.png").stat().st_size > 10_000
+    assert (out / "families.png").stat().st_size > 10_000
+    # Again: nothing is computed a second time, and the figures are the same.
+    (out / "theory" / "lenet-narrow-0.json").unlink()
+    times = {f: f.stat().st_mtime_ns for f in [*out.rglob("*/chunks/*"), *out.glob("theory/*")]}
+    assert run("vulnerability.py", tiny_prior, out, *flags).returncode == 0
+    assert all(f.stat().st_mtime_ns == t for f, t in times.items())
+    assert json.loads((out / "results.json").read_text()) == results
+
+
+def test_the_study_of_noise(tiny_prior, tmp_path):
+    flags = ("--victims=mlp-narrow", "--sigma_grid=0.1", "--defences=none,topk:0.1,sign", "--clients=4")
+    result = run("noise_study.py", tiny_prior, tmp_path / "out", *flags)
+    assert result.returncode == 0, result.stderr[-3000:]
+    found = {u["mechanism"]: u["utility"] for u in json.loads((tmp_path / "out" / "utilities.json").read_text())}
+    assert set(found) == {"gaussian", "laplace", "uniform", "none", "topk:0.1", "sign"}
+    assert found["none"] == pytest.approx(1, abs=1e-6)
+    assert max(found[k] for k in ("topk:0.1", "sign", "gaussian")) < 0.999
+    # Noise of equal variance has the same utility, up to the draw.
+    assert found["gaussian"] == pytest.approx(found["laplace"], abs=0.05)
+    assert (tmp_path / "out" / "noise_study.png").stat().st_size > 10_000
+
+
+BAD = [
+    ("vulnerability.py", "--victims=mlp,lenet,cnn", "at least 4"),
+    ("vulnerability.py", "--probes=1", "--probes 1"),
+    ("vulnerability.py", "--trained=mlp", "train_victim.py"),
+    ("noise_study.py", "--defences=gaussian", "adds noise"),
+    ("noise_study.py", "--clients=0", "--clients 0"),
+]
+
+
+@pytest.mark.parametrize(("script", "flag", "value"), BAD)
+def test_bad_input_ends_with_one_line(tiny_prior, tmp_path, script, flag, value):
+    result = run(script, tiny_prior, tmp_path / "out", flag)
+    assert (result.returncode, len(result.stderr.strip().splitlines())) == (2, 1)
+    assert value in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_rank_correlation_and_its_interval():
+    x = np.arange(30.0)
+    rng = np.random.default_rng(0)
+    assert vulnerability_report.spearman(x, np.exp(x)) == pytest.approx((1, 1, 1))
+    value, low, high = vulnerability_report.spearman(x, x + 15 * rng.normal(size=30))
+    assert value == pytest.approx(scipy.stats.spearmanr(x, x + 15 * np.random.default_rng(0).normal(size=30)).statistic)
+    assert low < value < high
+    # The width is about that of Fisher's z-transform.
+    z = np.arctanh(value)
+    expected = np.tanh(z + 1.96 / 27**0.5) - np.tanh(z - 1.96 / 27**0.5)
+    assert high - low == pytest.approx(expected, rel=0.5)
+    assert np.isnan(vulnerability_report.spearman(x[:3], x[:3])[0])
+    assert np.isnan(vulnerability_report.spearman(np.ones(9), x[:9])[0])
+
+
+def test_utility_by_hand():
+    """Of top-k over three clients, from single gradients."""
+    victim = victims.mlp((16, 16, 3), 10, widths=(8,))
+    params = victim.init(jax.random.key(0))
+    rng = np.random.default_rng(0)
+    x, y = jnp.asarray(rng.uniform(-1, 1, (3, 16, 16, 3)), jnp.float32), jnp.array([1, 2, 3])
+    gradients = [jax.grad(victim.loss)(params, a, b) for a, b in zip(x, y, strict=True)]
+    vectors = np.stack([np.concatenate([np.ravel(v) for v in jax.tree.leaves(g)]) for g in gradients])
+    kept = np.where(np.abs(vectors) >= np.sort(np.abs(vectors), axis=1)[:, [-round(0.1 * vectors.shape[1])]], vectors, 0)
+    a, b = vectors.mean(0), kept.mean(0)
+    at = noise_study.utility(jax.random.key(0), parse("topk:0.1"), victim, params, x, y)
+    assert float(at(jnp.float32(0))) == pytest.approx(a @ b / np.linalg.norm(a) / np.linalg.norm(b), abs=1e-5)
+
+
+def test_equal_utility_interpolates_between_measured_strengths():
+    row = lambda mechanism, sigma, psnr: {
+        "victim": "cnn", "training_steps": 0, "mechanism": mechanism, "method": "dsg", "sigma": sigma, "psnr": psnr,
+        "failed": False,
+    }  # fmt: skip
+    rows = [row("none", 0.0, 30.0), row("gaussian", 0.1, 20.0), row("gaussian", 1.0, 10.0), row("sign", 0.0, 15.0)]
+    found = {("none", 0.0): 1.0, ("gaussian", 0.1): 0.9, ("gaussian", 1.0): 0.5, ("sign", 0.0): 0.7}
+    found = {("cnn", *key): value for key, value in found.items()}
+    c = dataclasses.replace(noise_study.NoiseConfig(), utilities=(0.95, 0.7, 0.4))
+    lines = noise_study.equal_utility_table(c, rows, found).splitlines()[2:]
+    assert [cell.strip() for cell in lines[0].split("|")[2:6]] == ["gaussian", "25.0", "15.0", "-"]
+    assert [cell.strip() for cell in lines[1].split("|")[2:6]] == ["sign", "27.5", "15.0", "-"]
