@@ -19,6 +19,7 @@ from experiments.cli import write_atomic
 from experiments.records import Row, Store
 from experiments.trials import PRIOR_ONLY
 from gdiff_jax.images import to_unit
+from gdiff_jax.theory.privacy import Guarantee
 
 if TYPE_CHECKING:
     from experiments.inputs import Inputs, SweepConfig
@@ -109,17 +110,22 @@ def markdown(head: list[str], body: list[list[str]]) -> str:
     )
 
 
+def guarantee(c: SweepConfig, inputs: Inputs, victim: str, mechanism: str, sigma: float) -> Guarantee:
+    """What one release of a gradient of this victim guarantees."""
+    size = sum(p.size for p in inputs.params[victim, c.training_steps[0]].values())
+    return inputs.mechanisms[mechanism].guarantee(sigma, size, c.delta)
+
+
 def privacy_table(c: SweepConfig, inputs: Inputs) -> str:
     """What each mechanism guarantees at each of its noise levels, one release of one image's gradient."""
     head = ["mechanism", "victim", "sigma", "epsilon", "delta", "mu", "advantage", "TPR at 1 % FPR", "gamma at kappa 1e-4"]
     body = []
-    for text, spec in inputs.mechanisms.items():
-        # Only Laplace noise's guarantee depends on how many parameters the victim has.
-        per_victim = "laplace" in text and spec.guarantee(1.0, 1, c.delta)
+    for text in inputs.mechanisms:
+        # The sensitivity of the Laplace mechanism, of signs and of QSGD grows with the number of parameters.
+        per_victim = any(name in text for name in ("laplace", "sign", "qsgd"))
         for victim in c.victims if per_victim else c.victims[:1]:
-            size = sum(p.size for p in inputs.params[victim, c.training_steps[0]].values())
             for sigma in inputs.sigmas[text]:
-                g = spec.guarantee(sigma, size, c.delta)
+                g = guarantee(c, inputs, victim, text, sigma)
                 line = [text, victim if per_victim else "any", f"{sigma:.4g}"]
                 figures = [g.tpr(0.01), g.reconstruction_bound(1e-4)]
                 mu = "-" if g.mu is None else f"{g.mu:.4g}"
@@ -144,10 +150,10 @@ def _tick(sigma: float, epsilon: float) -> str:
     return f"{sigma:.3g}" if np.isinf(epsilon) else f"{sigma:.3g}\n(ε {epsilon:.3g})"
 
 
-def plot_quality(rows: list[Row], mean_rows: list[Row], epsilon: Callable[[str, float], float], path: Path) -> None:
+def plot_quality(rows: list[Row], mean_rows: list[Row], epsilon: Callable[[str, str, float], float], path: Path) -> None:
     """PSNR and SSIM over sigma: median and interquartile band a method, beside prior-only and the mean image.
 
-    `epsilon(mechanism, sigma)` is written under sigma where it is finite.
+    `epsilon(victim, mechanism, sigma)` is written under sigma where it is finite.
     """
     panels, cells = _panels(rows), by_cell(rows)
     names = [n for n in ("psnr", "ssim") if n in rows[0]]
@@ -170,7 +176,7 @@ def plot_quality(rows: list[Row], mean_rows: list[Row], epsilon: Callable[[str, 
             for base, label, style in ((prior, "prior only", "--"), (mean_rows, "mean image", ":")):
                 if base:
                     ax.axhline(quartiles(base, name)[0], ls=style, color="0.35", lw=1.2, label=label)
-            ax.set_xticks(x, [_tick(s, epsilon(panel[2], s)) for s in sigmas], rotation=45)
+            ax.set_xticks(x, [_tick(s, epsilon(panel[0], panel[2], s)) for s in sigmas], rotation=45)
             ax.grid(alpha=0.25)
             if i == 0:
                 ax.set_title(_title(*panel), fontsize=10)
@@ -241,7 +247,7 @@ def threat_model(c: SweepConfig) -> str:
 
 
 def write(c: SweepConfig, inputs: Inputs, rows: list[Row], store: Store, quiet: bool = False) -> None:
-    """Prints the table and writes summary.md, quality.png and contact_sheet.png."""
+    """Writes summary.md, quality.png and contact_sheet.png, and unless `quiet` prints the summary."""
     mean_rows = mean_image_rows(inputs)
     text = table(rows, mean_rows)
     prior = f"{c.prior} (sha256 {inputs.prior.sha256[:12]}{f', revision {r[:12]}' if (r := inputs.prior.revision) else ''})"
@@ -257,11 +263,9 @@ def write(c: SweepConfig, inputs: Inputs, rows: list[Row], store: Store, quiet: 
         privacy_table(c, inputs),
     ]
     store.write_text("summary.md", "\n\n".join([text, *about, *guarantees]) + "\n")
-    epsilon = lambda mechanism, sigma: inputs.mechanisms[mechanism].guarantee(sigma, 1, c.delta).epsilon
+    epsilon = lambda victim, mechanism, sigma: guarantee(c, inputs, victim, mechanism, sigma).epsilon
     plot_quality(rows, mean_rows, epsilon, store.folder / "quality.png")
     contact_sheet(rows, inputs, store, store.folder / "contact_sheet.png")
-    print(
-        "\n".join(
-            [text, *about, *guarantees, f"plot {store.folder / 'quality.png'}, images {store.folder / 'contact_sheet.png'}"]
-        )
-    )
+    if not quiet:
+        files = f"plot {store.folder / 'quality.png'}, images {store.folder / 'contact_sheet.png'}"
+        print("\n".join([text, *about, *guarantees, files]))

@@ -56,7 +56,7 @@ def test_the_study_of_vulnerability(tiny_prior, tmp_path):
         assert 0 < v["spectra"][0]["van_trees"][0] <= (v["spectra"][0]["cramer_rao"][0] or np.inf)
     rv = [v["rv"][0] for v in results["victims"]]
     psnr = [v["psnr"][0] for v in results["victims"]]
-    assert results["correlations"]["RV = max ||J||_F"]["all"][0][0] == pytest.approx(scipy.stats.spearmanr(rv, psnr).statistic)
+    assert results["correlations"]["RV = max ‖J‖_F"]["all"][0][0] == pytest.approx(scipy.stats.spearmanr(rv, psnr).statistic)
     summary = (out / "summary.md").read_text()
     assert all(word in summary for word in ("Spearman", "Theorem 2", "Theorem 1", "van Trees", "lenet-narrow"))
     assert (out / "scatter.png").stat().st_size > 10_000
