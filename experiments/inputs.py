@@ -22,7 +22,7 @@ DEFAULT_SIGMAS = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0)
 @dataclasses.dataclass(frozen=True)
 class SweepConfig:
     sigma_grid: tuple[float, ...] = option(
-        DEFAULT_SIGMAS, "standard deviations of the Gaussian noise on the gradient; without a value the default grid", bare=True
+        DEFAULT_SIGMAS, "standard deviations of the noise on the gradient; without a value the default grid", bare=True
     )
     epsilon_grid: tuple[float, ...] = option(
         (),
@@ -106,6 +106,7 @@ def _check_numbers(c: SweepConfig) -> None:
 def _sigmas(c: SweepConfig, spec: mechanism_specs.Spec) -> tuple[float, ...]:
     """The standard deviations that a mechanism is run at: of both grids, or 0 alone where it adds no noise."""
     if not spec.noisy:
+        _need(not c.epsilon_grid or len(c.mechanisms) > 1, f"--epsilon_grid: --mechanisms {spec.text} adds no noise")
         return (0.0,)
     norm = spec.clip_norm
     _need(

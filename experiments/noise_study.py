@@ -87,11 +87,9 @@ def utility(key: jax.Array, spec: mechanism_specs.Spec, victim: gd.Victim, param
     return at
 
 
-def utilities(c: NoiseConfig, inputs: Inputs) -> dict[tuple[str, str, float], float]:
+def utilities(c: NoiseConfig, inputs: Inputs, clients: tuple[np.ndarray, np.ndarray]) -> dict[tuple[str, str, float], float]:
     """By victim, mechanism and sigma."""
-    data = image_files.load_images(c.images, "test", size=inputs.prior.image_shape[0]).take(slice(0, c.clients))
-    images = jnp.asarray(image_files.to_model(data.images))
-    labels = jnp.zeros(len(images), jnp.int32) if data.labels is None else jnp.asarray(data.labels)
+    images, labels = (jnp.asarray(a) for a in clients)
     found = {}
     for name, victim in inputs.victims.items():
         for text, spec in inputs.mechanisms.items():
@@ -132,6 +130,8 @@ def equal_utility_table(c: NoiseConfig, rows: list[Row], found: dict[tuple[str, 
         by_kind = dict(curves(rows, found, victim))
         undefended = by_kind.pop("none", [])
         for kind, points in by_kind.items():
+            if ":" not in points[0][2] and kind not in NOISES:
+                continue  # without a strength there is nothing to interpolate
             x, y = (np.array(v) for v in zip(*[p[:2] for p in sorted(points + undefended)], strict=True))
             inside = lambda u, x=x: x[0] <= u <= x[-1]
             line = [f"{np.interp(u, x, y):.1f}" if inside(u) and len(x) > 1 else "-" for u in c.utilities]
@@ -185,16 +185,18 @@ def main() -> None:
     common |= dict(methods=("dsg",), mechanisms=(*NOISES, *c.defences), out=str(Path(c.out) / "sweep"))
     config = SweepConfig(**common)
     inputs = load_inputs(config)
+    clients = load_inputs(dataclasses.replace(config, num_images=c.clients))  # checks as many images and labels
     given = {k: v for k, v in dataclasses.asdict(c).items() if k not in ("out", "batch")}
     study = Store(Path(c.out), {**given, "sha256": inputs.hashes})
     store = Store(Path(config.out), sweep.identity(config, inputs))
     study.open()
     rows = sweep.sweep(config, inputs, store, quiet=True)
-    found = utilities(c, inputs)
+    found = utilities(c, inputs, (clients.images, clients.labels))
     prior_psnr = report.quartiles([r for r in rows if r["method"] == "prior-only"], "psnr")[0]
     parts = [
         f"{report.threat_model(config)} DSG, {c.steps} steps, {c.num_images} images, prior only {prior_psnr:.1f} dB.",
-        "Equal variance: PSNR in dB, median [quartiles] over images:",
+        "Equal variance: PSNR in dB, median [quartiles] over images. The attacker matches by L2, which uses no more of a "
+        "noise than its variance:",
         equal_variance_table(rows),
         f"Equal utility (cosine of the mean gradient of {c.clients} clients): median PSNR in dB, interpolated between the "
         "measured strengths; '-' is outside of them. Lower is the better defence:",

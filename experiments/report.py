@@ -44,17 +44,16 @@ def quartiles(rows: list[Row], name: str) -> tuple[float, float, float]:
 
 
 def choices(rows: list[Row]) -> tuple[float, float]:
-    """Median over images of the PSNR of one iterate chosen among all steps and seeds of the image.
+    """Median over trials of the PSNR of one iterate chosen among all steps of the trial.
 
     First the attacker's choice (least distance to the leak), then the oracle's (closest to the truth, which no attacker
     has). Both choose among the same x0hat's, so the second is never below the first.
     """
     attacker, oracle = [], []
-    for image in sorted({r["image"] for r in rows}):
-        mine = [r for r in rows if r["image"] == image and not r["failed"]]
-        if mine:
-            attacker.append(min(mine, key=lambda r: r["least_step_distance"])["psnr_at_least_distance"])
-            oracle.append(max(r["psnr_of_best_step"] for r in mine))
+    for row in rows:  # a seed is a leak of its own, so nobody can choose among seeds
+        if not row["failed"]:
+            attacker.append(row["psnr_at_least_distance"])
+            oracle.append(row["psnr_of_best_step"])
     return (float(np.median(attacker)), float(np.median(oracle))) if attacker else (np.nan, np.nan)
 
 
@@ -130,7 +129,14 @@ def privacy_table(c: SweepConfig, inputs: Inputs) -> str:
                 figures = [g.tpr(0.01), g.reconstruction_bound(1e-4)]
                 mu = "-" if g.mu is None else f"{g.mu:.4g}"
                 if g:
-                    line += [f"{g.epsilon:.4g}", f"{c.delta:g}", mu, f"{g.advantage:.3g}", *[f"{v:.3g}" for v in figures]]
+                    epsilon = f"{g.epsilon:.4g}"
+                    line += [
+                        epsilon,
+                        "0 (pure)" if g.pure_epsilon else f"{c.delta:g}",
+                        mu,
+                        f"{g.advantage:.3g}",
+                        *[f"{v:.3g}" for v in figures],
+                    ]
                 else:
                     line += [str(g), *["-"] * 5]
                 body.append(line)
@@ -255,7 +261,7 @@ def write(c: SweepConfig, inputs: Inputs, rows: list[Row], store: Store, quiet: 
         threat_model(c),
         f"Median [quartiles] over {c.num_images} images x {c.seeds} seeds of {c.images}; prior {prior}; {c.steps} steps, "
         f"{c.spacing}; DSG guidance rate {c.guidance_rate:g}, DPS zeta {c.zeta:g}. The scores are of each trial's last image.",
-        "Picks: PSNR of one iterate an image, over all its steps and seeds: least gradient distance (attacker), closest to "
+        "Picks: PSNR of one iterate a trial, over all its steps: least gradient distance (attacker), closest to "
         "the truth (oracle: no attacker can do that).",
     ]
     guarantees = [

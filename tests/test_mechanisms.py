@@ -302,3 +302,21 @@ def test_everything_public_is_a_mechanism():
         thing = getattr(mechanisms, name)
         if isinstance(thing, type) and name not in ("Mechanism", "Gradient"):
             assert all(hasattr(thing, part) for part in ("norm_bound", "simulate", "differentiable", "__call__")), name
+
+
+def test_a_mask_that_later_noise_hides_is_not_read_off_the_leak():
+    """The attacker then expects the mean of random sparsification, and sparsifies the candidate as the client does."""
+    g = gradient()
+    top = TopK(0.1)
+    for later in (GaussianNoise(0.1), StochasticQuantisation(4), RandomSparsification(0.5)):
+        chain = Chain((RandomSparsification(0.1), later))
+        leak = chain(jax.random.key(0), g)
+        np.testing.assert_array_equal(flat(chain.simulate(g, leak)), flat(later.simulate(g, leak)))
+        chain = Chain((top, later))
+        leak = chain(jax.random.key(0), g)
+        kept = flat(top(jax.random.key(0), g)) != 0
+        assert not flat(chain.simulate(g, leak))[~kept].any()
+    # Noise apart, the truth then explains the leak, and better than the bare gradient does.
+    noisy = Chain((top, GaussianNoise(0.01)))
+    leak = flat(noisy(jax.random.key(0), g))
+    assert np.abs(flat(noisy.simulate(g, None)) - leak).max() < 0.06 < np.abs(flat(g) - leak).max()

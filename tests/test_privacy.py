@@ -8,7 +8,7 @@ import pytest
 import scipy.integrate
 import scipy.stats
 
-from gdiff_jax.mechanisms import Chain, Clip, GaussianNoise, LaplaceNoise, Sign, TopK, UniformNoise
+from gdiff_jax.mechanisms import Chain, Clip, GaussianNoise, LaplaceNoise, PruneRepresentation, Sign, TopK, UniformNoise
 from gdiff_jax.theory import privacy
 from gdiff_jax.theory.privacy import gaussian_guarantee, guarantee, laplace_guarantee
 
@@ -121,12 +121,16 @@ def test_which_mechanisms_have_a_guarantee():
     # Post-processing is free; what lets norms shrink only leaves the sensitivity as it was.
     assert guarantee(Chain((Clip(2.0), GaussianNoise(1.0), TopK(0.1), Sign())), size, delta) == clipped
     assert guarantee(Chain((Clip(2.0), TopK(0.1), GaussianNoise(1.0))), size, delta) == clipped
+    assert guarantee(Chain((PruneRepresentation(None, "fc.kernel"), Clip(2.0), GaussianNoise(1.0))), size, delta) == clipped
     assert guarantee(Chain((Sign(), GaussianNoise(100.0))), size, delta) == gaussian_guarantee(1.0, delta)
     laplace = guarantee(Chain((Clip(2.0), LaplaceNoise(1.0))), size, delta)
     assert laplace.epsilon == pytest.approx(100 * 2.0 * math.sqrt(2))
     for mechanism, reason in (
         (GaussianNoise(1.0), "no clipping"),
         (Chain((GaussianNoise(1.0), Clip(1.0))), "no clipping"),
+        # Without the example the first noise would be clipped and sent all the same: 2 C apart, not C.
+        (Chain((GaussianNoise(1.0), Clip(1.0), GaussianNoise(1.0))), "no clipping"),
+        (Chain((Clip(1.0), GaussianNoise(1.0), PruneRepresentation(None, "fc.kernel"))), "the pruned features"),
         (Chain((Clip(1.0), GaussianNoise(0.0))), "no noise"),
         (Clip(1.0), "no noise"),
         (Chain((Clip(1.0), UniformNoise(1.0))), "uniform noise"),

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from experiments import noise_study, vulnerability_report
+from experiments import noise_study, records, vulnerability, vulnerability_report
 from experiments.mechanism_specs import parse
+from experiments.vulnerability_theory import PriorKnowledge
 from gdiff_jax import victims
 
 ROOT = Path(__file__).parent.parent
@@ -88,6 +89,7 @@ BAD = [
     ("vulnerability.py", "--trained=mlp", "train_victim.py"),
     ("noise_study.py", "--defences=gaussian", "adds noise"),
     ("noise_study.py", "--clients=0", "--clients 0"),
+    ("noise_study.py", "--clients=7", "7"),
 ]
 
 
@@ -139,4 +141,43 @@ def test_equal_utility_interpolates_between_measured_strengths():
     c = dataclasses.replace(noise_study.NoiseConfig(), utilities=(0.95, 0.7, 0.4))
     lines = noise_study.equal_utility_table(c, rows, found).splitlines()[2:]
     assert [cell.strip() for cell in lines[0].split("|")[2:6]] == ["gaussian", "25.0", "15.0", "-"]
-    assert [cell.strip() for cell in lines[1].split("|")[2:6]] == ["sign", "27.5", "15.0", "-"]
+    assert len(lines) == 1  # sign has no strength that could be changed to another utility
+
+
+def measured(name, scale, exact):
+    """What `measure_victim` returns, made up; a spectrum that is estimated has neither median nor limits."""
+    spectrum = {"lambda_max": 4.0 * scale, "lambda_min": 0.1 * scale, "effective_rank": 7.0 * scale}
+    if exact:
+        spectrum |= {"lambda_median": scale, "cramer_rao": [None], "van_trees": [0.5]}
+    gap = {"index": 1, "gap": [3.0, 0.5], "m1": [1.0, 0.1], "trace_covariance": [2.0, 0.1]}
+    gap |= {"frobenius_at_x0hat": 2.0, "at_x0hat": 1.0}
+    return {
+        "victim": name, "training_steps": 0, "parameters": 10, "gradient_norm": [1.0], "rv": [scale, 0.1], "frobenius": [scale],
+        "shares": {}, "spectrum_is_exact": exact, "spectra": [spectrum], "jensen": [gap],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_the_report_of_singular_and_of_estimated_spectra(exact, tmp_path):
+    """Images too large for the whole J^T J: what is not known is left out, an upper bound is not called lambda_min."""
+    names = ("mlp", "lenet", "cnn", "resnet", "vit")
+    c = vulnerability.StudyConfig(sigma_grid=(0.0, 0.1), spectrum_images=1, num_images=1)
+    rows = [
+        {"victim": n, "training_steps": 0, "sigma": s, "image": 0, "psnr": 10.0 + k, "mse": 0.1, "failed": False}
+        for k, n in enumerate(names) for s in c.sigma_grid
+    ]  # fmt: skip
+    knowledge = PriorKnowledge(
+        None, [1.0, 2.0], [1.0, 4.0], [0.9, 0.5], (1,), np.zeros((1, 2, 2, 1)), np.zeros((1, 2, 2, 2, 1))
+    )
+    store = records.Store(tmp_path / "out", {})
+    store.open()
+    vulnerability_report.write(c, rows, [measured(n, k + 1.0, exact) for k, n in enumerate(names)], knowledge, 8.0, store)
+    found = json.loads((tmp_path / "out" / "results.json").read_text())["correlations"]
+    assert found["RV = max ‖J‖_F"]["all"][0][0] == pytest.approx(1)
+    assert found["lambda_min(J^T J)"]["all"][0][0] == (pytest.approx(1) if exact else None)
+    limits = next(line for line in (tmp_path / "out" / "summary.md").read_text().splitlines() if line.startswith("| 0.1 "))
+    cells = [cell.strip() for cell in limits.split("|")[1:-1]]
+    # -10 log10(mse) = 10 dB; a total of 0.5 over 4 pixels is 15.05 dB; all five are singular.
+    assert cells == (
+        ["0.1", "10", "15.1", "0 of 5", "-", "0 of 0", "5"] if exact else ["0.1", "10", "-", "0 of 0", "-", "0 of 0", "0"]
+    )

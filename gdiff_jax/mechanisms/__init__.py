@@ -10,7 +10,12 @@ Each mechanism declares
                             L2 sensitivity of a sum over examples under add/remove adjacency;
   `differentiable`          whether `simulate` is its derivative, or (False) a stand-in for one that is zero or random;
   `simulate(gradient, leak)`  what an attacker who knows the mechanism expects it to make of a candidate's gradient, given the
-                            leak: deterministic, with a derivative. `GradientMatching` matches through it.
+                            leak: deterministic, with a derivative. `GradientMatching` matches through it;
+  `keeps_pattern`           whether zeros of its input, and no others that it did not mean, can be read off the leak. Behind a
+                            stage that fills or makes zeros at random `simulate` gets None for the leak.
+
+Noise is expected to be zero. With an L2 distance that is the likelihood of Gaussian noise; of Laplace or uniform noise an
+attacker could make more than its variance.
 """
 
 from gdiff_jax.mechanisms.base import Chain, Gradient, Mechanism

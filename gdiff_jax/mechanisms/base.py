@@ -26,12 +26,13 @@ class Mechanism(Protocol):
     """See the package's docstring."""
 
     differentiable: ClassVar[bool]
+    keeps_pattern: ClassVar[bool]
 
     def __call__(self, key: jax.Array, gradient: Gradient) -> Gradient: ...
 
     def norm_bound(self, norm: float, size: int) -> float: ...
 
-    def simulate(self, gradient: Gradient, leak: Gradient) -> Gradient: ...
+    def simulate(self, gradient: Gradient, leak: Gradient | None) -> Gradient: ...
 
 
 def per_leaf(key: jax.Array, gradient: Gradient, change: Callable[[jax.Array, jax.Array], jax.Array]) -> Gradient:
@@ -55,6 +56,10 @@ class Chain:
     def differentiable(self) -> bool:
         return all(stage.differentiable for stage in self.stages)
 
+    @property
+    def keeps_pattern(self) -> bool:
+        return all(stage.keeps_pattern for stage in self.stages)
+
     def __call__(self, key: jax.Array, gradient: Gradient) -> Gradient:
         for i, stage in enumerate(self.stages):
             gradient = stage(jax.random.fold_in(key, i), gradient)
@@ -65,7 +70,8 @@ class Chain:
             norm = stage.norm_bound(norm, size)
         return norm
 
-    def simulate(self, gradient: Gradient, leak: Gradient) -> Gradient:
-        for stage in self.stages:
-            gradient = stage.simulate(gradient, leak)
+    def simulate(self, gradient: Gradient, leak: Gradient | None) -> Gradient:
+        for i, stage in enumerate(self.stages):
+            readable = all(later.keeps_pattern for later in self.stages[i + 1 :])
+            gradient = stage.simulate(gradient, leak if readable else None)
         return gradient

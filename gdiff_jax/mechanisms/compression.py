@@ -22,14 +22,15 @@ class Clip:
 
     norm: jax.Array | float
     differentiable: ClassVar[bool] = True
+    keeps_pattern: ClassVar[bool] = True
 
     def __call__(self, key: jax.Array, gradient: Gradient) -> Gradient:
-        return self.simulate(gradient, gradient)
+        return self.simulate(gradient, None)
 
     def norm_bound(self, norm: float, size: int) -> float:
         return min(norm, float(self.norm))
 
-    def simulate(self, gradient: Gradient, leak: Gradient) -> Gradient:
+    def simulate(self, gradient: Gradient, leak: Gradient | None) -> Gradient:
         squared = sum(jnp.vdot(g, g) for g in jax.tree.leaves(gradient))
         inside = squared <= jnp.square(self.norm)
         scale = jnp.where(inside, 1.0, self.norm / jnp.sqrt(jnp.where(inside, 1.0, squared)))
@@ -48,11 +49,15 @@ class TopK:
 
     fraction: float = static()
     differentiable: ClassVar[bool] = True
+    keeps_pattern: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _check_fraction(self.fraction)
 
     def __call__(self, key: jax.Array, gradient: Gradient) -> Gradient:
+        return self._largest(gradient)
+
+    def _largest(self, gradient: Gradient) -> Gradient:
         sizes = jnp.sort(jnp.abs(ravel_pytree(gradient)[0]))
         kept = max(1, round(self.fraction * sizes.size))
         edge = sizes[sizes.size - kept]
@@ -61,8 +66,8 @@ class TopK:
     def norm_bound(self, norm: float, size: int) -> float:
         return norm
 
-    def simulate(self, gradient: Gradient, leak: Gradient) -> Gradient:
-        return seen(gradient, leak)
+    def simulate(self, gradient: Gradient, leak: Gradient | None) -> Gradient:
+        return self._largest(gradient) if leak is None else seen(gradient, leak)
 
 
 @pytree
@@ -75,6 +80,7 @@ class RandomSparsification:
 
     fraction: float = static()
     differentiable: ClassVar[bool] = True
+    keeps_pattern: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         _check_fraction(self.fraction)
@@ -86,8 +92,8 @@ class RandomSparsification:
     def norm_bound(self, norm: float, size: int) -> float:
         return norm / self.fraction
 
-    def simulate(self, gradient: Gradient, leak: Gradient) -> Gradient:
-        return jax.tree.map(lambda g: g / self.fraction, seen(gradient, leak))
+    def simulate(self, gradient: Gradient, leak: Gradient | None) -> Gradient:
+        return gradient if leak is None else jax.tree.map(lambda g: g / self.fraction, seen(gradient, leak))
 
 
 @pytree
@@ -99,6 +105,7 @@ class Sign:
     """
 
     differentiable: ClassVar[bool] = False
+    keeps_pattern: ClassVar[bool] = True
 
     def __call__(self, key: jax.Array, gradient: Gradient) -> Gradient:
         return jax.tree.map(jnp.sign, gradient)
@@ -106,7 +113,7 @@ class Sign:
     def norm_bound(self, norm: float, size: int) -> float:
         return math.sqrt(size)
 
-    def simulate(self, gradient: Gradient, leak: Gradient) -> Gradient:
+    def simulate(self, gradient: Gradient, leak: Gradient | None) -> Gradient:
         return jax.tree.map(lambda g: g + jax.lax.stop_gradient(jnp.sign(g) - g), gradient)
 
 
@@ -122,6 +129,7 @@ class StochasticQuantisation:
 
     levels: int = static()
     differentiable: ClassVar[bool] = False
+    keeps_pattern: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.levels < 1:
@@ -139,7 +147,7 @@ class StochasticQuantisation:
     def norm_bound(self, norm: float, size: int) -> float:
         return norm * (1 + math.sqrt(size) / self.levels)  # a coordinate moves by less than ||g|| / s
 
-    def simulate(self, gradient: Gradient, leak: Gradient) -> Gradient:
+    def simulate(self, gradient: Gradient, leak: Gradient | None) -> Gradient:
         return gradient
 
 

@@ -33,10 +33,11 @@ def dp_sgd_gradient(
       sigma: standard deviation of the noise on the *sum*; the noise multiplier is z = sigma / C.
 
     Returns:
-      (sum of clipped gradients + sigma n) / B, shaped as params.
+      (sum of clipped gradients + sigma n) / B, shaped as params. B is taken as public; under Poisson sampling
+      Abadi et al. divide by the expected size instead.
     """
     clip = Clip(clip_norm)
     with jax.default_matmul_precision("highest"):
-        clipped = jax.vmap(lambda x, y: clip.simulate(g := jax.grad(loss)(params, x, y), g))(x, y)
+        clipped = jax.vmap(lambda x, y: clip.simulate(jax.grad(loss)(params, x, y), None))(x, y)
     total = jax.tree.map(lambda g: g.sum(0), clipped)
     return jax.tree.map(lambda g: g / x.shape[0], GaussianNoise(sigma)(key, total))

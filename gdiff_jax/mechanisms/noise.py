@@ -17,11 +17,12 @@ class _Noise:
 
     sigma: jax.Array | float
     differentiable: ClassVar[bool] = True
+    keeps_pattern: ClassVar[bool] = False
 
     def norm_bound(self, norm: float, size: int) -> float:
         return norm  # of the example's part: the noise does not depend on it
 
-    def simulate(self, gradient: Gradient, leak: Gradient) -> Gradient:
+    def simulate(self, gradient: Gradient, leak: Gradient | None) -> Gradient:
         return gradient
 
 

@@ -23,6 +23,7 @@ class PruneRepresentation:
     kept: jax.Array
     kernel: str = static()
     differentiable: ClassVar[bool] = True
+    keeps_pattern: ClassVar[bool] = True
 
     def __call__(self, key: jax.Array, gradient: dict[str, jax.Array]) -> dict[str, jax.Array]:
         kernel = gradient[self.kernel]
@@ -31,7 +32,9 @@ class PruneRepresentation:
     def norm_bound(self, norm: float, size: int) -> float:
         return norm
 
-    def simulate(self, gradient: Gradient, leak: Gradient) -> Gradient:
+    def simulate(self, gradient: Gradient, leak: Gradient | None) -> Gradient:
+        if leak is None:
+            return gradient
         return {**gradient, self.kernel: seen(gradient[self.kernel], leak[self.kernel])}
 
 

@@ -59,7 +59,7 @@ def frobenius_exact(loss: Loss, params: Any, x: jax.Array, y: jax.Array) -> tupl
     column = lambda i: _energies(loss, params, x, y, jax.nn.one_hot(i, x.size, dtype=x.dtype).reshape(x.shape))
     energies = jax.tree.map(jnp.sum, jax.lax.map(column, jnp.arange(x.size), batch_size=PROBE_BATCH))
     total = sum(jax.tree.leaves(energies))
-    return jnp.sqrt(total), jax.tree.map(lambda e: e / total, energies)
+    return jnp.sqrt(total), jax.tree.map(lambda e: e / jnp.where(total > 0, total, 1.0), energies)
 
 
 def frobenius(
@@ -86,13 +86,13 @@ def frobenius(
     total = functools.reduce(jnp.add, jax.tree.leaves(energies))
     mean = total.mean()
     error = lambda samples: samples.std(ddof=1) / probes**0.5
-    root = jnp.sqrt(mean)
+    root, scale = jnp.sqrt(mean), jnp.where(mean > 0, mean, 1.0)
 
     def share(energy: jax.Array) -> Estimate:
-        part = energy.mean() / mean
-        return Estimate(part, error(energy - part * total) / mean)  # of a ratio of means
+        part = energy.mean() / scale
+        return Estimate(part, error(energy - part * total) / scale)  # of a ratio of means
 
-    return Estimate(root, error(total) / (2 * root)), jax.tree.map(share, energies)
+    return Estimate(root, error(total) / (2 * jnp.sqrt(scale))), jax.tree.map(share, energies)
 
 
 class Vulnerability(NamedTuple):

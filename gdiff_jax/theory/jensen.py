@@ -23,9 +23,9 @@ def theorem1_upper_bound(d: int, sigma: Any, max_jacobian_norm: Any, m1: Any) ->
     """Theorem 1: gap of the likelihood <= d / sqrt(2 pi s^2) exp(-1 / (2 s^2)) max||grad_x A|| m1 [inferred; DPS's part known].
 
     As printed in DPS (Chung et al. 2023, Theorem 1) with A = grad_W F. Its noise factor is not monotone: it grows up to
-    s = 1 and falls after. It is also not a bound: the Lipschitz constant of the Gaussian density that the proof needs is
-    exp(-1/2) / (sqrt(2 pi) s^2) in one dimension, while exp(-1 / (2 s^2)) is the slope at distance 1 from the mean, so
-    for small s the gap can be larger (`likelihood_gap_bound` has the constant; tests/test_jensen.py an example) [derived].
+    s = 1 and falls after. It is also not a bound: the proof needs the Lipschitz constant of the Gaussian density, which is
+    exp(-1/2) / (sqrt(2 pi) s^2) in one dimension, and takes the density at distance 1 from the mean for it, so for small s
+    the gap can be larger (`likelihood_gap_bound` has the constant; tests/test_limits.py a counterexample) [derived].
 
     Args:
       d: dimension of the image in the paper.

@@ -36,7 +36,7 @@ def van_trees(gram: jax.Array, sigma: jax.Array | float, prior_information: jax.
     knows mean and covariance alone; a diffusion prior may go below it [inferred].
 
     Args:
-      gram: (d, d) J^T J; over a set of images its mean is meant.
+      gram: (d, d) J^T J. Its mean over the prior makes this the limit; at one image it is a local one.
       sigma: standard deviation of the noise, > 0; at 0 the limit is 0 where J^T J is regular.
       prior_information: (d, d) Fisher information of the prior, positive definite.
 

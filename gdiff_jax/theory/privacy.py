@@ -16,7 +16,7 @@ import numpy as np
 from dp_accounting import pld
 from scipy.special import log_ndtr, ndtr, ndtri
 
-from gdiff_jax.mechanisms import Chain, GaussianNoise, LaplaceNoise, Mechanism, UniformNoise
+from gdiff_jax.mechanisms import Chain, GaussianNoise, LaplaceNoise, Mechanism, PruneRepresentation, UniformNoise
 
 
 def gaussian_delta(z: float, epsilon: float) -> float:
@@ -55,7 +55,7 @@ def gdp_advantage(mu: float) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Guarantee:
-    """What a mechanism guarantees against every attack.
+    """What a mechanism guarantees against every attack: exact for the Gaussian mechanism, upper bounds for all others.
 
     Attributes:
       epsilon: at `delta`; inf where there is none.
@@ -105,9 +105,9 @@ class Guarantee:
     def reconstruction_bound(self, kappa: float) -> float:
         """gamma(kappa): largest probability of a reconstruction that a blind guess achieves with probability kappa.
 
-        The test between "this image" and "another of the prior" at a false-positive rate kappa (Balle, Cherubin & Hayes
-        2022; Hayes et al. 2023; Kaissis et al. 2023). For the Gaussian mechanism Phi(Phi^-1(kappa) + mu) [derived]; for
-        pure epsilon-DP at most kappa e^epsilon.
+        The power at a false-positive rate kappa of the test between the release with this image and the one without it
+        (Balle, Cherubin & Hayes 2022; Hayes et al. 2023; Kaissis et al. 2023). For the Gaussian mechanism
+        Phi(Phi^-1(kappa) + mu) [derived]; for pure epsilon-DP at most kappa e^epsilon.
         """
         return self.tpr(kappa)
 
@@ -142,7 +142,11 @@ def gaussian_guarantee(z: float, delta: float, steps: int = 1, sampling_probabil
 
 
 def laplace_guarantee(sigma: float, l1_sensitivity: float, delta: float) -> Guarantee:
-    """Laplace noise of standard deviation sigma in every coordinate: pure DP with epsilon = l1_sensitivity sqrt(2) / sigma."""
+    """Laplace noise of standard deviation sigma in every coordinate: pure DP with epsilon = l1_sensitivity sqrt(2) / sigma.
+
+    A worst case: for a gradient spread over many coordinates the epsilon at a delta above 0 is far smaller, so this figure is
+    not to be set beside a Gaussian's to compare the two noises.
+    """
     _positive(sigma=sigma, l1_sensitivity=l1_sensitivity)
     _check_delta(delta)
     epsilon = l1_sensitivity * math.sqrt(2) / sigma
@@ -152,7 +156,8 @@ def laplace_guarantee(sigma: float, l1_sensitivity: float, delta: float) -> Guar
 def guarantee(mechanism: Mechanism, size: int, delta: float) -> Guarantee:
     """What one release of one example's gradient through `mechanism` guarantees, add/remove adjacency.
 
-    The first noise that meets a bounded gradient counts; everything after it is post-processing and costs nothing.
+    The first noise counts, if what it meets is bounded; everything after it that looks at its output alone is
+    post-processing and costs nothing.
 
     Args:
       mechanism: with concrete numbers.
@@ -161,22 +166,24 @@ def guarantee(mechanism: Mechanism, size: int, delta: float) -> Guarantee:
     """
     _check_delta(delta)
     none = lambda reason: Guarantee(math.inf, delta, reason=reason)
-    bound, why = math.inf, "no noise"
-    for stage in mechanism.stages if isinstance(mechanism, Chain) else (mechanism,):
+    bound = math.inf
+    stages = mechanism.stages if isinstance(mechanism, Chain) else (mechanism,)
+    for i, stage in enumerate(stages):
         if isinstance(stage, GaussianNoise | LaplaceNoise | UniformNoise):
             sigma = float(stage.sigma)
             if isinstance(stage, UniformNoise):
-                why = "uniform noise is bounded, and so tells some pairs of inputs apart for certain"
-            elif sigma == 0:
-                why = "no noise"
-            elif math.isinf(bound):
-                why = "no clipping"
-            elif isinstance(stage, GaussianNoise):
-                return gaussian_guarantee(sigma / bound, delta)
-            else:
+                return none("uniform noise is bounded, and so tells some pairs of inputs apart for certain")
+            if sigma > 0 and math.isinf(bound):
+                # Were it clipped later, an absent example would still send clipped noise: twice the norm apart.
+                return none("no clipping")
+            if sigma > 0:
+                if any(isinstance(later, PruneRepresentation) for later in stages[i + 1 :]):
+                    return none("the pruned features are chosen by the image, after the noise")
+                if isinstance(stage, GaussianNoise):
+                    return gaussian_guarantee(sigma / bound, delta)
                 return laplace_guarantee(sigma, math.sqrt(size) * bound, delta)
         bound = stage.norm_bound(bound, size)
-    return none(why)
+    return none("no noise")
 
 
 def _positive(**values: float) -> None:

@@ -83,13 +83,20 @@ def lanczos(matvec: Matvec, start: jax.Array, steps: int) -> Ritz:
     _, (alphas, betas) = jax.lax.scan(body, carry, jnp.arange(steps))
     matrix = jnp.diag(alphas) + jnp.diag(betas[:-1], 1) + jnp.diag(betas[:-1], -1)
     values, vectors = jnp.linalg.eigh(matrix)
-    return Ritz(values, jnp.square(vectors[0]), betas[-1] * jnp.abs(vectors[-1]))
+    # Where it ended early, what was cut off is no more than rounding.
+    return Ritz(values, jnp.square(vectors[0]), betas[-1] * jnp.abs(vectors[-1]) + tiny * jnp.abs(values).max())
 
 
 def effective_rank(eigenvalues: jax.Array) -> jax.Array:
-    """exp of the entropy of the eigenvalues' shares (Roy & Vetterli 2007, there of singular values), in [1, d]."""
-    shares = jnp.maximum(eigenvalues, 0.0) / jnp.maximum(eigenvalues, 0.0).sum()
-    return jnp.exp(-jnp.where(shares > 0, shares * jnp.log(jnp.where(shares > 0, shares, 1.0)), 0.0).sum())
+    """exp of the entropy of the eigenvalues' shares (Roy & Vetterli 2007, there of singular values), in [1, d].
+
+    nan if all are 0.
+    """
+    positive = jnp.maximum(eigenvalues, 0.0)
+    total = positive.sum()
+    shares = positive / jnp.where(total > 0, total, 1.0)
+    entropy = -jnp.where(shares > 0, shares * jnp.log(jnp.where(shares > 0, shares, 1.0)), 0.0).sum()
+    return jnp.where(total > 0, jnp.exp(entropy), jnp.nan)
 
 
 class Spectrum(NamedTuple):
