@@ -163,14 +163,19 @@ def plot_quality(rows: list[Row], mean_rows: list[Row], epsilon: Callable[[str, 
     """
     panels, cells = _panels(rows), by_cell(rows)
     names = [n for n in ("psnr", "ssim") if n in rows[0]]
-    size = (max(3.4 * len(panels), 5), 2.9 * len(names) + 0.6)
-    fig, axes = plt.subplots(
-        len(names), len(panels), figsize=size, squeeze=False, sharey="row", sharex="col", layout="constrained"
-    )
+    columns = min(len(panels), 6)
+    bands = -(-len(panels) // columns)  # more panels than fit side by side go below
+    size = (max(3.4 * columns, 5), 2.9 * len(names) * bands + 0.6)
+    fig, axes = plt.subplots(len(names) * bands, columns, figsize=size, squeeze=False, layout="constrained")
+    for ax in axes[-len(names) :].ravel():  # the last band may not be full
+        ax.set_visible(False)
     prior = [r for r in rows if r["method"] == PRIOR_ONLY]
     for i, name in enumerate(names):
         for j, panel in enumerate(panels):
-            ax = axes[i, j]
+            ax = axes[i + len(names) * (j // columns), j % columns]
+            ax.set_visible(True)
+            if ax is not axes[i, 0]:
+                ax.sharey(axes[i, 0])
             here = [key[3:] for key in cells if key[:3] == panel]
             sigmas = sorted({sigma for _, sigma in here})
             x = np.arange(len(sigmas))  # even spacing: the grid is logarithmic and begins with 0
@@ -186,7 +191,8 @@ def plot_quality(rows: list[Row], mean_rows: list[Row], epsilon: Callable[[str, 
             ax.grid(alpha=0.25)
             if i == 0:
                 ax.set_title(_title(*panel), fontsize=10)
-        axes[i, 0].set_ylabel({"psnr": "PSNR (dB)", "ssim": "SSIM"}[name])
+            if j % columns == 0:
+                ax.set_ylabel({"psnr": "PSNR (dB)", "ssim": "SSIM"}[name])
     fig.supxlabel("sigma: standard deviation of the noise on the gradient", fontsize=10)
     handles, labels = axes[0, 0].get_legend_handles_labels()
     fig.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False)
