@@ -30,7 +30,7 @@ from experiments.cli import ConfigError, write_atomic
 Row = dict[str, Any]
 
 
-def _json(value: Any) -> str:
+def strict_json(value: Any) -> str:
     """Strict JSON: a number that is not finite becomes null."""
 
     def finite(v: Any) -> Any:
@@ -74,7 +74,7 @@ class Store:
           ConfigError: where the folder belongs to another configuration or to something else.
         """
         self.folder = folder
-        self.identity = json.loads(_json(identity))
+        self.identity = json.loads(strict_json(identity))
         self.runs: list[dict[str, Any]] = []
         path = folder / "manifest.json"
         if path.is_file():
@@ -107,7 +107,7 @@ class Store:
         """Arrays first, rows last: the rows are what says that the chunk is done."""
         (self.folder / "chunks").mkdir(exist_ok=True)
         write_atomic(self._path(chunk, ".npz"), lambda p: np.savez_compressed(p, **arrays))
-        text = "".join(_json(row) + "\n" for row in rows)
+        text = "".join(strict_json(row) + "\n" for row in rows)
         write_atomic(self._path(chunk, ".jsonl"), lambda p: p.write_text(text))
 
     def rows(self, chunks: Iterable[int]) -> list[Row]:
@@ -121,4 +121,4 @@ class Store:
         write_atomic(self.folder / name, lambda p: p.write_text(text))
 
     def write_records(self, rows: list[Row]) -> None:
-        self.write_text("records.jsonl", "".join(_json(row) + "\n" for row in rows))
+        self.write_text("records.jsonl", "".join(strict_json(row) + "\n" for row in rows))
