@@ -7,6 +7,7 @@
 Images are (H, W, C) float32 in [-1, 1]; a batch of trials is a `jax.vmap` over keys and objectives.
 """
 
+from gdiff_jax.federated import LocalSGD, guess_learning_rate
 from gdiff_jax.matching import GradientMatching, cosine, l2, squared_l2, victim_gradient
 from gdiff_jax.mechanisms import GaussianNoise
 from gdiff_jax.metrics import image_metrics
@@ -21,6 +22,7 @@ __all__ = [
     "Denoiser",
     "GaussianNoise",
     "GradientMatching",
+    "LocalSGD",
     "Prior",
     "Schedule",
     "StepInfo",
@@ -28,6 +30,7 @@ __all__ = [
     "cosine",
     "dps_sample",
     "dsg_sample",
+    "guess_learning_rate",
     "image_metrics",
     "l2",
     "load_prior",

@@ -5,7 +5,8 @@ The derivative of any distance m(grad_W L(W, x)) with respect to x is one mixed 
     v = grad m at g = grad_W L(W, x),      d m / dx = d/ds grad_x L(W + s v, x) at s = 0,
 
 a forward-mode derivative of an ordinary image gradient. It equals differentiating twice in reverse, costs less, and serves
-every distance and every differentiable mechanism.
+every distance and every differentiable mechanism. What a client computes may be more than one gradient (`LocalSGD`): that is
+differentiated in reverse.
 """
 
 from __future__ import annotations
@@ -13,15 +14,21 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 
 from gdiff_jax.mechanisms import Gradient, Mechanism
 
-Loss = Callable[[Any, jax.Array, jax.Array], jax.Array]
+Loss = Callable[[Any, Any, Any], jax.Array]
 Distance = Callable[[Gradient, Gradient], jax.Array]
+
+
+class Client(Protocol):
+    """A pytree that computes what a client would release of (x, y), shaped as params, before any mechanism."""
+
+    def __call__(self, loss: Loss, params: Any, x: Any, y: Any) -> Gradient: ...
 
 
 def _dot(a: Gradient, b: Gradient) -> jax.Array:
@@ -51,6 +58,20 @@ def cosine(gradient: Gradient, leak: Gradient) -> jax.Array:
     return 1 - _dot(gradient, leak) / jnp.where(norms > 0, norms, 1.0)
 
 
+def l1(gradient: Gradient, leak: Gradient) -> jax.Array:
+    """Sum of |g_i - g~_i| over all coordinates: minus the log-likelihood of Laplace noise, but for scale and constant."""
+    return functools.reduce(jnp.add, [jnp.abs(r).sum() for r in jax.tree.leaves(jax.tree.map(jnp.subtract, gradient, leak))])
+
+
+def equal_layers(leak: Gradient) -> Gradient:
+    """Weights 1 / ||g~_leaf||, one a leaf: every array of the leak then has norm 1, and counts as much as the largest.
+
+    An array of zeros gets weight 0. Under noise small layers are mostly noise, and this weighs them up [our choice].
+    """
+    norm = lambda g: _safe_sqrt(jnp.vdot(g, g))
+    return jax.tree.map(lambda g: jnp.where(norm(g) > 0, 1 / jnp.where(norm(g) > 0, norm(g), 1.0), 0.0), leak)
+
+
 def at_full_precision(function: Callable[..., Any]) -> Callable[..., Any]:
     """Matmuls inside at float32: TPU's and GPU's faster default (bfloat16, tf32) drowns a small gradient difference."""
 
@@ -63,43 +84,67 @@ def at_full_precision(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @at_full_precision
-def victim_gradient(loss: Loss, params: Any, x: jax.Array, y: jax.Array) -> Gradient:
+def victim_gradient(loss: Loss, params: Any, x: Any, y: Any) -> Gradient:
     """grad_W L(W, x, y): what a client computes on its private example, at full precision."""
     return jax.grad(loss)(params, x, y)
 
 
 @at_full_precision
-def mixed_partial(loss: Loss, params: Any, x: jax.Array, y: jax.Array, v: Gradient) -> jax.Array:
-    """grad_x <v, grad_W L(W, x, y)> for a fixed v shaped as the parameters; shape of x."""
+def mixed_partial(loss: Loss, params: Any, x: Any, y: Any, v: Gradient) -> Any:
+    """grad_x <v, grad_W L(W, x, y)> for a fixed v shaped as the parameters; shape of x, which may be a pytree."""
     return jax.jvp(lambda p: jax.grad(loss, argnums=1)(p, x, y), (params,), (v,))[1]
+
+
+def released(client: Client | None, loss: Loss, params: Any, x: Any, y: Any) -> Gradient:
+    """What the client computes: its gradient, or with a `client` what that makes of the loss, at full precision."""
+    return victim_gradient(loss, params, x, y) if client is None else at_full_precision(client)(loss, params, x, y)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 @at_full_precision
-def _match(loss: Loss, distance: Distance, victim: tuple[Any, ...], x: jax.Array) -> jax.Array:
-    params, y, leak, mechanism = victim
-    return _compare(distance, victim_gradient(loss, params, x, y), leak, mechanism)
+def _match(loss: Loss, distance: Distance, known: _Known, x: Any) -> jax.Array:
+    return _compare(distance, known, released(known.client, loss, known.params, x, known.label))
 
 
-def _compare(distance: Distance, gradient: Gradient, leak: Gradient, mechanism: Mechanism | None) -> jax.Array:
-    return distance(gradient if mechanism is None else mechanism.simulate(gradient, leak), leak)
+def _compare(distance: Distance, known: _Known, gradient: Gradient) -> jax.Array:
+    if known.mechanism is not None:
+        gradient = known.mechanism.simulate(gradient, known.leak)
+    leak = known.leak
+    if known.weights is not None:
+        gradient, leak = (jax.tree.map(jnp.multiply, g, known.weights) for g in (gradient, leak))
+    return distance(gradient, leak)
 
 
 @at_full_precision
-def _match_fwd(loss: Loss, distance: Distance, victim: Any, x: Any) -> tuple[jax.Array, jax.Array]:
-    if any(leaf.perturbed for leaf in jax.tree.leaves(victim)):
+def _match_fwd(loss: Loss, distance: Distance, known: Any, x: Any) -> tuple[jax.Array, Any]:
+    if any(leaf.perturbed for leaf in jax.tree.leaves(known)):
         raise TypeError("GradientMatching is differentiable in the image only, not in params, label, leak or mechanism")
-    (params, y, leak, mechanism), x = jax.tree.map(lambda leaf: leaf.value, (victim, x))
-    gradient = victim_gradient(loss, params, x, y)
-    value, v = jax.value_and_grad(functools.partial(_compare, distance))(gradient, leak, mechanism)
-    return value, mixed_partial(loss, params, x, y, v)
+    known, x = jax.tree.map(lambda leaf: leaf.value, (known, x))
+    if known.client is None:
+        gradient = victim_gradient(loss, known.params, x, known.label)
+        value, v = jax.value_and_grad(functools.partial(_compare, distance, known))(gradient)
+        return value, mixed_partial(loss, known.params, x, known.label, v)
+    gradient, pull = jax.vjp(lambda x: released(known.client, loss, known.params, x, known.label), x)
+    value, v = jax.value_and_grad(functools.partial(_compare, distance, known))(gradient)
+    return value, pull(v)[0]
 
 
-def _match_bwd(loss: Loss, distance: Distance, grad_x: jax.Array, g: Any) -> tuple[None, jax.Array]:
-    return None, g * grad_x
+def _match_bwd(loss: Loss, distance: Distance, grad_x: Any, g: Any) -> tuple[None, Any]:
+    return None, jax.tree.map(lambda leaf: g * leaf, grad_x)
 
 
 _match.defvjp(_match_fwd, _match_bwd, symbolic_zeros=True)
+
+
+class _Known(NamedTuple):
+    """What the attacker knows, as arrays."""
+
+    params: Any
+    label: Any
+    leak: Gradient
+    mechanism: Mechanism | None
+    weights: Gradient | None
+    client: Client | None
 
 
 @jax.tree_util.register_dataclass
@@ -115,17 +160,24 @@ class GradientMatching:
       label: y, whatever `loss` takes.
       leak: the released gradient g~, shaped as params.
       loss: scalar `loss(params, x, y)`, pure, twice differentiable almost everywhere; a victim network of the user's own fits.
-      distance: `l2`, `squared_l2`, `cosine`, or any differentiable `distance(gradient, leak)`.
+        x is what the objective is called with: an image, a batch of images, or any pytree.
+      distance: `l2`, `squared_l2`, `cosine`, `l1`, or any differentiable `distance(gradient, leak)`.
       mechanism: M, what the attacker knows to have happened to the gradient (`mechanisms.Mechanism.simulate`); None is the
-        attacker who takes the leak for the bare gradient.
+        attacker who takes the leak for the bare gradient. Through it sparsified coordinates are masked out.
+      weights: one number an array of the gradient, or an array of its shape, that multiplies it and the leak before they are
+        compared, such as `equal_layers(leak)`; 0 masks out.
+      client: what the client computes in place of one gradient, such as `LocalSGD`; None is the gradient.
     """
 
     params: Any
-    label: jax.Array
+    label: Any
     leak: Gradient
     loss: Loss = dataclasses.field(metadata=dict(static=True))
     distance: Distance = dataclasses.field(default=l2, metadata=dict(static=True))
     mechanism: Mechanism | None = None
+    weights: Gradient | None = None
+    client: Client | None = None
 
-    def __call__(self, x0: jax.Array) -> jax.Array:
-        return _match(self.loss, self.distance, (self.params, self.label, self.leak, self.mechanism), x0)
+    def __call__(self, x0: Any) -> jax.Array:
+        known = _Known(self.params, self.label, self.leak, self.mechanism, self.weights, self.client)
+        return _match(self.loss, self.distance, known, x0)
