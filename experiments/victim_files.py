@@ -53,6 +53,8 @@ VICTIMS = {
     "vit-wide": partial(victims.vit_tiny, dim=128),
     "vit-shallow": partial(victims.vit_tiny, depth=1),
     "vit-deep": partial(victims.vit_tiny, depth=4),
+    "cnn-batchnorm": partial(victims.cnn, norm="batch"),
+    "resnet-batchnorm": partial(victims.resnet, norm="batch"),
 }
 
 

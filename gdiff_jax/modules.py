@@ -80,6 +80,33 @@ class GroupNorm(nnx.Module):
         return (grouped * scale + shift).reshape(n, h, w, c).astype(x.dtype)
 
 
+Statistics = tuple[jax.Array, jax.Array]  # mean and biased variance, one number a channel each
+
+
+class BatchNorm(nnx.Module):
+    """Batch normalisation of (N, H, W, C) with the batch's own statistics over (N, H, W), in at least float32, in two passes.
+
+    It stores no running statistics. `policy`, a plain function of (mean, var) that a caller may set on a network just made by
+    `call`, says what is used in their place; it returns them in the dtype that it got them in.
+    """
+
+    def __init__(self, channels: int, eps: float = 1e-5):
+        self.scale = nnx.Param(jnp.ones((channels,), jnp.float32))
+        self.bias = nnx.Param(jnp.zeros((channels,), jnp.float32))
+        self.eps = eps
+        self.policy: Callable[[jax.Array, jax.Array], Statistics] | None = None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        per_channel = lambda a: a.reshape(1, 1, 1, -1)
+        wide = x.astype(np.promote_types(x.dtype, np.float32))
+        mean = wide.mean((0, 1, 2))
+        var = jnp.square(wide - per_channel(mean)).mean((0, 1, 2))
+        if self.policy is not None:
+            mean, var = self.policy(mean, var)
+        scale = jax.lax.rsqrt(var + self.eps) * self.scale[...]
+        return ((wide - per_channel(mean)) * per_channel(scale) + per_channel(self.bias[...])).astype(x.dtype)
+
+
 class LayerNorm(nnx.Module):
     """Layer normalisation of the last axis, statistics in at least float32."""
 
@@ -98,6 +125,11 @@ class LayerNorm(nnx.Module):
 
 def _name(path: tuple[Any, ...]) -> str:
     return ".".join(map(str, path))
+
+
+def batch_norms(network: nnx.Module) -> dict[str, BatchNorm]:
+    """The network's BatchNorms by dotted name (`blocks.0.norm1`)."""
+    return {_name(path): module for path, module in nnx.iter_modules(network) if isinstance(module, BatchNorm)}
 
 
 class Spec(Protocol):

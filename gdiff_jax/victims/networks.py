@@ -1,5 +1,6 @@
-"""The attacked classifiers, (N, H, W, C) in [-1, 1] -> logits (N, classes). No batch statistics: a gradient is of one image.
+"""The attacked classifiers, (N, H, W, C) in [-1, 1] -> logits (N, classes).
 
+No image looks at another, but for the BatchNorms that are asked for by `norm="batch"`: see `Victim` for their statistics.
 Each is `features`, then one dense layer `fc`; what `features` returns is the representation that Soteria defends.
 """
 
@@ -7,24 +8,37 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from gdiff_jax.conv import conv_victim
-from gdiff_jax.modules import Conv, GroupNorm, LayerNorm, Linear
+from gdiff_jax.modules import BatchNorm, Conv, GroupNorm, LayerNorm, Linear
 
 _conv = functools.partial(Conv, conv=conv_victim)
 Activation = Callable[[jax.Array], jax.Array]
 Pooling = Literal["stride", "mean", "max"]
+Norm = Literal["group", "batch"]
+
+
+def _norm(kind: Norm, channels: int) -> GroupNorm | BatchNorm:
+    if kind == "group":
+        return GroupNorm(channels, 8, 1e-5)
+    if kind == "batch":
+        return BatchNorm(channels)
+    raise ValueError(f"norm={kind!r} is not known; it is 'group' or 'batch'")
 
 
 class Classifier(nnx.Module):
-    """Features and one dense layer."""
+    """Features and one dense layer.
+
+    `first_dense` names the first layer where it is dense and takes all pixels at once.
+    """
 
     fc: Linear
+    first_dense: ClassVar[str | None] = None
 
     def features(self, x: jax.Array) -> jax.Array:
         """(N, features), the input of the last layer."""
@@ -36,6 +50,8 @@ class Classifier(nnx.Module):
 
 class MLP(Classifier):
     """Dense layers. By default pixels-512-128-classes, ReLU: the victim of the follow-up study (arXiv 2511.10423)."""
+
+    first_dense = "fc1"
 
     def __init__(
         self,
@@ -111,8 +127,8 @@ def _halve(x: jax.Array, by: Literal["mean", "max"]) -> jax.Array:
 class CNN(Classifier):
     """3 x 3 convolutions, each but the first halving the image, and one dense layer; by default 32, 64, 64 channels, ReLU.
 
-    It is halved by a stride of 2, or by mean or max pooling after the activation. `norm` puts a GroupNorm after each
-    convolution.
+    It is halved by a stride of 2, or by mean or max pooling after the activation. `norm` puts a GroupNorm ("group", or
+    True) or a BatchNorm ("batch") after each convolution.
     """
 
     def __init__(
@@ -122,7 +138,7 @@ class CNN(Classifier):
         rngs: nnx.Rngs,
         channels: tuple[int, ...] = (32, 64, 64),
         activation: Activation = jax.nn.relu,
-        norm: bool = False,
+        norm: bool | Norm = False,
         pooling: Pooling = "stride",
     ):
         h, w, c = image_shape
@@ -131,11 +147,11 @@ class CNN(Classifier):
             stride = 2 if i and pooling == "stride" else 1
             setattr(self, f"conv{i + 1}", _conv(sizes[i], width, 3, stride=stride, rngs=rngs))
             if norm:
-                setattr(self, f"norm{i + 1}", GroupNorm(width, 8, 1e-5))
+                setattr(self, f"norm{i + 1}", _norm("group" if norm is True else norm, width))
             if i:
                 h, w = (-(-h // 2), -(-w // 2)) if pooling == "stride" else (h // 2, w // 2)
         self.fc = Linear(h * w * sizes[-1], num_classes, rngs=rngs)
-        self.depth, self.activation, self.norm, self.pooling = len(channels), activation, norm, pooling
+        self.depth, self.activation, self.norm, self.pooling = len(channels), activation, bool(norm), pooling
 
     def features(self, x: jax.Array) -> jax.Array:
         for i in range(1, self.depth + 1):
@@ -147,13 +163,13 @@ class CNN(Classifier):
 
 
 class ResidualBlock(nnx.Module):
-    """conv, norm, relu, conv, norm, + shortcut, relu (He et al. 2016), with GroupNorm (Wu & He 2018)."""
+    """conv, norm, relu, conv, norm, + shortcut, relu (He et al. 2016), with GroupNorm (Wu & He 2018) or BatchNorm."""
 
-    def __init__(self, c_in: int, c_out: int, stride: int, rngs: nnx.Rngs, residual: bool = True):
+    def __init__(self, c_in: int, c_out: int, stride: int, rngs: nnx.Rngs, residual: bool = True, norm: Norm = "group"):
         self.conv1 = _conv(c_in, c_out, 3, stride=stride, rngs=rngs)
-        self.norm1 = GroupNorm(c_out, 8, 1e-5)
+        self.norm1 = _norm(norm, c_out)
         self.conv2 = _conv(c_out, c_out, 3, rngs=rngs)
-        self.norm2 = GroupNorm(c_out, 8, 1e-5)
+        self.norm2 = _norm(norm, c_out)
         self.residual = residual
         if residual and (stride > 1 or c_in != c_out):
             self.shortcut = _conv(c_in, c_out, 1, stride=stride, rngs=rngs)
@@ -169,7 +185,8 @@ class ResidualBlock(nnx.Module):
 class ResNet(Classifier):
     """A stem, blocks of growing width, of which each after the first halves the image, global mean, one dense layer.
 
-    By default eight layers: a stem of 16 channels and blocks of 16, 32 and 64. `residual=False` leaves the shortcuts out.
+    By default eight layers: a stem of 16 channels and blocks of 16, 32 and 64. `residual=False` leaves the shortcuts out;
+    `norm` is "group" or "batch".
     """
 
     def __init__(
@@ -179,12 +196,13 @@ class ResNet(Classifier):
         rngs: nnx.Rngs,
         channels: tuple[int, ...] = (16, 32, 64),
         residual: bool = True,
+        norm: Norm = "group",
     ):
         self.stem = _conv(image_shape[2], channels[0], 3, rngs=rngs)
-        self.norm = GroupNorm(channels[0], 8, 1e-5)
+        self.norm = _norm(norm, channels[0])
         blocks, before = [], channels[0]
         for i, width in enumerate(channels):
-            blocks.append(ResidualBlock(before, width, 2 if i else 1, rngs, residual))
+            blocks.append(ResidualBlock(before, width, 2 if i else 1, rngs, residual, norm))
             before = width
         self.blocks = nnx.List(blocks)
         self.fc = Linear(before, num_classes, rngs=rngs)
