@@ -8,6 +8,7 @@ from __future__ import annotations
 import dm_pix
 import jax
 import jax.numpy as jnp
+import optax
 
 from gdiff_jax.images import to_unit
 
@@ -33,6 +34,20 @@ def image_metrics(reconstruction: jax.Array, truth: jax.Array) -> dict[str, jax.
     if min(a.shape[-3:-1]) >= MIN_SSIM_SIZE:
         values["ssim"] = ssim(a, b)
     return values
+
+
+def match_images(reconstruction: jax.Array, truth: jax.Array) -> jax.Array:
+    """Order (B,) in which `reconstruction[order]` is closest to the truth, both (B, H, W, C): least total squared error.
+
+    The gradient of a batch does not tell the order of its images, so none is asked of a reconstruction (Hungarian algorithm).
+    """
+    if reconstruction.shape != truth.shape:
+        raise ValueError(f"images {reconstruction.shape} cannot be matched one to one to {truth.shape}")
+    cost = jnp.square(to_unit(truth)[:, None] - to_unit(reconstruction)[None]).mean((-3, -2, -1))
+    cost = jnp.where(jnp.isfinite(cost), cost, jnp.finfo(cost.dtype).max / cost.shape[0] ** 2)  # a failed image goes last
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):  # inside optax
+        rows, columns = optax.assignment.hungarian_algorithm(cost)
+    return jnp.zeros_like(columns).at[rows].set(columns)
 
 
 def psnr_from_error(error: jax.Array) -> jax.Array:

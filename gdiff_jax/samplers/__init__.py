@@ -1,8 +1,21 @@
 """Reverse diffusion, unguided or guided by an objective: one method, one file."""
 
-from gdiff_jax.samplers.base import StepInfo
+from gdiff_jax.samplers.base import Start, StepInfo, batched, start_from
 from gdiff_jax.samplers.dps import dps_sample, dps_step
 from gdiff_jax.samplers.dsg import dsg_sample, dsg_step
+from gdiff_jax.samplers.red_diff import red_diff_sample
 from gdiff_jax.samplers.unguided import unguided_sample, unguided_step
 
-__all__ = ["StepInfo", "dps_sample", "dps_step", "dsg_sample", "dsg_step", "unguided_sample", "unguided_step"]
+__all__ = [
+    "Start",
+    "StepInfo",
+    "batched",
+    "dps_sample",
+    "dps_step",
+    "dsg_sample",
+    "dsg_step",
+    "red_diff_sample",
+    "start_from",
+    "unguided_sample",
+    "unguided_step",
+]

@@ -36,6 +36,34 @@ class Posterior(NamedTuple):
     std: jax.Array
 
 
+class Start(NamedTuple):
+    """Where a reverse process begins when something is known of the image: x_t (the image's shape) at index `step`, scalar."""
+
+    x: jax.Array
+    step: jax.Array
+
+
+def start_from(key: jax.Array, schedule: Schedule, image: jax.Array, std: jax.Array | float) -> Start:
+    """The start for an estimate = image + std n, n standard normal: it *is* x_t / sqrt(abar) where (1 - abar) / abar = std^2.
+
+    The first kept step with at least that much noise is taken, and the missing noise added; the noisiest, if none has it.
+    """
+    ratio = (1 - schedule.abar) / schedule.abar
+    index = jnp.minimum(jnp.searchsorted(ratio, jnp.square(std)), schedule.num_steps - 1)
+    missing = jnp.sqrt(jnp.maximum(ratio[index] - jnp.square(std), 0.0))
+    x = jnp.sqrt(schedule.abar[index]) * (image + missing * jax.random.normal(key, image.shape))
+    return Start(x, index)
+
+
+def batched(denoise: Denoise) -> Denoise:
+    """The denoiser of a batch of images (B, H, W, C), all at one timestep: for a leak of several images, guided together."""
+    return jax.tree_util.Partial(_each, denoise)
+
+
+def _each(denoise: Denoise, x_t: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    return jax.vmap(denoise, (0, None))(x_t, t)
+
+
 class Step(Protocol):
     """One reverse step: x_t and index i to x_{t-1}."""
 
@@ -76,15 +104,24 @@ def x0_error(x0: jax.Array, truth: jax.Array | None) -> jax.Array:
     return jnp.full((), jnp.nan, x0.dtype) if truth is None else jnp.square(x0 - truth).mean()
 
 
-def reverse(key: jax.Array, step: Step, schedule: Schedule, shape: tuple[int, ...]) -> tuple[jax.Array, StepInfo]:
-    """Runs `step` from pure noise at the last index down to 0, as one `lax.scan`.
+def reverse(
+    key: jax.Array, step: Step, schedule: Schedule, shape: tuple[int, ...], start: Start | None = None
+) -> tuple[jax.Array, StepInfo]:
+    """Runs `step` from pure noise at the last index, or from `start`, down to 0, as one `lax.scan`.
 
-    Step i draws from fold_in(key, i), so what a step draws depends on neither the other steps nor the other trials.
+    Step i draws from fold_in(key, i), so what a step draws depends on neither the other steps nor the other trials. Steps
+    above the start leave x as it is and report nan; under vmap they are computed all the same.
     """
     key_init, key_steps = jax.random.split(key)
 
-    def body(x: jax.Array, i: jax.Array) -> tuple[jax.Array, StepInfo]:
+    def run(x: jax.Array, i: jax.Array) -> tuple[jax.Array, StepInfo]:
         return step(jax.random.fold_in(key_steps, i), x, i)
 
-    x = jax.random.normal(key_init, shape)
+    def skip(x: jax.Array, i: jax.Array) -> tuple[jax.Array, StepInfo]:
+        return x, StepInfo(*[jnp.full((), jnp.nan, x.dtype)] * 3)
+
+    def body(x: jax.Array, i: jax.Array) -> tuple[jax.Array, StepInfo]:
+        return run(x, i) if start is None else jax.lax.cond(i <= start.step, run, skip, x, i)
+
+    x = jax.random.normal(key_init, shape) if start is None else start.x
     return jax.lax.scan(body, x, jnp.arange(schedule.num_steps - 1, -1, -1))

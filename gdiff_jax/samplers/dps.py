@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from gdiff_jax.samplers import base
-from gdiff_jax.samplers.base import Denoise, Objective, StepInfo
+from gdiff_jax.samplers.base import Denoise, Objective, Start, StepInfo
 from gdiff_jax.schedule import Schedule
 
 
@@ -41,6 +41,7 @@ def dps_sample(
     *,
     zeta: jax.Array | float = 8.0,
     clip: bool = True,
+    start: Start | None = None,
     truth: jax.Array | None = None,
 ) -> tuple[jax.Array, StepInfo]:
     """One reconstruction by DPS.
@@ -55,6 +56,7 @@ def dps_sample(
       shape: (H, W, C) of the image.
       zeta: step size, >= 0; an array is traced, so a grid of it needs one compilation. 0 gives the unguided sampler.
       clip: clip x0hat to [-1, 1] and differentiate through the clip, so a saturated pixel gets no guidance.
+      start: where to begin, `start_from` an estimate of the image; pure noise at the last index if None.
       truth: (H, W, C); only fills `x0_error` of the trace, the sampler does not use it.
 
     Returns:
@@ -64,4 +66,4 @@ def dps_sample(
     def step(key: jax.Array, x: jax.Array, i: jax.Array) -> tuple[jax.Array, StepInfo]:
         return dps_step(key, x, i, denoise, objective, schedule, zeta=zeta, clip=clip, truth=truth)
 
-    return base.reverse(key, step, schedule, shape)
+    return base.reverse(key, step, schedule, shape, start)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from gdiff_jax.samplers import base
-from gdiff_jax.samplers.base import Denoise, Objective, StepInfo
+from gdiff_jax.samplers.base import Denoise, Objective, Start, StepInfo
 from gdiff_jax.schedule import Schedule
 
 
@@ -66,6 +66,7 @@ def dsg_sample(
     guidance_rate: jax.Array | float = 0.2,
     interval: int = 1,
     clip: bool = True,
+    start: Start | None = None,
     truth: jax.Array | None = None,
 ) -> tuple[jax.Array, StepInfo]:
     """One reconstruction by DSG.
@@ -81,6 +82,7 @@ def dsg_sample(
         its noise put on the sphere of radius sqrt(n) sigma.
       interval: guide the steps whose index is a multiple of it; the others are unguided and cost half.
       clip: clip x0hat to [-1, 1] and differentiate through the clip, so a saturated pixel gets no guidance.
+      start: where to begin, `start_from` an estimate of the image; pure noise at the last index if None.
       truth: (H, W, C); only fills `x0_error` of the trace, the sampler does not use it.
 
     Returns:
@@ -94,4 +96,4 @@ def dsg_sample(
             key, x, i, denoise, objective, schedule, guidance_rate=guidance_rate, interval=interval, clip=clip, truth=truth
         )
 
-    return base.reverse(key, step, schedule, shape)
+    return base.reverse(key, step, schedule, shape, start)
