@@ -6,17 +6,20 @@ import dataclasses
 import math
 from typing import Any
 
+import jax
 import numpy as np
 
 import gdiff_jax as gd
-from experiments import mechanism_specs, trials, victim_files
+from experiments import attackers, mechanism_specs, victim_files
 from experiments.cli import ConfigError, option
+from experiments.methods import DEFAULT, DISTANCES, METHODS, applies
 from gdiff_jax import images as image_files
 from gdiff_jax import modules
 from gdiff_jax.priors import BUNDLED
 from gdiff_jax.theory import privacy
 
 DEFAULT_SIGMAS = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0)
+PROXY_SAMPLES = 16  # of the prior, for the statistics of BatchNorms
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,13 +34,23 @@ class SweepConfig:
     )
     delta: float = option(1e-5, "delta of every (epsilon, delta) that is asked for or reported")
     mechanisms: tuple[str, ...] = option(("gaussian",), mechanism_specs.HELP)
+    attacker: str = option("informed", f"threat model: {', '.join(attackers.ATTACKERS)}; it sets the next four flags")
+    labels: str = option("known", f"labels are {', '.join(attackers.LABELS)} (with the image, by dlg; inferred for the others)")
     adaptive: bool = option(True, "the attacker knows the mechanism and matches through it")
-    methods: tuple[str, ...] = option(trials.GUIDED, f"guided samplers: {', '.join(trials.GUIDED)}; prior-only always runs")
+    local_rate: str = option("known", "learning rate of the local steps: known, or guessed from the last bias")
+    statistics: str = option("known", "of BatchNorms: known, batch (the candidate's own) or replaced (of the prior's samples)")
+    methods: tuple[str, ...] = option(
+        DEFAULT, f"attacks: {', '.join(METHODS)}, or all; prior-only always runs, analytic ones need an mlp"
+    )
     victims: tuple[str, ...] = option(("mlp", "lenet", "cnn"), f"attacked networks: {', '.join(victim_files.VICTIMS)}")
     training_steps: tuple[int, ...] = option((0,), "training states of each victim, in steps; 0 is untrained")
     checkpoints: str = option("", "folder of experiments/train_victim.py, for training states other than 0")
     images: str = option(image_files.BUNDLED, "private images: the bundled set, a folder, a .npz or CIFAR-10's archive")
     num_images: int = option(4, "the first so many images of the set")
+    group: int = option(1, "images whose mean gradient is one leak, reconstructed together")
+    local_steps: int = option(1, "local steps of a FedAvg client; 1 releases the gradient, more the mean gradient on their way")
+    local_learning_rate: float = option(0.01, "of the local steps")
+    local_batch: int = option(0, "images a local step, a divisor of --group; 0 is all of the group")
     label: int = option(-1, "label of every image; -1 takes the set's own, and 0 where it has none, as the paper does")
     num_classes: int = option(10, "labels are 0 .. num_classes - 1")
     seeds: int = option(1, "trials an image, each with noise, start and steps of its own")
@@ -49,6 +62,13 @@ class SweepConfig:
     zeta: float = option(8.0, "step size of dps, on the un-squared gradient distance")
     guidance_rate: float = option(0.2, "guidance rate of dsg, 0 to 1")
     interval: int = option(1, "dsg guides every so many steps")
+    red_diff_weight: float = option(0.5, "weight of red-diff's regulariser")
+    distance: str = option("l2", f"between gradients, for the guided samplers: {', '.join(DISTANCES)}")
+    layer_weights: str = option("none", "none, or equal: every array of the gradient counts the same")
+    dlg_steps: int = option(2000, "L-BFGS steps of dlg")
+    inverting_steps: int = option(4000, "Adam steps of inverting")
+    tv: float = option(1e-3, "weight of inverting's total variation")
+    restarts: int = option(1, "of dlg and inverting; the one of least objective counts")
     clip: str = option("prior", "clip x0hat to [-1, 1] in every step: yes, no, or what the prior's scheduler says")
     prior: str = option("cifar10-32", f"diffusion prior: {', '.join(BUNDLED)}, a folder, OWNER/NAME on the hub, or an ADM file")
     prior_dtype: str = option("float32", "arithmetic of the prior: float32 or bfloat16; the victim is always float32")
@@ -71,6 +91,7 @@ class Inputs:
     sigmas: dict[str, tuple[float, ...]]  # by mechanism, ascending
     victims: dict[str, gd.Victim]
     params: dict[tuple[str, int], Any]  # by victim and training steps
+    proxy: np.ndarray  # (N, H, W, C) images that every attacker has: the prior's mean image, or samples of it
     hashes: dict[str, Any]
 
 
@@ -91,16 +112,66 @@ def _check_numbers(c: SweepConfig) -> None:
         ok = len(set(values)) == len(values) and (len(values) > 0 or name.endswith("grid"))
         _need(ok, f"--{name} {','.join(map(str, values))!r} must be non-empty, without repeats")
     for method in c.methods:
-        _need(method in trials.GUIDED, f"method {method!r} is not known; known: {', '.join(trials.GUIDED)}")
-    for name in ("num_images", "seeds", "steps", "interval", "batch", "num_classes"):
+        _need(method in METHODS, f"method {method!r} is not known; known: {', '.join(METHODS)}, all")
+    _check_choice("attacker", c.attacker, tuple(attackers.ATTACKERS))
+    _check_choice("labels", c.labels, attackers.LABELS)
+    _check_choice("local_rate", c.local_rate, attackers.RATES)
+    _check_choice("statistics", c.statistics, attackers.STATISTICS)
+    _check_choice("distance", c.distance, tuple(DISTANCES))
+    _check_choice("layer_weights", c.layer_weights, ("none", "equal"))
+    counts = ("num_images", "seeds", "steps", "interval", "batch", "num_classes", "group", "local_steps", "restarts")
+    for name in (*counts, "dlg_steps", "inverting_steps"):
         _need(getattr(c, name) >= 1, f"--{name} {getattr(c, name)} must be at least 1")
     _need(min(c.training_steps) >= 0, f"--training_steps {min(c.training_steps)} must not be negative; 0 is untrained")
     _need(math.isfinite(c.zeta) and c.zeta >= 0, f"--zeta {c.zeta} must be finite and >= 0; 0 is unguided")
     _need(0 <= c.guidance_rate <= 1, f"--guidance_rate {c.guidance_rate} must lie in 0..1")
-    _need(c.spacing in ("uniform", "quadratic"), f"--spacing {c.spacing} is not known; use uniform or quadratic")
-    _need(c.clip in ("prior", "yes", "no"), f"--clip {c.clip} is not known; use prior, yes or no")
+    for name in ("red_diff_weight", "tv"):
+        _need(math.isfinite(getattr(c, name)) and getattr(c, name) >= 0, f"--{name} {getattr(c, name)} must be finite and >= 0")
+    _check_choice("spacing", c.spacing, ("uniform", "quadratic"))
+    _check_choice("clip", c.clip, ("prior", "yes", "no"))
     _need(math.isfinite(c.memory_gib) and c.memory_gib >= 0, f"--memory_gib {c.memory_gib} must be finite and >= 0")
-    _need(c.prior_dtype in ("float32", "bfloat16"), f"--prior_dtype {c.prior_dtype} is not known; use float32 or bfloat16")
+    _check_choice("prior_dtype", c.prior_dtype, ("float32", "bfloat16"))
+    _check_clients(c)
+
+
+def _check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
+    _need(value in known, f"--{name} {value!r} is not known; known: {', '.join(known)}")
+
+
+def _check_clients(c: SweepConfig) -> None:
+    """What is released, and what an attacker is asked to do with it."""
+    rate = c.local_learning_rate
+    _need(math.isfinite(rate) and rate > 0, f"--local_learning_rate {rate} must be finite and above 0")
+    _need(
+        c.num_images % c.group == 0,
+        f"--num_images {c.num_images} is not a multiple of --group {c.group}; ask for {-(-c.num_images // c.group) * c.group}",
+    )
+    ok = c.local_batch >= 0 and (c.local_batch == 0 or c.group % c.local_batch == 0)
+    _need(ok, f"--local_batch {c.local_batch} does not divide --group {c.group}; 0 takes all of the group in each step")
+    _need(
+        c.local_batch == 0 or c.local_steps > 1,
+        f"--local_batch {c.local_batch} with --local_steps {c.local_steps}: one gradient is of the whole group; "
+        "ask for more --local_steps, or leave --local_batch at 0",
+    )
+    normed = [name for name in c.victims if "batchnorm" in name]
+    if normed:
+        _need(
+            c.statistics != "known" or c.local_steps == 1,
+            f"--statistics=known with --local_steps {c.local_steps}: {normed[0]} has other statistics in each step; "
+            "use --statistics=batch or replaced",
+        )
+        _need(
+            c.labels != "joint" or c.statistics == "batch" or "dlg" not in c.methods,
+            f"--labels=joint with --statistics={c.statistics}: dlg on {normed[0]} takes them from the candidate then; "
+            "use --statistics=batch",
+        )
+    clips = [text for text in c.mechanisms if "clip" in text]
+    guessed = c.local_steps > 1 and c.local_rate == "guessed"
+    _need(
+        not (clips and guessed and c.adaptive),
+        f"--local_rate=guessed with --mechanisms={clips and clips[0]}: the norm that it clips to is in units of the rate; "
+        "use --local_rate=known, or --noadaptive",
+    )
 
 
 def _sigmas(c: SweepConfig, spec: mechanism_specs.Spec) -> tuple[float, ...]:
@@ -159,6 +230,12 @@ def load_inputs(c: SweepConfig) -> Inputs:
     victims, params, trained = {}, {}, {}
     for name in c.victims:
         victims[name] = victim_files.make_victim(name, prior.image_shape, c.num_classes)
+    for method in c.methods:
+        _need(
+            any(applies(method, victim, c.group) for victim in victims.values()),
+            f"--methods {method} needs a victim whose first layer is dense, such as mlp, and --group=1; "
+            f"there are {','.join(c.victims)} and --group={c.group}",
+        )
     for name, victim in victims.items():
         for steps in c.training_steps:
             if steps:
@@ -177,4 +254,24 @@ def load_inputs(c: SweepConfig) -> Inputs:
     }
     images = image_files.to_model(data.images)
     schedule = prior.schedule(c.steps, c.spacing)
-    return Inputs(prior, schedule, images, data.labels, data.names, mechanisms, sigmas, victims, params, hashes)
+    proxy = _proxy(c, prior, any(victim.has_batch_norm for victim in victims.values()))
+    return Inputs(prior, schedule, images, data.labels, data.names, mechanisms, sigmas, victims, params, proxy, hashes)
+
+
+def _proxy(c: SweepConfig, prior: gd.Prior, normed: bool) -> np.ndarray:
+    """Samples of the prior where BatchNorms are fed with them, else its mean image, or mid-grey where it has none."""
+    if normed and c.statistics == "replaced":
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(c.seed), 2**17), PROXY_SAMPLES)
+        sample = lambda denoise, schedule, k: gd.unguided_sample(k, denoise, schedule, prior.image_shape, clip=prior.clip)
+        schedule = prior.schedule(c.steps, c.spacing)
+        return np.asarray(jax.jit(jax.vmap(sample, (None, None, 0)))(prior.denoise, schedule, keys)[0])
+    mean = np.zeros(prior.image_shape, np.float32) if prior.mean_image is None else prior.mean_image
+    return np.asarray(mean, np.float32)[None]
+
+
+def for_victims(c: SweepConfig) -> SweepConfig:
+    """`c` with --methods=all written out: every method that can be run against one of its victims at least."""
+    if c.methods != ("all",):
+        return c
+    dense = c.group == 1 and any(name.startswith("mlp") for name in c.victims)
+    return dataclasses.replace(c, methods=tuple(name for name, m in METHODS.items() if dense or not m.dense))

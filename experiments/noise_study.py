@@ -30,7 +30,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import gdiff_jax as gd
-from experiments import cli, mechanism_specs, report, sweep
+from experiments import attackers, cli, mechanism_specs, report, sweep
 from experiments.cli import ConfigError, option
 from experiments.inputs import Inputs, SweepConfig, load_inputs
 from experiments.records import Row, Store
@@ -194,7 +194,7 @@ def main() -> None:
     found = utilities(c, inputs, (clients.images, clients.labels))
     prior_psnr = report.quartiles([r for r in rows if r["method"] == "prior-only"], "psnr")[0]
     parts = [
-        f"{report.threat_model(config)} DSG, {c.steps} steps, {c.num_images} images, prior only {prior_psnr:.1f} dB.",
+        f"{attackers.threat_model(config)} DSG, {c.steps} steps, {c.num_images} images, prior only {prior_psnr:.1f} dB.",
         "Equal variance: PSNR in dB, median [quartiles] over images. The attacker matches by L2, which uses no more of a "
         "noise than its variance:",
         equal_variance_table(rows),

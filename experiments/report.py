@@ -15,7 +15,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import gdiff_jax as gd
+from experiments import attackers, compare
 from experiments.cli import write_atomic
+from experiments.methods import METHODS
 from experiments.records import Row, Store
 from experiments.trials import PRIOR_ONLY
 from gdiff_jax.images import to_unit
@@ -26,7 +28,6 @@ if TYPE_CHECKING:
 
 Key = tuple[str, int, str, str, float]  # victim, training steps, mechanism, method, sigma
 METRICS = ("psnr", "ssim", "mse")
-COLOURS = {"dsg": "#0b6e99", "dps": "#d1601f"}
 
 
 def by_cell(rows: list[Row]) -> dict[Key, list[Row]]:
@@ -51,7 +52,7 @@ def choices(rows: list[Row]) -> tuple[float, float]:
     """
     attacker, oracle = [], []
     for row in rows:  # a seed is a leak of its own, so nobody can choose among seeds
-        if not row["failed"]:
+        if not row["failed"] and row["psnr_at_least_distance"] is not None:
             attacker.append(row["psnr_at_least_distance"])
             oracle.append(row["psnr_of_best_step"])
     return (float(np.median(attacker)), float(np.median(oracle))) if attacker else (np.nan, np.nan)
@@ -147,7 +148,7 @@ def _panels(rows: list[Row]) -> list[tuple[str, int, str]]:
     return sorted({key[:3] for key in by_cell(rows)})
 
 
-def _title(victim: str, steps: int, mechanism: str) -> str:
+def title(victim: str, steps: int, mechanism: str) -> str:
     noise = "" if mechanism == "gaussian" else f", {mechanism}"
     return f"{victim}, {f'trained {steps} steps' if steps else 'untrained'}{noise}"
 
@@ -182,20 +183,20 @@ def plot_quality(rows: list[Row], mean_rows: list[Row], epsilon: Callable[[str, 
             for method in sorted({method for method, _ in here}):
                 found = [quartiles(cells.get((*panel, method, s), []), name) for s in sigmas]
                 middle, low, high = np.array(found).T
-                ax.plot(x, middle, "o-", color=COLOURS[method], label=method.upper(), ms=4)
-                ax.fill_between(x, low, high, color=COLOURS[method], alpha=0.18, lw=0)
+                ax.plot(x, middle, "o-", color=METHODS[method].colour, label=method.upper(), ms=4)
+                ax.fill_between(x, low, high, color=METHODS[method].colour, alpha=0.18, lw=0)
             for base, label, style in ((prior, "prior only", "--"), (mean_rows, "mean image", ":")):
                 if base:
                     ax.axhline(quartiles(base, name)[0], ls=style, color="0.35", lw=1.2, label=label)
             ax.set_xticks(x, [_tick(s, epsilon(panel[0], panel[2], s)) for s in sigmas], rotation=45)
             ax.grid(alpha=0.25)
             if i == 0:
-                ax.set_title(_title(*panel), fontsize=10)
+                ax.set_title(title(*panel), fontsize=10)
             if j % columns == 0:
                 ax.set_ylabel({"psnr": "PSNR (dB)", "ssim": "SSIM"}[name])
     fig.supxlabel("sigma: standard deviation of the noise on the gradient", fontsize=10)
     handles, labels = axes[0, 0].get_legend_handles_labels()
-    fig.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False)
+    fig.legend(handles, labels, loc="outside upper center", ncols=5, frameon=False)
     write_atomic(path, lambda p: fig.savefig(p, dpi=130))
     plt.close(fig)
 
@@ -236,26 +237,13 @@ def contact_sheet(rows: list[Row], inputs: Inputs, store: Store, path: Path) -> 
                 if shot is not None:
                     ax.imshow(np.nan_to_num(shot).squeeze(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
                 ax.set_xlabel(note, fontsize=7, labelpad=1)
-        label = f"{block[3].upper()}\n{_title(*block[:3])}"
+        label = f"{block[3].upper()}\n{title(*block[:3])}"
         axes[b * shown + (shown - 1) // 2, 0].set_ylabel(label.replace(", ", "\n"), fontsize=8)
-    for ax, title in zip(axes[0], ["truth", *[f"σ = {s:.3g}" for s in sigmas], "prior only"], strict=True):
-        ax.set_title(title, fontsize=8)
+    for ax, head in zip(axes[0], ["truth", *[f"σ = {s:.3g}" for s in sigmas], "prior only"], strict=True):
+        ax.set_title(head, fontsize=8)
     fig.suptitle("Seed 0 of every cell, not chosen; numbers are PSNR in dB", fontsize=9)
     write_atomic(path, lambda p: fig.savefig(p, dpi=130))
     plt.close(fig)
-
-
-def threat_model(c: SweepConfig) -> str:
-    """What the attacker knows, in words."""
-    known = "The attacker knows the victim's weights and loss, the label, the prior"
-    if all(name in ("gaussian", "laplace", "uniform", "none") for name in c.mechanisms):
-        return f"{known}, and that noise of mean zero was added." if c.mechanisms != ("none",) else f"{known}."
-    how = (
-        "and the mechanism, and matches through it"
-        if c.adaptive
-        else "but not the mechanism: the leak is taken for the gradient"
-    )
-    return f"{known}, {how}."
 
 
 def write(c: SweepConfig, inputs: Inputs, rows: list[Row], store: Store, quiet: bool = False) -> None:
@@ -264,20 +252,54 @@ def write(c: SweepConfig, inputs: Inputs, rows: list[Row], store: Store, quiet: 
     text = table(rows, mean_rows)
     prior = f"{c.prior} (sha256 {inputs.prior.sha256[:12]}{f', revision {r[:12]}' if (r := inputs.prior.revision) else ''})"
     about = [
-        threat_model(c),
-        f"Median [quartiles] over {c.num_images} images x {c.seeds} seeds of {c.images}; prior {prior}; {c.steps} steps, "
-        f"{c.spacing}; DSG guidance rate {c.guidance_rate:g}, DPS zeta {c.zeta:g}. The scores are of each trial's last image.",
+        attackers.threat_model(c),
+        f"Median [quartiles] over {c.num_images} images x {c.seeds} seeds of {c.images}{_released(c)}; prior {prior}; "
+        f"{c.steps} steps, {c.spacing}; {_strengths(c)}. The scores are of each trial's last image.",
         "Picks: PSNR of one iterate a trial, over all its steps: least gradient distance (attacker), closest to "
         "the truth (oracle: no attacker can do that).",
     ]
+    if len(c.methods) > 1:
+        about += [
+            "Methods beside each other: median PSNR with the 95 % interval of a bootstrap over images; wins: on how many "
+            "images x seeds a method's PSNR is the highest; time without compiling, of a trial among those computed at a time:",
+            compare.table(rows),
+            "\n".join(compare.verdicts(rows)),
+        ]
     guarantees = [
         f"Guarantees of one release against every attack, add/remove adjacency, delta {c.delta:g}:",
         privacy_table(c, inputs),
     ]
     store.write_text("summary.md", "\n\n".join([text, *about, *guarantees]) + "\n")
     epsilon = lambda victim, mechanism, sigma: guarantee(c, inputs, victim, mechanism, sigma).epsilon
-    plot_quality(rows, mean_rows, epsilon, store.folder / "quality.png")
-    contact_sheet(rows, inputs, store, store.folder / "contact_sheet.png")
+    files = [store.folder / "quality.png", store.folder / "contact_sheet.png"]
+    plot_quality(rows, mean_rows, epsilon, files[0])
+    contact_sheet(rows, inputs, store, files[1])
+    if c.labels != "known":
+        files.append(store.folder / "labels.png")
+        compare.plot_labels(rows, files[-1])
     if not quiet:
-        files = f"plot {store.folder / 'quality.png'}, images {store.folder / 'contact_sheet.png'}"
-        print("\n".join([text, *about, *guarantees, files]))
+        print("\n".join([text, *about, *guarantees, f"pictures: {', '.join(map(str, files))}"]))
+
+
+def _released(c: SweepConfig) -> str:
+    """What of the images is released, where it is not the gradient of one."""
+    of = f", {c.group} to a gradient, matched to the truth by assignment" if c.group > 1 else ""
+    batch = f" of {c.local_batch} images" if c.local_batch else ""
+    steps = (
+        f", released after {c.local_steps} local steps{batch} at rate {c.local_learning_rate:g}" if c.local_steps > 1 else ""
+    )
+    return of + steps
+
+
+def _strengths(c: SweepConfig) -> str:
+    """The settings of the methods that ran."""
+    restarts = f", {c.restarts} restarts" if c.restarts > 1 else ""
+    of = {
+        "dsg": f"DSG guidance rate {c.guidance_rate:g}",
+        "dps": f"DPS zeta {c.zeta:g}",
+        "red-diff": f"RED-diff weight {c.red_diff_weight:g}",
+        "dlg": f"DLG {c.dlg_steps} L-BFGS steps{restarts}",
+        "inverting": f"inverting gradients {c.inverting_steps} steps, TV {c.tv:g}{restarts}",
+    }
+    matching = f"guided by {c.distance}" + (", layers weighted alike" if c.layer_weights == "equal" else "")
+    return ", ".join([*(text for name, text in of.items() if name in c.methods), matching])

@@ -1,0 +1,124 @@
+"""The attacks of the sweep, by the names of --methods: each a function of one trial's task to (candidate, trace)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+import gdiff_jax as gd
+from gdiff_jax import attacks, samplers
+from gdiff_jax.matching import Distance, l1
+from gdiff_jax.samplers import StepInfo
+from gdiff_jax.samplers.base import x0_error
+
+if TYPE_CHECKING:
+    from experiments.inputs import SweepConfig
+
+DISTANCES: dict[str, Distance] = {"l2": gd.l2, "cosine": gd.cosine, "l1": l1}
+
+
+class Task(NamedTuple):
+    """What a method is given for one trial. `shape` is (H, W, C), or (B, H, W, C) for a leak of B images."""
+
+    key: jax.Array
+    denoise: Any
+    schedule: gd.Schedule
+    match: gd.GradientMatching  # with the distance of --distance
+    strength: jax.Array  # the method's own number, see `Method.strength`
+    sigma: jax.Array
+    first_dense: tuple[str, str] | None  # kernel and bias, if the victim begins with a dense layer
+    num_classes: int
+    shape: tuple[int, ...]
+    clip: bool
+    truth: jax.Array | None  # for the trace alone
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """An attack as the sweep runs it.
+
+    Attributes:
+      run: `run(task, c)`.
+      strength: the number of the configuration that steers it, traced.
+      colour: in plots.
+      guided: whether it asks the diffusion prior.
+      dense: needs a victim that begins with a dense layer, and a leak of one image.
+    """
+
+    run: Callable[[Task, SweepConfig], tuple[Any, StepInfo]]
+    strength: Callable[[SweepConfig], float]
+    colour: str
+    guided: bool
+    dense: bool = False
+
+
+def _dsg(task: Task, c: SweepConfig, start: samplers.Start | None = None) -> tuple[Any, StepInfo]:
+    options: dict[str, Any] = dict(
+        guidance_rate=task.strength, interval=c.interval, clip=task.clip, truth=task.truth, start=start
+    )
+    return gd.dsg_sample(task.key, task.denoise, task.match, task.schedule, task.shape, **options)
+
+
+def _dps(task: Task, c: SweepConfig) -> tuple[Any, StepInfo]:
+    options: dict[str, Any] = dict(zeta=task.strength, clip=task.clip, truth=task.truth)
+    return gd.dps_sample(task.key, task.denoise, task.match, task.schedule, task.shape, **options)
+
+
+def _red_diff(task: Task, c: SweepConfig) -> tuple[Any, StepInfo]:
+    options: dict[str, Any] = dict(weight=task.strength, truth=task.truth)
+    return samplers.red_diff_sample(task.key, task.denoise, task.match, task.schedule, task.shape, **options)
+
+
+def _dlg(task: Task, c: SweepConfig) -> tuple[Any, StepInfo]:
+    match = dataclasses.replace(task.match, distance=gd.squared_l2)
+    options: dict[str, Any] = dict(steps=c.dlg_steps, restarts=c.restarts, truth=task.truth)
+    if c.labels == "joint":
+        joint = attacks.JointLabels(match)
+        return attacks.dlg(task.key, joint, task.shape, label_shape=(*task.shape[:-3], task.num_classes), **options)
+    return attacks.dlg(task.key, match, task.shape, **options)
+
+
+def _inverting(task: Task, c: SweepConfig) -> tuple[Any, StepInfo]:
+    match = dataclasses.replace(task.match, distance=gd.cosine)
+    options: dict[str, Any] = dict(steps=c.inverting_steps, tv=task.strength, restarts=c.restarts, truth=task.truth)
+    return attacks.invert_gradients(task.key, match, task.shape, **options)
+
+
+def _layer_input(task: Task) -> attacks.LayerInput:
+    assert task.first_dense is not None
+    kernel, bias = (task.match.leak[name] for name in task.first_dense)
+    return attacks.dense_layer_input(kernel, bias)
+
+
+def _analytic(task: Task, c: SweepConfig) -> tuple[Any, StepInfo]:
+    x = _layer_input(task).x.reshape(task.shape)
+    info = StepInfo(task.match(x), jnp.full((), jnp.nan), x0_error(jnp.clip(x, -1.0, 1.0), task.truth))
+    return x, jax.tree.map(lambda a: a[None], info)
+
+
+def _analytic_dsg(task: Task, c: SweepConfig) -> tuple[Any, StepInfo]:
+    found = _layer_input(task)
+    k_start, k_sample = jax.random.split(task.key)
+    start = samplers.start_from(k_start, task.schedule, found.x.reshape(task.shape), task.sigma * found.std)
+    return _dsg(task._replace(key=k_sample), c, start)
+
+
+METHODS = {
+    "dsg": Method(_dsg, lambda c: c.guidance_rate, "#0b6e99", guided=True),
+    "dps": Method(_dps, lambda c: c.zeta, "#d1601f", guided=True),
+    "red-diff": Method(_red_diff, lambda c: c.red_diff_weight, "#8c6d31", guided=True),
+    "dlg": Method(_dlg, lambda c: 0.0, "#7b3294", guided=False),
+    "inverting": Method(_inverting, lambda c: c.tv, "#2e8b57", guided=False),
+    "analytic": Method(_analytic, lambda c: 0.0, "0.15", guided=False, dense=True),
+    "analytic-dsg": Method(_analytic_dsg, lambda c: c.guidance_rate, "#e377c2", guided=True, dense=True),
+}
+DEFAULT = ("dsg", "dps")
+
+
+def applies(method: str, victim: gd.Victim, images: int) -> bool:
+    """Whether the method can be run against this victim and a leak of so many images."""
+    return not METHODS[method].dense or (victim.first_dense is not None and images == 1)
