@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gdiff_jax import GaussianNoise, GradientMatching, cosine, l2, squared_l2, victim_gradient
+from gdiff_jax import GaussianNoise, GradientMatching, LocalSGD, cosine, l2, squared_l2, victim_gradient
 from gdiff_jax.conv import conv_victim
+from gdiff_jax.matching import equal_layers, l1
 
 
 def clipped_l2(gradient, leak):
@@ -18,7 +19,7 @@ def clipped_l2(gradient, leak):
     return l2(jax.tree.map(lambda g: scale * g, gradient), leak)
 
 
-DISTANCES = [l2, squared_l2, cosine, clipped_l2]
+DISTANCES = [l2, squared_l2, cosine, l1, clipped_l2]
 each_distance = pytest.mark.parametrize("distance", DISTANCES, ids=lambda d: d.__name__)
 
 
@@ -111,6 +112,77 @@ def test_norm_is_over_the_whole_gradient() -> None:
     assert l2(g, leak) == 5
     assert squared_l2(g, leak) == 25
     assert cosine(g, {"a": jnp.array([-4.0]), "b": jnp.array([[3.0]])}) == 1
+    assert l1(g, leak) == 7
+
+
+@pytest.mark.usefixtures("x64")
+@each_distance
+@pytest.mark.parametrize("kind", ["one a layer", "one a coordinate"])
+def test_weights_multiply_both_gradients(distance, kind: str) -> None:
+    match, x = make_match("mlp", distance), candidate()
+    rng = np.random.default_rng(9)
+    shape = lambda a: () if kind == "one a layer" else a.shape
+    weights = jax.tree.map(lambda a: jnp.asarray(rng.uniform(0, 2, shape(a))), match.leak)
+    scaled = lambda g: jax.tree.map(jnp.multiply, g, weights)
+
+    def by_hand(x):
+        return distance(scaled(jax.grad(match.loss)(match.params, x, match.label)), scaled(match.leak))
+
+    value, grad = jax.value_and_grad(dataclasses.replace(match, weights=weights))(x)
+    expected, expected_grad = jax.value_and_grad(by_hand)(x)
+    np.testing.assert_allclose(value, expected, rtol=1e-12)
+    np.testing.assert_allclose(grad, expected_grad, rtol=0, atol=1e-11 * np.linalg.norm(expected_grad))
+
+
+@pytest.mark.usefixtures("x64")
+def test_what_has_weight_zero_cannot_be_seen() -> None:
+    """Coordinates that a client did not send: whatever the leak holds there."""
+    match, x = make_match("mlp"), candidate()
+    masked = dataclasses.replace(match, weights={"w1": jnp.ones((5, 16)).at[2].set(0), "b1": jnp.zeros(()), "w2": jnp.ones(())})
+    other = dataclasses.replace(masked, leak=match.leak | {"w1": match.leak["w1"].at[2].add(7.0), "b1": match.leak["b1"] - 3})
+    assert masked(x) == other(x) < match(x)
+    np.testing.assert_array_equal(jax.grad(masked)(x), jax.grad(other)(x))
+
+
+@pytest.mark.usefixtures("x64")
+def test_equal_layers_gives_every_array_the_norm_one() -> None:
+    leak = {"a": jnp.array([3.0, 4.0]), "b": jnp.array([[1e-9]]), "zero": jnp.zeros(3)}
+    weights = equal_layers(leak)
+    norms = jax.tree.map(lambda g, w: float(jnp.linalg.norm(g * w)), leak, weights)
+    assert norms == pytest.approx({"a": 1, "b": 1, "zero": 0})
+    assert all(w.shape == () for w in weights.values())
+
+
+@pytest.mark.usefixtures("x64")
+@each_distance
+def test_a_client_of_local_steps_is_differentiated_through_its_path(distance) -> None:
+    """Against central differences, every pixel; one step of it is the gradient."""
+    match, x, h = dataclasses.replace(make_match("mlp", distance), client=LocalSGD(0.3, 3)), candidate(), 1e-5
+    pixels = jnp.eye(x.size).reshape(x.size, *x.shape)
+    difference = jax.vmap(lambda e: (match(x + h * e) - match(x - h * e)) / (2 * h))(pixels)
+    np.testing.assert_allclose(jax.grad(match)(x).ravel(), difference, rtol=0, atol=1e-6 * np.linalg.norm(difference))
+    one, plain = dataclasses.replace(match, client=LocalSGD(0.3, 1)), make_match("mlp", distance)
+    assert abs(match(x) - plain(x)) > 1e-6
+    np.testing.assert_allclose(one(x), plain(x), rtol=1e-12)
+    np.testing.assert_allclose(jax.grad(one)(x), jax.grad(plain)(x), rtol=1e-10, atol=1e-13)
+
+
+def soft_label_loss(params, candidate, y):
+    """A candidate that is an image and its label's logits."""
+    x, logits = candidate
+    h = jnp.tanh(params["w1"] @ x.ravel() + params["b1"])
+    return -jax.nn.softmax(logits) @ jax.nn.log_softmax(params["w2"] @ h)
+
+
+@pytest.mark.usefixtures("x64")
+@each_distance
+def test_a_candidate_may_be_a_pytree(distance) -> None:
+    match = dataclasses.replace(make_match("mlp", distance), loss=soft_label_loss)
+    z = (candidate(), jnp.array([0.3, -1.0, 0.5]))
+    expected = jax.grad(double_reverse, argnums=1)(match, z)
+    for a, b in zip(jax.grad(match)(z), expected, strict=True):
+        assert np.linalg.norm(b) > 1e-5
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-11 * np.linalg.norm(b))
 
 
 @pytest.mark.usefixtures("x64")

@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.optimize
 
-from gdiff_jax.metrics import image_metrics, psnr_from_error, ssim
+from gdiff_jax.metrics import image_metrics, match_images, psnr_from_error, ssim
 
 
 def ssim_numpy(a: np.ndarray, b: np.ndarray) -> float:
@@ -100,3 +101,25 @@ def test_metrics_pass_through_jit_and_vmap() -> None:
     mapped, direct = jax.jit(jax.vmap(image_metrics))(a, b), image_metrics(a, b)
     for name in direct:
         np.testing.assert_allclose(mapped[name], direct[name], rtol=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_images_are_matched_by_the_least_total_error(seed: int) -> None:
+    """Against SciPy's assignment; random images, so the greedy choice is often not the best."""
+    rng = np.random.default_rng(seed)
+    truth, found = (rng.uniform(-1, 1, (6, 2, 2, 1)).astype(np.float32) for _ in range(2))
+    order = np.asarray(jax.jit(match_images)(jnp.asarray(found), jnp.asarray(truth)))
+    cost = np.square(truth[:, None] - found[None]).mean((2, 3, 4))
+    rows, columns = scipy.optimize.linear_sum_assignment(cost)
+    np.testing.assert_array_equal(order, columns[np.argsort(rows)])
+
+
+def test_a_permutation_is_undone_and_a_failed_image_goes_where_nothing_else_fits() -> None:
+    truth = jnp.linspace(-1, 1, 5)[:, None, None, None] * jnp.ones((5, 2, 2, 1))
+    order = jnp.array([3, 0, 4, 1, 2])
+    np.testing.assert_array_equal(match_images(truth[order], truth), jnp.argsort(order))
+    failed = truth[order].at[2].set(jnp.nan)  # stood for truth 4
+    np.testing.assert_array_equal(match_images(failed, truth), jnp.argsort(order))
+    assert sorted(np.asarray(match_images(jnp.full_like(truth, jnp.inf), truth))) == [0, 1, 2, 3, 4]
+    with pytest.raises(ValueError, match="matched one to one"):
+        match_images(truth[:4], truth)

@@ -231,7 +231,7 @@ def test_clip_is_the_priors_unless_the_user_says_otherwise(tiny_prior, tmp_path)
     for clip, expected in (("prior", False), ("yes", True), ("no", False)):
         c = config(tiny_prior, tmp_path / "out", prior=str(tmp_path / "prior"), clip=clip)
         assert load_inputs(c).prior.clip is expected
-    with pytest.raises(ConfigError, match="--clip maybe"):
+    with pytest.raises(ConfigError, match="--clip 'maybe'"):
         load_inputs(config(tiny_prior, tmp_path / "out", clip="maybe"))
 
 
@@ -398,10 +398,10 @@ def test_every_mechanism_runs_and_is_told_in_the_summary(tiny_prior, tmp_path):
     assert all(0 < rows[t]["leak_cosine"] < 0.9999 for t in texts if t not in ("none", "clip:0.1"))
     assert all(r["adaptive"] for r in rows.values())
     summary = (tmp_path / "a" / "summary.md").read_text()
-    assert "matches through it" in summary
+    assert "which it matches through" in summary
     for reason in ("none: no noise", "none: no clipping", "none: uniform noise"):
         assert reason in summary
     unaware = config(tiny_prior, tmp_path / "b", mechanisms=("clip:0.1",), adaptive=False, methods=("dsg",), num_images=1)
     other = {r["mechanism"]: r for r in run_in_process(unaware) if r["method"] == "dsg"}
     assert other["clip:0.1"]["adaptive"] is False
-    assert "but not the mechanism" in (tmp_path / "b" / "summary.md").read_text()
+    assert "The mechanism is not known: the leak is taken for the gradient" in (tmp_path / "b" / "summary.md").read_text()

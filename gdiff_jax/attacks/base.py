@@ -50,9 +50,10 @@ def descend(
     def step(carry: tuple[Any, Any], _: None) -> tuple[tuple[Any, Any], StepInfo]:
         candidate, state = carry
         value, grad = jax.value_and_grad(total)(candidate)
-        updates, state = optimiser.update(grad, state, candidate, value=value, grad=grad, value_fn=total)
+        with jax.numpy_dtype_promotion("standard"):  # inside optax
+            updates, state = optimiser.update(grad, state, candidate, value=value, grad=grad, value_fn=total)
         distance = value if penalty is None else value - penalty(candidate)
-        info = StepInfo(distance, optax.global_norm(grad), x0_error(jnp.clip(image_of(candidate), -1.0, 1.0), truth))
+        info = StepInfo(distance, optax.tree.norm(grad), x0_error(jnp.clip(image_of(candidate), -1.0, 1.0), truth))
         return (project(optax.apply_updates(candidate, updates)), state), info
 
     def several(carry: tuple[Any, Any], count: int) -> tuple[tuple[Any, Any], StepInfo]:

@@ -39,7 +39,7 @@ def red_diff_sample(
       truth: (H, W, C); only fills `x0_error` of the trace.
 
     Returns:
-      image (H, W, C) in [-1, 1] and the trace, of the iterates.
+      image (H, W, C) in [-1, 1] and the trace, of the iterates before each step.
     """
     optimiser = optax.adam(optax.cosine_decay_schedule(learning_rate, schedule.num_steps), b1=0.9, b2=0.99)
     key_init, key_steps = jax.random.split(key)
@@ -52,9 +52,9 @@ def red_diff_sample(
         distance, grad = jax.value_and_grad(objective)(x)
         norm = jnp.linalg.norm(grad)
         direction = grad / jnp.where(norm > 0, norm, 1.0) + weight * pull / x.size**0.5
-        updates, state = optimiser.update(direction, state, x)
-        x = jnp.clip(x + updates, -1.0, 1.0)
-        return (x, state), StepInfo(distance, norm, x0_error(x, truth))
+        with jax.numpy_dtype_promotion("standard"):  # inside optax
+            updates, state = optimiser.update(direction, state, x)
+        return (jnp.clip(x + updates, -1.0, 1.0), state), StepInfo(distance, norm, x0_error(x, truth))
 
     x = jnp.clip(0.1 * jax.random.normal(key_init, shape), -1.0, 1.0)
     (x, _), trace = jax.lax.scan(step, (x, optimiser.init(x)), jnp.arange(schedule.num_steps - 1, -1, -1))
