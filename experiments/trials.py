@@ -20,6 +20,7 @@ from experiments.mechanism_specs import Spec
 from gdiff_jax import attacks
 from gdiff_jax.matching import cosine, equal_layers, l2, released
 from gdiff_jax.metrics import match_images
+from gdiff_jax.samplers import batched
 from gdiff_jax.victims import Victim
 
 if TYPE_CHECKING:
@@ -122,7 +123,7 @@ def make_runner(method: str, inputs: Inputs, victim: Victim | None, spec: Spec |
         match = attacker_match(c, victim, params, proxy, x, leak, guess, mechanism, client)
         task = methods.Task(
             k_sample,
-            denoise,
+            denoise if alone else batched(denoise),
             schedule,
             match,
             strength,

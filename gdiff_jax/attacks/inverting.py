@@ -24,7 +24,7 @@ def invert_gradients(
     *,
     steps: int = 4000,
     learning_rate: float = 0.1,
-    tv: jax.Array | float = 1e-3,
+    tv: jax.Array | float = 1e-2,
     restarts: int = 1,
     truth: jax.Array | None = None,
 ) -> tuple[jax.Array, StepInfo]:
@@ -36,7 +36,8 @@ def invert_gradients(
       shape: (H, W, C) of the image, or (B, H, W, C).
       steps: of Adam on the signs of the gradient.
       learning_rate: divided by 10 after 3/8, 5/8 and 7/8 of the steps, as in the paper.
-      tv: weight of the total variation, >= 0; an array is traced.
+      tv: weight of the total variation, >= 0; an array is traced. The best weight depends on victim and noise by a factor of
+        200 (benchmarks/results/attacks.md); the default is a compromise.
       restarts: starts drawn from a standard normal; the one of least objective + TV is returned.
       truth: only fills `x0_error` of the trace.
 

@@ -107,21 +107,26 @@ def x0_error(x0: jax.Array, truth: jax.Array | None) -> jax.Array:
 def reverse(
     key: jax.Array, step: Step, schedule: Schedule, shape: tuple[int, ...], start: Start | None = None
 ) -> tuple[jax.Array, StepInfo]:
-    """Runs `step` from pure noise at the last index, or from `start`, down to 0, as one `lax.scan`.
+    """Runs `step` from pure noise at the last index down to 0, as one `lax.scan`; from `start`, as one loop.
 
-    Step i draws from fold_in(key, i), so what a step draws depends on neither the other steps nor the other trials. Steps
-    above the start leave x as it is and report nan; under vmap they are computed all the same.
+    Step i draws from fold_in(key, i), so what a step draws depends on neither the other steps nor the other trials. The trace
+    has an entry for every kept step; those above a start are nan. From a start it cannot be differentiated in reverse.
     """
     key_init, key_steps = jax.random.split(key)
 
     def run(x: jax.Array, i: jax.Array) -> tuple[jax.Array, StepInfo]:
         return step(jax.random.fold_in(key_steps, i), x, i)
 
-    def skip(x: jax.Array, i: jax.Array) -> tuple[jax.Array, StepInfo]:
-        return x, StepInfo(*[jnp.full((), jnp.nan, x.dtype)] * 3)
+    last = schedule.num_steps - 1
+    if start is None:
+        return jax.lax.scan(run, jax.random.normal(key_init, shape), jnp.arange(last, -1, -1))
 
-    def body(x: jax.Array, i: jax.Array) -> tuple[jax.Array, StepInfo]:
-        return run(x, i) if start is None else jax.lax.cond(i <= start.step, run, skip, x, i)
+    def below(carry: tuple[jax.Array, jax.Array, StepInfo]) -> tuple[jax.Array, jax.Array, StepInfo]:
+        i, x, trace = carry
+        x, info = run(x, i)
+        return i - 1, x, jax.tree.map(lambda all_steps, value: all_steps.at[last - i].set(value), trace, info)
 
-    x = jax.random.normal(key_init, shape) if start is None else start.x
-    return jax.lax.scan(body, x, jnp.arange(schedule.num_steps - 1, -1, -1))
+    # A loop of as many steps as there are: under vmap as many as the earliest start of the trials needs.
+    untold = StepInfo(*[jnp.full((schedule.num_steps,), jnp.nan, start.x.dtype)] * 3)
+    _, x, trace = jax.lax.while_loop(lambda carry: carry[0] >= 0, below, (jnp.asarray(start.step), start.x, untold))
+    return x, trace
