@@ -45,14 +45,12 @@ class Method:
       run: `run(task, c)`.
       strength: the number of the configuration that steers it, traced.
       colour: in plots.
-      guided: whether it asks the diffusion prior.
       dense: needs a victim that begins with a dense layer, and a leak of one image.
     """
 
     run: Callable[[Task, SweepConfig], tuple[Any, StepInfo]]
     strength: Callable[[SweepConfig], float]
     colour: str
-    guided: bool
     dense: bool = False
 
 
@@ -108,13 +106,13 @@ def _analytic_dsg(task: Task, c: SweepConfig) -> tuple[Any, StepInfo]:
 
 
 METHODS = {
-    "dsg": Method(_dsg, lambda c: c.guidance_rate, "#0b6e99", guided=True),
-    "dps": Method(_dps, lambda c: c.zeta, "#d1601f", guided=True),
-    "red-diff": Method(_red_diff, lambda c: c.red_diff_weight, "#8c6d31", guided=True),
-    "dlg": Method(_dlg, lambda c: 0.0, "#7b3294", guided=False),
-    "inverting": Method(_inverting, lambda c: c.tv, "#2e8b57", guided=False),
-    "analytic": Method(_analytic, lambda c: 0.0, "0.15", guided=False, dense=True),
-    "analytic-dsg": Method(_analytic_dsg, lambda c: c.guidance_rate, "#e377c2", guided=True, dense=True),
+    "dsg": Method(_dsg, lambda c: c.guidance_rate, "#0b6e99"),
+    "dps": Method(_dps, lambda c: c.zeta, "#d1601f"),
+    "red-diff": Method(_red_diff, lambda c: c.red_diff_weight, "#8c6d31"),
+    "dlg": Method(_dlg, lambda c: 0.0, "#7b3294"),
+    "inverting": Method(_inverting, lambda c: c.tv, "#2e8b57"),
+    "analytic": Method(_analytic, lambda c: 0.0, "0.15", dense=True),
+    "analytic-dsg": Method(_analytic_dsg, lambda c: c.guidance_rate, "#e377c2", dense=True),
 }
 DEFAULT = ("dsg", "dps")
 
