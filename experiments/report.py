@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 Key = tuple[str, int, str, str, float]  # victim, training steps, mechanism, method, sigma
 METRICS = ("psnr", "ssim", "mse")
+EXACT = 60  # dB, where plots end: what is above is the truth to rounding
 
 
 def by_cell(rows: list[Row]) -> dict[Key, list[Row]]:
@@ -192,11 +193,16 @@ def plot_quality(rows: list[Row], mean_rows: list[Row], epsilon: Callable[[str, 
             ax.grid(alpha=0.25)
             if i == 0:
                 ax.set_title(title(*panel), fontsize=10)
-            if j % columns == 0:
-                ax.set_ylabel({"psnr": "PSNR (dB)", "ssim": "SSIM"}[name])
+        cut = name == "psnr" and axes[i, 0].get_ylim()[1] > EXACT
+        if cut:
+            axes[i, 0].set_ylim(0, EXACT)
+        for band in range(bands):
+            unit = {"psnr": f"PSNR (dB{f', cut at {EXACT}' if cut else ''})", "ssim": "SSIM"}[name]
+            axes[i + len(names) * band, 0].set_ylabel(unit)
     fig.supxlabel("sigma: standard deviation of the noise on the gradient", fontsize=10)
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    fig.legend(handles, labels, loc="outside upper center", ncols=5, frameon=False)
+    found = [axes.ravel()[k].get_legend_handles_labels() for k in range(axes.size)]
+    lines = {label: handle for handles, labels in found for handle, label in zip(handles, labels, strict=True)}
+    fig.legend(lines.values(), lines.keys(), loc="outside upper center", ncols=5, frameon=False)
     write_atomic(path, lambda p: fig.savefig(p, dpi=130))
     plt.close(fig)
 

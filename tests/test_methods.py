@@ -7,7 +7,7 @@ import pytest
 from test_sweep import config, run_in_process
 
 import gdiff_jax as gd
-from experiments import attackers, compare, trials
+from experiments import attackers, compare, report, trials
 from experiments.inputs import SweepConfig, for_victims, load_inputs
 from experiments.methods import METHODS
 from gdiff_jax.matching import released
@@ -215,3 +215,15 @@ def test_the_table_counts_a_leak_of_several_images_once():
     assert cells == ["cnn", "no", "gaussian", "0.1", "dsg", "20.0 [20.0, 20.0]", "6/6", "50%", "3", "10"]
     known = compare.table([row("dsg", 0.1, 0, 20.0, labels="known")]).splitlines()[2]
     assert "| known " in known
+
+
+def test_the_legend_names_every_method_and_an_exact_image_does_not_flatten_the_plot(monkeypatch, tmp_path):
+    """Methods that the first panel lacks too; 150 dB would press all else into one line."""
+    figures = []
+    monkeypatch.setattr(report.plt, "close", figures.append)
+    rows = [row("dsg", 0.0, 0, 20.0), dict(row("analytic", 0.0, 0, 150.0), victim="mlp")]
+    report.plot_quality(rows, [], lambda victim, mechanism, sigma: float("inf"), tmp_path / "quality.png")
+    (figure,) = figures
+    assert {text.get_text() for text in figure.legends[0].get_texts()} == {"DSG", "ANALYTIC"}
+    assert [ax.get_ylim()[1] for ax in figure.axes] == [report.EXACT] * 2
+    assert "cut at 60" in figure.axes[0].get_ylabel()
