@@ -65,7 +65,7 @@ class SweepConfig:
     red_diff_weight: float = option(0.5, "weight of red-diff's regulariser")
     distance: str = option("l2", f"between gradients, for the guided samplers: {', '.join(DISTANCES)}")
     layer_weights: str = option("none", "none, or equal: every array of the gradient counts the same")
-    dlg_steps: int = option(1000, "L-BFGS steps of dlg")
+    dlg_steps: int = option(2000, "L-BFGS steps of dlg")
     inverting_steps: int = option(4000, "Adam steps of inverting")
     tv: float = option(1e-2, "weight of inverting's total variation; the best is 1e-3 for a clean cnn, 0.2 under much noise")
     restarts: int = option(1, "of dlg and inverting; the one of least objective counts")
