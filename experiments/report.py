@@ -202,7 +202,7 @@ def plot_quality(rows: list[Row], mean_rows: list[Row], epsilon: Callable[[str, 
     fig.supxlabel("sigma: standard deviation of the noise on the gradient", fontsize=10)
     found = [axes.ravel()[k].get_legend_handles_labels() for k in range(axes.size)]
     lines = {label: handle for handles, labels in found for handle, label in zip(handles, labels, strict=True)}
-    fig.legend(lines.values(), lines.keys(), loc="outside upper center", ncols=5, frameon=False)
+    fig.legend(lines.values(), lines.keys(), loc="outside upper center", ncols=min(5, int(size[0] / 1.6)), frameon=False)
     write_atomic(path, lambda p: fig.savefig(p, dpi=130))
     plt.close(fig)
 
