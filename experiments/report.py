@@ -91,7 +91,7 @@ def table(rows: list[Row], mean_rows: list[Row]) -> str:
     ]
     body = []
     for (victim, steps, mechanism, method, sigma), cell in sorted(by_cell(rows).items(), key=lambda kv: kv[0]):
-        picks = [f"{p:.1f}" for p in choices(cell)]
+        picks = ["-" if np.isnan(p) else f"{p:.1f}" for p in choices(cell)]
         failed = sum(r["failed"] for r in cell)
         count = f"{len(cell)}" + (f" ({failed} failed)" if failed else "")
         spreads = [_spread(cell, name) for name in METRICS]

@@ -83,6 +83,7 @@ def test_a_group_of_images_is_one_leak_and_each_image_a_row(tiny_prior, tmp_path
     assert found["dsg", 0.0, 0]["label_accuracy"] == 1  # four distinct labels of an untrained network
     summary = (tmp_path / "out" / "summary.md").read_text()
     assert "2 to a gradient, matched to the truth by assignment" in summary
+    assert "nan" not in summary
     assert ("the labels" in summary) == (labels == "known")
 
 
