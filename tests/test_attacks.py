@@ -134,13 +134,16 @@ def private(label: int = 1):
 
 
 def test_dlg_on_a_network_with_and_without_the_label() -> None:
-    """A smooth victim of more parameters than pixels gives the image away; as in the paper, the label with it."""
+    """A smooth victim of more parameters than pixels gives the image away; as in the paper, the label with it.
+
+    Jointly most starts end at a wrong label, at a distance of 3.5, so the least of many counts.
+    """
     params, x, leak = private()
     match = GradientMatching(params, jnp.array(1), leak, VICTIM.loss, squared_l2)
     run = jax.jit(lambda m: dlg(jax.random.key(0), m, x.shape, steps=200), compiler_options=QUICK_COMPILE)
     np.testing.assert_allclose(run(match)[0], x, atol=1e-2)
     joint = jax.jit(
-        lambda m: dlg(jax.random.key(0), JointLabels(m), x.shape, steps=300, restarts=4, label_shape=(3,)),
+        lambda m: dlg(jax.random.key(0), JointLabels(m), x.shape, steps=300, restarts=24, label_shape=(3,)),
         compiler_options=QUICK_COMPILE,
     )
     (image, logits), _ = joint(dataclasses.replace(match, label=jnp.array(0)))  # which it must not look at
