@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
+from experiments.victim_files import has_batch_norm
+
 if TYPE_CHECKING:
     from experiments.inputs import SweepConfig
 
@@ -41,18 +43,16 @@ def with_attacker(c: SweepConfig, given: set[str]) -> SweepConfig:
 
 def threat_model(c: SweepConfig) -> str:
     """What the attacker knows, in words."""
-    many = c.group > 1
-    label = {
-        "known": "the labels" if many else "the label",
-        "inferred": "",
-        "joint": "",
-    }[c.labels]
-    known = ["the victim's weights and loss", label, "the prior"]
+    many, normed = c.group > 1, any(map(has_batch_norm, c.victims))
+    known = ["the victim's weights and loss"]
+    if c.labels == "known":
+        known.append("the labels" if many else "the label")
+    known.append("the prior")
     if many:
         known.append(f"that the gradient is the mean of {c.group} images")
     if c.local_steps > 1:
         known.append(f"that {c.local_steps} local steps were made" + (" and their rate" if c.local_rate == "known" else ""))
-    if any("batchnorm" in victim for victim in c.victims) and c.statistics == "known":
+    if normed and c.statistics == "known":
         known.append("the statistics of the BatchNorms")
     noises_only = all(name in ("gaussian", "laplace", "uniform", "none") for name in c.mechanisms)
     if noises_only and c.mechanisms != ("none",):
@@ -66,14 +66,13 @@ def threat_model(c: SweepConfig) -> str:
         unknown.append("DLG optimises the labels with the image; the other methods infer them from the last layer's gradient")
     if c.local_steps > 1 and c.local_rate == "guessed":
         unknown.append("the local rate is guessed from the last layer's bias")
-    if any("batchnorm" in victim for victim in c.victims) and c.statistics != "known":
+    if normed and c.statistics != "known":
         source = {"batch": "the candidate's own", "replaced": "those of samples of the prior"}[c.statistics]
         unknown.append(f"for the statistics of the BatchNorms {source} are taken")
     if not noises_only and not c.adaptive:
         unknown.append("the mechanism is not known: the leak is taken for the gradient")
-    given = [k for k in known if k]
     text = f"Attacker '{c.attacker}'" + ("" if ATTACKERS[c.attacker] == _knowledge(c) else ", changed by flags")
-    text += f", who knows {', '.join(given[:-1])} and {given[-1]}."
+    text += f", who knows {', '.join(known[:-1])} and {known[-1]}."
     return " ".join([text, *(f"{u[0].upper()}{u[1:]}." for u in unknown)])
 
 

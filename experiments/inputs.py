@@ -153,7 +153,7 @@ def _check_clients(c: SweepConfig) -> None:
         f"--local_batch {c.local_batch} with --local_steps {c.local_steps}: one gradient is of the whole group; "
         "ask for more --local_steps, or leave --local_batch at 0",
     )
-    normed = [name for name in c.victims if "batchnorm" in name]
+    normed = list(filter(victim_files.has_batch_norm, c.victims))
     if normed:
         _need(
             c.statistics != "known" or c.local_steps == 1,
@@ -273,5 +273,6 @@ def for_victims(c: SweepConfig) -> SweepConfig:
     """`c` with --methods=all written out: every method that can be run against one of its victims at least."""
     if c.methods != ("all",):
         return c
-    dense = c.group == 1 and any(name.startswith("mlp") for name in c.victims)
-    return dataclasses.replace(c, methods=tuple(name for name, m in METHODS.items() if dense or not m.dense))
+    victims = [victim_files.VICTIMS[name]() for name in c.victims if name in victim_files.VICTIMS]
+    fits = lambda method: not METHODS[method].dense or any(applies(method, victim, c.group) for victim in victims)
+    return dataclasses.replace(c, methods=tuple(filter(fits, METHODS)))

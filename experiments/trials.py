@@ -108,9 +108,9 @@ def make_runner(method: str, inputs: Inputs, victim: Victim | None, spec: Spec |
     def one(denoise, schedule, params, proxy, strength, key, sigma, images, labels):
         k_noise, k_sample = jax.random.split(key)
         if method == PRIOR_ONLY:
-            sample = lambda k: gd.unguided_sample(k, denoise, schedule, shape, clip=clip)
+            sample = lambda k, truth=None: gd.unguided_sample(k, denoise, schedule, shape, clip=clip, truth=truth)
             if alone:
-                x, trace = gd.unguided_sample(k_sample, denoise, schedule, shape, clip=clip, truth=images[0])
+                x, trace = sample(k_sample, images[0])
             else:
                 x, trace = jax.vmap(sample)(jax.random.split(k_sample, c.group))
                 trace = jax.tree.map(lambda a: a[0], trace)

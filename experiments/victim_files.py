@@ -58,6 +58,11 @@ VICTIMS = {
 }
 
 
+def has_batch_norm(name: str) -> bool:
+    """Whether the victim of this name has BatchNorms, known without building it."""
+    return name.endswith("-batchnorm")
+
+
 def make_victim(name: str, image_shape: tuple[int, int, int], num_classes: int) -> Victim:
     if name not in VICTIMS:
         raise ConfigError(f"victim {name!r} is not known; known: {', '.join(VICTIMS)}")

@@ -68,8 +68,12 @@ def equal_layers(leak: Gradient) -> Gradient:
 
     An array of zeros gets weight 0. Under noise small layers are mostly noise, and this weighs them up [our choice].
     """
-    norm = lambda g: _safe_sqrt(jnp.vdot(g, g))
-    return jax.tree.map(lambda g: jnp.where(norm(g) > 0, 1 / jnp.where(norm(g) > 0, norm(g), 1.0), 0.0), leak)
+
+    def weight(g: jax.Array) -> jax.Array:
+        norm = _safe_sqrt(jnp.vdot(g, g))
+        return jnp.where(norm > 0, 1 / jnp.where(norm > 0, norm, 1.0), 0.0)
+
+    return jax.tree.map(weight, leak)
 
 
 def at_full_precision(function: Callable[..., Any]) -> Callable[..., Any]:
