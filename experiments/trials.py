@@ -137,6 +137,7 @@ def make_runner(method: str, inputs: Inputs, victim: Victim | None, spec: Spec |
         found, trace = methods.METHODS[method].run(task, c)
         if isinstance(found, tuple):
             found, guess = found[0], jnp.argmax(found[1], axis=-1).astype(y.dtype)
+            match = dataclasses.replace(match, label=guess)
         scalars = {
             "gradient_norm": l2(gradient, jax.tree.map(jnp.zeros_like, gradient)),
             "noise_norm": l2(leak, gradient),

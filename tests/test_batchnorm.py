@@ -321,3 +321,8 @@ def test_floating_labels_that_are_no_probabilities_are_refused():
     params, x = shapes(victim)
     with pytest.raises(ValueError, match=r"shape \(4,\), not \(\); make labels integers"):
         jax.eval_shape(victim.loss, params, x, jnp.float32(1))
+
+
+def test_the_names_of_victims_tell_which_have_batch_norms():
+    for name in victim_files.VICTIMS:
+        assert victim_files.has_batch_norm(name) == victim_files.make_victim(name, (32, 32, 3), 10).has_batch_norm

@@ -136,6 +136,25 @@ def test_who_knows_the_client_is_at_distance_0_from_the_truth_and_who_does_not_i
     assert objective(tiny_prior, **normed, statistics="replaced") > 1e-2
 
 
+def test_the_distance_of_joint_labels_is_at_the_label_that_was_found(tiny_prior, tmp_path):
+    """Not at the one read off the last layer, which dlg was not told: after three steps the two differ."""
+    changes = SHORT | dict(labels="joint", methods=("dlg",), sigma_grid=(0.0,))
+    c = config(tiny_prior, tmp_path / "out", **changes)
+    rows, inputs = run_in_process(c), load_inputs(c)
+    victim, params = inputs.victims["mlp"], inputs.params["mlp", 0]
+    accuracy = []
+    for row in by(rows, "image").values():
+        with np.load(tmp_path / "out" / "chunks" / f"{row['chunk']:05d}.npz") as arrays:
+            image = jnp.asarray(arrays["images"][row["row"]])
+        truth, y = jnp.asarray(inputs.images[row["image"]]), int(inputs.labels[row["image"]])
+        leak = gd.victim_gradient(victim.loss, params, truth, jnp.asarray(y))
+        at = [float(gd.l2(gd.victim_gradient(victim.loss, params, image, jnp.asarray(k)), leak)) for k in range(10)]
+        assert (np.abs(row["distance"] - at[y]) < 1e-3 * at[y]) == (row["label_accuracy"] == 1)
+        assert np.min(np.abs(row["distance"] - np.array(at))) < 1e-3 * at[y]
+        accuracy.append(row["label_accuracy"])
+    assert min(accuracy) < 1
+
+
 def test_attackers_set_what_the_user_did_not():
     c = attackers.with_attacker(SweepConfig(attacker="eavesdropper", labels="known"), {"labels"})
     assert (c.labels, c.adaptive, c.local_rate, c.statistics) == ("known", False, "guessed", "replaced")
