@@ -112,7 +112,7 @@ def _check_numbers(c: SweepConfig) -> None:
         ok = len(set(values)) == len(values) and (len(values) > 0 or name.endswith("grid"))
         _need(ok, f"--{name} {','.join(map(str, values))!r} must be non-empty, without repeats")
     for method in c.methods:
-        _need(method in METHODS, f"method {method!r} is not known; known: {', '.join(METHODS)}, all")
+        _need(method in METHODS, f"method {method!r} is not known; known: {', '.join(METHODS)}; or all, on its own")
     _check_choice("attacker", c.attacker, tuple(attackers.ATTACKERS))
     _check_choice("labels", c.labels, attackers.LABELS)
     _check_choice("local_rate", c.local_rate, attackers.RATES)
@@ -162,8 +162,8 @@ def _check_clients(c: SweepConfig) -> None:
         )
         _need(
             c.labels != "joint" or c.statistics == "batch" or "dlg" not in c.methods,
-            f"--labels=joint with --statistics={c.statistics}: dlg on {normed[0]} takes them from the candidate then; "
-            "use --statistics=batch",
+            f"--labels=joint with --statistics={c.statistics}: dlg on {normed[0]} can optimise labels only "
+            "with the candidate's own statistics; use --statistics=batch",
         )
     clips = [text for text in c.mechanisms if "clip" in text]
     guessed = c.local_steps > 1 and c.local_rate == "guessed"

@@ -200,7 +200,7 @@ def plot_quality(rows: list[Row], mean_rows: list[Row], epsilon: Callable[[str, 
             unit = {"psnr": f"PSNR (dB{f', cut at {EXACT}' if cut else ''})", "ssim": "SSIM"}[name]
             axes[i + len(names) * band, 0].set_ylabel(unit)
     fig.supxlabel("sigma: standard deviation of the noise on the gradient", fontsize=10)
-    found = [axes.ravel()[k].get_legend_handles_labels() for k in range(axes.size)]
+    found = [ax.get_legend_handles_labels() for ax in axes.ravel()]
     lines = {label: handle for handles, labels in found for handle, label in zip(handles, labels, strict=True)}
     fig.legend(lines.values(), lines.keys(), loc="outside upper center", ncols=min(5, int(size[0] / 1.6)), frameon=False)
     write_atomic(path, lambda p: fig.savefig(p, dpi=130))

@@ -21,7 +21,7 @@ def red_diff_sample(
     schedule: Schedule,
     shape: tuple[int, ...],
     *,
-    weight: jax.Array | float = 0.25,
+    weight: jax.Array | float = 0.5,
     learning_rate: float = 0.1,
     truth: jax.Array | None = None,
 ) -> tuple[jax.Array, StepInfo]:
