@@ -50,17 +50,17 @@ def _conv_bwd(
     x, kernel = residual
     # The kernel's cotangent is only wanted in training; while sampling jit drops it as dead code.
     _, pull_kernel = jax.vjp(lambda k: _forward(x, k, stride, padding), kernel)
-    # Spread the cotangent back to stride 1, pad it to "full", and convolve with the flipped, transposed kernel.
+    # Spread the cotangent back to stride 1, pad it to "full", and convolve with the flipped, transposed kernel. The padding
+    # is the convolution's own: XLA:CPU runs one over an input that was padded before it up to three times slower.
     pads = []
     for axis in (0, 1):
         k, (lo, hi) = kernel.shape[axis], padding[axis]
         reach = (g.shape[axis + 1] - 1) * stride + k  # padded rows that some window saw
         unseen = x.shape[axis + 1] + lo + hi - reach
-        pads.append((k - 1 - lo, k - 1 - hi + unseen, stride - 1))
-    zero = jnp.zeros((), g.dtype)
-    spread = lax.pad(g, zero, ((0, 0, 0), *pads, (0, 0, 0)))
+        pads.append((k - 1 - lo, k - 1 - hi + unseen))
     adjoint = jnp.swapaxes(jnp.flip(kernel, (0, 1)), 2, 3)
-    return _forward(spread, adjoint, 1, ((0, 0), (0, 0))), pull_kernel(g)[0]
+    grad_x = lax.conv_general_dilated(g, adjoint, (1, 1), pads, lhs_dilation=(stride, stride), dimension_numbers=_NHWC)
+    return grad_x, pull_kernel(g)[0]
 
 
 conv_prior.defvjp(_conv_fwd, _conv_bwd)

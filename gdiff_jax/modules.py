@@ -71,13 +71,19 @@ class GroupNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        n, h, w, c = x.shape
-        grouped = x.astype(np.promote_types(x.dtype, np.float32)).reshape(n, h * w, self.groups, c // self.groups)
-        mean = grouped.mean((1, 3), keepdims=True)
-        var = jnp.square(grouped - mean).mean((1, 3), keepdims=True)
-        scale = jax.lax.rsqrt(var + self.eps) * self.scale[...].reshape(1, 1, self.groups, -1)
-        shift = self.bias[...].reshape(1, 1, self.groups, -1) - mean * scale
-        return (grouped * scale + shift).reshape(n, h, w, c).astype(x.dtype)
+        n, _, _, c = x.shape
+
+        def over_groups(per_channel: jax.Array) -> jax.Array:
+            """(N, C) -> (N, 1, 1, C), each channel's value the mean over its group."""
+            groups = per_channel.reshape(n, self.groups, c // self.groups)
+            return jnp.broadcast_to(groups.mean(-1, keepdims=True), groups.shape).reshape(n, 1, 1, c)
+
+        # Pixels first, then the few channels of a group: XLA:CPU takes one reduction over both several times slower.
+        wide = x.astype(np.promote_types(x.dtype, np.float32))
+        centred = wide - over_groups(wide.mean((1, 2)))
+        var = over_groups(jnp.square(centred).mean((1, 2)))
+        scale = jax.lax.rsqrt(var + self.eps) * self.scale[...].reshape(1, 1, 1, c)
+        return (centred * scale + self.bias[...].reshape(1, 1, 1, c)).astype(x.dtype)
 
 
 Statistics = tuple[jax.Array, jax.Array]  # mean and biased variance, one number a channel each
