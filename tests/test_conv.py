@@ -1,4 +1,4 @@
-"""Both convolutions compute what `lax.conv_general_dilated` computes, in value and in every derivative taken of them."""
+"""The convolutions compute what `lax.conv_general_dilated` computes, in value and in every derivative taken of them."""
 
 import functools
 import itertools
@@ -10,7 +10,8 @@ import pytest
 from conftest import QUICK_COMPILE
 from jax import lax
 
-from gdiff_jax.conv import conv_prior, conv_victim
+from gdiff_jax.conv import conv_prior, conv_upsampled, conv_victim
+from gdiff_jax.priors.layers import upsample
 
 SAME, ASYMMETRIC, WIDE, UNLIKE = ((1, 1), (1, 1)), ((0, 1), (0, 1)), ((2, 2), (2, 2)), ((2, 0), (0, 1))
 CASES = [*itertools.product((1, 3, 5), (1, 2), (SAME, ASYMMETRIC, WIDE)), (3, 2, UNLIKE), (2, 3, SAME)]
@@ -43,6 +44,22 @@ def test_conv_equals_lax_conv_under_vmap(size: int, stride: int, padding: tuple)
     for result in results:
         for name, a, b in zip(("value", "input gradient", "kernel gradient"), result, expected, strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12, err_msg=name)
+
+
+@pytest.mark.usefixtures("x64")
+def test_upsampling_conv_equals_conv_of_the_doubled_image_under_vmap() -> None:
+    rng = np.random.default_rng(2)
+    x, kernel = jnp.asarray(rng.normal(size=(2, 2, 5, 4, 2))), jnp.asarray(rng.normal(size=(2, 3, 3, 2, 3)))
+    cotangent = lambda y: jnp.cos(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape)
+
+    @functools.partial(jax.jit, compiler_options=QUICK_COMPILE)
+    @jax.vmap
+    def both(x, kernel):
+        two_steps = lambda x, k: lax_conv(upsample(x), k, 1, SAME)
+        return [derivatives(f, x, kernel, cotangent) for f in (conv_upsampled, two_steps)]
+
+    for name, a, b in zip(("value", "input gradient", "kernel gradient"), *both(x, kernel), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12, err_msg=name)
 
 
 @pytest.mark.usefixtures("x64")

@@ -24,6 +24,7 @@ from gdiff_jax.priors.layers import (
     norm_with_time,
     timestep_embedding,
     upsample,
+    upsampling_conv,
     zeros,
 )
 from gdiff_jax.schedule import VarianceType, make_betas
@@ -241,10 +242,10 @@ class Downsample(nnx.Module):
 
 class Upsample(nnx.Module):
     def __init__(self, channels: int, rngs: nnx.Rngs):
-        self.conv = conv(channels, channels, 3, rngs=rngs)
+        self.conv = upsampling_conv(channels, channels, rngs=rngs)
 
     def __call__(self, x: jax.Array, emb: jax.Array) -> jax.Array:
-        return self.conv(upsample(x))
+        return self.conv(x)
 
 
 class ADM(nnx.Module):

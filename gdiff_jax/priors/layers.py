@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from gdiff_jax.conv import conv_prior
+from gdiff_jax.conv import conv_prior, conv_upsampled
 from gdiff_jax.modules import Conv
 
 conv = functools.partial(Conv, conv=conv_prior)
+upsampling_conv = functools.partial(Conv, size=3, conv=lambda x, kernel, stride, padding: conv_upsampled(x, kernel))
 # Zero at the start: a fresh residual branch is the identity and a fresh network predicts 0.
 zeros = nnx.initializers.zeros
 

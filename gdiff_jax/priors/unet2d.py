@@ -26,6 +26,7 @@ from gdiff_jax.priors.layers import (
     space_to_depth,
     timestep_embedding,
     upsample,
+    upsampling_conv,
     zeros,
 )
 
@@ -121,10 +122,10 @@ class Downsample(nnx.Module):
 
 class Upsample(nnx.Module):
     def __init__(self, channels: int, rngs: nnx.Rngs):
-        self.conv = conv(channels, channels, 3, rngs=rngs)
+        self.conv = upsampling_conv(channels, channels, rngs=rngs)
 
     def __call__(self, x: jax.Array, temb: jax.Array) -> jax.Array:
-        return self.conv(upsample(x))
+        return self.conv(x)
 
 
 def _resamples_by_resnet(block_type: str, config: UNet2DConfig) -> bool:
