@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 import signal
 import sys
+import threading
 import typing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 from absl import app, flags, logging
+
+from gdiff_jax.priors import cache
 
 
 class ConfigError(ValueError):
     """A value the user gave that cannot be used: shown as one line, exit code 2, nothing written."""
+
+
+class RunError(RuntimeError):
+    """What stopped a run that had begun, and how to go on: shown as one line, exit code 1; what is finished is kept."""
+
+
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def option(default: Any, help: str, bare: bool = False) -> Any:
@@ -92,27 +104,66 @@ def run(main: Callable[[], None]) -> None:
             main()
         except ConfigError as error:
             _fail(str(error))
+        except RunError as error:
+            _fail(str(error), 1)
+        except OSError as error:
+            if error.errno not in NO_SPACE:
+                raise
+            where = f" at {error.filename}" if error.filename else ""
+            _fail(f"{error.strerror}{where}; what is finished is kept. Free space and give the same command again", 1)
 
-    signal.signal(signal.SIGINT, _interrupted)
+    end_at_once_on_signals()
+    keep_compiled()
     logging.set_verbosity(logging.WARNING)  # jax and orbax tell each step of theirs at INFO
     app.run(guarded, flags_parser=parse)
 
 
-def _interrupted(*_: Any) -> None:
-    """Ends at once. A KeyboardInterrupt would be swallowed where it meets a callback of JAX, and what is on disk is whole."""
+def _leave(code: int) -> typing.NoReturn:
+    """Ends the process; one of several without JAX's farewell, which waits for those that may be dead."""
+    if jax.distributed.is_initialized():
+        sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def end_at_once_on_signals() -> None:
+    """Ctrl-C and SIGTERM (a machine that is taken away) end the process at once: what is on disk is whole at any moment.
+
+    A handler of Python's own would wait for the main thread to come back from XLA, minutes where the prior is large, and a
+    KeyboardInterrupt would be swallowed where it meets a callback of JAX. So a thread waits for the signals.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: _end(number))
+    receive, send = os.pipe()
+    os.set_blocking(send, False)
+    signal.set_wakeup_fd(send)
+    threading.Thread(target=lambda: _end(os.read(receive, 1)[0]), daemon=True).start()
+
+
+def _end(number: int) -> None:
     os.write(2, b"\ninterrupted; the same command goes on from here\n")
-    os._exit(130)
+    os._exit(128 + number)
 
 
-def _fail(message: str) -> typing.NoReturn:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(2)
+def keep_compiled() -> None:
+    """Compiled programs are kept in the user's cache folder, unless JAX was told of another one, or of none."""
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(cache.folder() / "compiled"))
+
+
+def _fail(message: str, code: int = 2) -> typing.NoReturn:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    _leave(code)
 
 
 def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
     """Calls write(temporary path) and renames: the file appears whole or not at all, also after a crash."""
     partial = path.with_name(f".{path.name}.partial{path.suffix}")
-    write(partial)
-    with open(partial, "rb") as file:
-        os.fsync(file.fileno())
+    try:
+        write(partial)
+        with open(partial, "rb") as file:
+            os.fsync(file.fileno())
+    except OSError:  # a full disk: leave no more on it than was there
+        partial.unlink(missing_ok=True)
+        raise
     os.replace(partial, path)

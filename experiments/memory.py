@@ -1,4 +1,4 @@
-"""How many trials fit into memory at a time, by what the compiler says that the program needs."""
+"""How many trials fit into a device's memory at a time, by what the compiler says that the program needs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ GIB = 2**30
 
 
 def budget(memory_gib: float) -> int:
-    """Bytes: the user's own figure, or what the device has; of a CPU's memory three quarters, the rest is for others."""
+    """Bytes a device: the user's own figure, or what it has; three quarters of a CPU's memory, divided among its devices."""
     if memory_gib:
         return int(memory_gib * GIB)
     stats = jax.local_devices()[0].memory_stats() or {}
@@ -24,11 +24,11 @@ def budget(memory_gib: float) -> int:
     machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     container = Path("/sys/fs/cgroup/memory.max")  # "max" where there is no limit
     limit = container.read_text().strip() if container.is_file() else "max"
-    return min([machine, *([int(limit)] if limit.isdigit() else [])]) * 3 // 4
+    return min([machine, *([int(limit)] if limit.isdigit() else [])]) * 3 // 4 // jax.local_device_count()
 
 
 def needed(compiled: Any) -> int:
-    """Bytes of a compiled program's arguments, results and temporaries."""
+    """Bytes, on each device, of a compiled program's arguments, results and temporaries."""
     memory = compiled.memory_analysis()
     return memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
 

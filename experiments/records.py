@@ -1,16 +1,21 @@
-"""What a sweep leaves on disk, so that a kill at any moment loses one chunk at the most.
+"""What a sweep leaves on disk, so that a kill at any moment loses no finished chunk, and nothing damaged is believed.
 
     manifest.json        the configuration, hashes of all inputs, and for each run: versions, device, command, time
     chunks/00012.npz     images and traces of a chunk's trials
-    chunks/00012.jsonl   one self-describing row a trial; written last: a chunk is done when this file is there
+    chunks/00012.jsonl   one self-describing row a trial, then a seal: SHA-256 over configuration, rows and npz
     records.jsonl        all rows, made at the end
 
-Every file is written beside its place and renamed into it.
+Every file is written beside its place and renamed into it, a chunk's rows last. A chunk is done when its seal is right: one
+that was truncated, altered, or computed with another configuration is not, and is computed again.
 """
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import fcntl
+import hashlib
+import io
 import json
 import math
 import os
@@ -25,7 +30,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments.cli import ConfigError, write_atomic
+from experiments.cli import ConfigError, RunError, write_atomic
 
 Row = dict[str, Any]
 
@@ -43,12 +48,20 @@ def strict_json(value: Any) -> str:
     return json.dumps(finite(value), allow_nan=False)
 
 
+def _digest(*parts: bytes) -> str:
+    """SHA-256 of the parts and where each ends."""
+    sha = hashlib.sha256()
+    for part in parts:
+        sha.update(len(part).to_bytes(8, "little") + part)
+    return sha.hexdigest()
+
+
 def this_run() -> dict[str, Any]:
     """Who computes: versions, device, command, commit and time."""
     root = Path(__file__).parent
     git = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     packages = ("jax", "jaxlib", "flax", "numpy", "optax", "dm-pix", "diffusers")
-    device = jax.devices()[0]
+    device = jax.local_devices()[0]
     return {
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": " ".join(["python", *sys.argv]),
@@ -56,6 +69,7 @@ def this_run() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {name: metadata.version(name) for name in packages},
         "device": f"{jax.device_count()} x {device.device_kind} ({device.platform})",
+        "processes": jax.process_count(),
         "cores": os.cpu_count(),
     }
 
@@ -80,41 +94,110 @@ class Store:
         if path.is_file():
             try:
                 manifest = json.loads(path.read_text())
-                theirs, self.runs = manifest["identity"], manifest["runs"]
+                theirs, runs = manifest["identity"], manifest["runs"]
+                intact = manifest["sha256"] == _digest(strict_json([theirs, runs]).encode())
+                keys = sorted(set(theirs) | set(self.identity))
             except (OSError, ValueError, KeyError, TypeError):
-                raise ConfigError(f"--out {folder}: its manifest.json cannot be read; give another folder") from None
-            keys = sorted(set(theirs) | set(self.identity))
-            other = [k for k in keys if theirs.get(k) != self.identity.get(k)]
-            if other:
+                theirs, keys, runs, intact = None, [], [], False
+            if intact and theirs == self.identity:
+                self.runs = runs
+            elif self._holds_own_chunks():
+                print(
+                    f"{path} is damaged; the records are of this configuration, by their seals, and the manifest is made anew"
+                )
+            elif not intact:
+                raise ConfigError(f"--out {folder}: its manifest.json cannot be read or was altered; give another folder")
+            else:
+                other = [k for k in keys if theirs.get(k) != self.identity.get(k)]
                 what = "; ".join(f"{k} was {theirs.get(k)!r}, is {self.identity.get(k)!r}" for k in other[:3])
                 raise ConfigError(f"--out {folder} holds another configuration ({what}); give another folder")
-        elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        elif folder.exists() and (not folder.is_dir() or self._is_of_something_else()):
             raise ConfigError(f"--out {folder} exists and is not a sweep's output; give another folder")
 
-    def open(self) -> None:
-        """Creates the folder and notes this run in the manifest."""
+    def _is_of_something_else(self) -> bool:
+        # A run that died before its manifest was whole leaves that part of it, and the lock.
+        return any(not file.name.startswith(".") for file in self.folder.iterdir())
+
+    def _holds_own_chunks(self) -> bool:
+        return any(self.is_done(int(file.stem)) for file in self.folder.glob("chunks/[0-9]*.jsonl"))
+
+    def open(self, run: int = 0) -> None:
+        """Creates the folder, locks it against another sweep, and notes this run in the manifest.
+
+        Args:
+          run: a number by which other processes know that they see this folder (`is_shared`).
+
+        Raises:
+          ConfigError: where another sweep is writing to it.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
-        manifest = {"identity": self.identity, "runs": [*self.runs, this_run()]}
+        self._lock = open(self.folder / ".lock", "w")  # noqa: SIM115  # until the process ends, however it ends
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"--out {self.folder}: another sweep is writing to it; wait for it, or give another folder"
+            ) from None
+        except OSError:
+            pass  # a file system without locks
+        runs = [*self.runs, {"run": run, **this_run()}]
+        manifest = {"identity": self.identity, "runs": runs, "sha256": _digest(strict_json([self.identity, runs]).encode())}
         write_atomic(self.folder / "manifest.json", lambda p: p.write_text(json.dumps(manifest, indent=2) + "\n"))
+
+    def is_shared(self, run: int) -> bool:
+        """Whether this process sees the manifest that another one wrote with `open(run)`."""
+        with contextlib.suppress(OSError, ValueError, LookupError):
+            return json.loads((self.folder / "manifest.json").read_text())["runs"][-1]["run"] == run
+        return False
 
     def _path(self, chunk: int, suffix: str) -> Path:
         return self.folder / "chunks" / f"{chunk:05d}{suffix}"
 
-    def is_done(self, chunk: int) -> bool:
+    def exists(self, chunk: int) -> bool:
+        """Whether the chunk was written; `is_done` says whether it can be believed."""
         return self._path(chunk, ".jsonl").is_file()
+
+    def is_done(self, chunk: int) -> bool:
+        try:
+            self._read(chunk)
+        except (OSError, RunError):
+            return False
+        return True
+
+    def _read(self, chunk: int) -> tuple[bytes, bytes]:
+        """Rows and npz of a chunk, where the seal is right.
+
+        Raises:
+          RunError: where it is not.
+          OSError: where a file is missing.
+        """
+        path = self._path(chunk, ".jsonl")
+        *lines, seal = path.read_bytes().splitlines(keepends=True) or [b""]
+        rows, arrays = b"".join(lines), self._path(chunk, ".npz").read_bytes()
+        if seal != self._seal(rows, arrays):
+            raise RunError(f"{path} or its .npz is damaged; the same command computes them again")
+        return rows, arrays
+
+    def _seal(self, rows: bytes, arrays: bytes) -> bytes:
+        return json.dumps({"seal": _digest(strict_json(self.identity).encode(), rows, arrays)}).encode() + b"\n"
 
     def save(self, chunk: int, rows: list[Row], arrays: dict[str, np.ndarray]) -> None:
         """Arrays first, rows last: the rows are what says that the chunk is done."""
-        (self.folder / "chunks").mkdir(exist_ok=True)
-        write_atomic(self._path(chunk, ".npz"), lambda p: np.savez_compressed(p, **arrays))
-        text = "".join(strict_json(row) + "\n" for row in rows)
-        write_atomic(self._path(chunk, ".jsonl"), lambda p: p.write_text(text))
+        (self.folder / "chunks").mkdir(parents=True, exist_ok=True)
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, **arrays)
+        packed = buffer.getvalue()
+        text = "".join(strict_json(row) + "\n" for row in rows).encode()
+        write_atomic(self._path(chunk, ".npz"), lambda p: p.write_bytes(packed))
+        write_atomic(self._path(chunk, ".jsonl"), lambda p: p.write_bytes(text + self._seal(text, packed)))
 
     def rows(self, chunks: Iterable[int]) -> list[Row]:
-        return [json.loads(line) for c in chunks for line in self._path(c, ".jsonl").read_text().splitlines()]
+        """The rows of finished chunks; RunError where one is damaged."""
+        return [json.loads(line) for chunk in chunks for line in self._read(chunk)[0].splitlines()]
 
     def arrays(self, chunk: int) -> dict[str, np.ndarray]:
-        with np.load(self._path(chunk, ".npz")) as file:
+        """Those of a finished chunk; RunError where it is damaged."""
+        with np.load(io.BytesIO(self._read(chunk)[1])) as file:
             return {k: file[k] for k in file.files}
 
     def write_text(self, name: str, text: str) -> None:

@@ -13,10 +13,14 @@ What the attacker knows is said by --attacker and printed with the results.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import hashlib
+import itertools
 import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,68 +29,94 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from tqdm import tqdm
 
-from experiments import cli, memory, report, trials
+from experiments import cli, memory, processes, report, trials
 from experiments.attackers import ATTACKERS, with_attacker
 from experiments.inputs import Inputs, SweepConfig, for_victims, load_inputs
 from experiments.methods import METHODS
-from experiments.records import Row, Store
+from experiments.processes import Processes
+from experiments.records import Row, Store, strict_json
+from gdiff_jax import parallel
 from gdiff_jax.metrics import psnr_from_error
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A compiled group of trials: `run` takes `size` of them at a time, in so many bytes."""
+    """A compiled group of trials: `run` takes `size` of them on each device at a time, in so many bytes a device."""
 
     run: Any
     size: int
     memory: int
 
 
-def arguments(c: SweepConfig, inputs: Inputs, chunk: list[trials.Trial]) -> tuple[Any, ...]:
-    """What the compiled program of the chunk's group takes for these trials."""
-    group = chunk[0].group
-    index = np.array([t.image for t in chunk])[:, None] + np.arange(c.group)
+def arguments(c: SweepConfig, inputs: Inputs, mesh: Mesh, batch: list[trials.Trial]) -> tuple[Any, ...]:
+    """What the compiled program of the batch's group takes for these trials."""
+    group = batch[0].group
+    index = np.array([t.image for t in batch])[:, None] + np.arange(c.group)
     strength = 0.0 if group.method == trials.PRIOR_ONLY else METHODS[group.method].strength(c)
-    return (
+    common = (
         inputs.prior.denoise,
         inputs.schedule,
         inputs.params.get((group.victim, group.training_steps)),
         jnp.asarray(inputs.proxy),
         jnp.float32(strength),
-        trials.trial_keys(c.seed, chunk),
-        jnp.array([t.sigma for t in chunk], jnp.float32),
+    )
+    own = (
+        trials.trial_keys(c.seed, batch),
+        jnp.array([t.sigma for t in batch], jnp.float32),
         jnp.asarray(inputs.images[index]),
         jnp.asarray(inputs.labels[index]),
     )
+    return *parallel.replicate(common, mesh), *parallel.divide(own, mesh)
 
 
-def compile_program(c: SweepConfig, inputs: Inputs, trial: trials.Trial) -> Program:
-    """Compiles the group of `trial`, for --batch trials at a time or as many as the memory holds."""
+def compile_program(c: SweepConfig, inputs: Inputs, mesh: Mesh, trial: trials.Trial, most: int) -> Program:
+    """Compiles the group of `trial`, for `most` trials a device at a time or as many as its memory holds."""
     group = trial.group
     victim, spec = inputs.victims.get(group.victim), inputs.mechanisms.get(group.mechanism)
-    runner = trials.make_runner(group.method, inputs, victim, spec, c)
-    compile_for = lambda n: runner.lower(*arguments(c, inputs, [trial] * n)).compile()
-    size, run = memory.fit(compile_for, c.batch, memory.budget(c.memory_gib), group.title)
+    runner = trials.make_runner(group.method, inputs, victim, spec, c, mesh)
+    compile_for = lambda n: runner.lower(*arguments(c, inputs, mesh, [trial] * n * mesh.size)).compile()
+    size, run = memory.fit(compile_for, most, memory.budget(c.memory_gib), group.title)
     return Program(run, size, memory.needed(run))
 
 
-def run_chunk(
-    c: SweepConfig, inputs: Inputs, program: Program, chunk: list[trials.Trial]
-) -> tuple[list[Row], dict[str, np.ndarray]]:
-    """The rows and arrays of a chunk; the last trial is repeated to fill the compiled shape and the copies are dropped.
+def cut(tree: Any, part: slice) -> Any:
+    """That part of each array of a pytree."""
+    return jax.tree.map(lambda a: a[part], tree)
 
-    A row is of one image; those of one leak follow each other and share their trial's trace.
+
+def compute(
+    c: SweepConfig, inputs: Inputs, mesh: Mesh, program: Program, chunks: dict[int, list[trials.Trial]]
+) -> Iterator[tuple[int, list[Row], dict[str, np.ndarray]]]:
+    """Number, rows and arrays of each of the chunks, which are of one group, as soon as its trials are done.
+
+    The devices are filled from as many chunks as they hold; where none is left, the last trial is repeated and its copies are
+    dropped.
     """
-    group, count = chunk[0].group, len(chunk)
-    started, parts = time.time(), []
-    for start in range(0, count, program.size):
-        piece = chunk[start : start + program.size]
-        full = piece + [piece[-1]] * (program.size - len(piece))
-        parts.append(jax.device_get(program.run(*arguments(c, inputs, full))))
-    result = jax.tree.map(lambda *a: np.concatenate(a)[:count], *parts)
-    seconds = time.time() - started
+    everything = [trial for chunk in chunks.values() for trial in chunk]
+    width = program.size * mesh.size
+    waiting, held, seconds = list(chunks), None, np.zeros(0)
+    for start in range(0, len(everything), width):
+        batch = everything[start : start + width]
+        started = time.time()
+        result = jax.device_get(program.run(*arguments(c, inputs, mesh, batch + [batch[-1]] * (width - len(batch)))))
+        seconds = np.append(seconds, [(time.time() - started) / len(batch)] * len(batch))
+        result = cut(result, slice(0, len(batch)))
+        held = result if held is None else jax.tree.map(lambda *a: np.concatenate(a), held, result)
+        while waiting and len(chunks[waiting[0]]) <= len(seconds):
+            k = waiting.pop(0)
+            n = len(chunks[k])
+            yield k, *describe(c, inputs, program, chunks[k], cut(held, slice(0, n)), seconds[:n])
+            held, seconds = cut(held, slice(n, None)), seconds[n:]
+
+
+def describe(
+    c: SweepConfig, inputs: Inputs, program: Program, chunk: list[trials.Trial], result: dict[str, Any], seconds: np.ndarray
+) -> tuple[list[Row], dict[str, np.ndarray]]:
+    """The rows and arrays of a chunk. A row is of one image; those of one leak follow each other and share their trace."""
+    group = chunk[0].group
     trace = result["trace"]
     psnr = np.asarray(psnr_from_error(trace["x0_error"]))
     knows = {name: getattr(c, name) for name in ("attacker", "labels", "adaptive", "local_rate", "statistics")}
@@ -114,7 +144,7 @@ def run_chunk(
                     "psnr_of_best_step": float(np.nanmax(psnr[j])) if np.isfinite(psnr[j]).any() else None,
                     **knows,
                     "failed": not bool(np.isfinite(result["image"][j, place]).all()),
-                    "seconds": round(seconds / count, 4),
+                    "seconds": round(float(seconds[j]), 4),
                     "memory_mib": round(program.memory / program.size / 2**20, 1),
                     "row": j * c.group + place,
                     "trial": j,
@@ -127,38 +157,63 @@ def run_chunk(
 def sweep(c: SweepConfig, inputs: Inputs, store: Store, quiet: bool = False) -> list[Row]:
     """Runs what is not done yet, chunk by chunk, then writes records, table, plot and contact sheet.
 
+    Several processes share the work; the first writes what is said of the whole.
     Returns all rows; `quiet` leaves the table to the files.
     """
+    mesh, first = parallel.trial_mesh(), processes.is_first()
     chunks = trials.chunks(trials.make_grid(c, inputs), c.batch)
     todo = [k for k in range(len(chunks)) if not store.is_done(k)]
-    store.open()
-    total = sum(map(len, chunks))
-    left = sum(len(chunks[k]) for k in todo)
-    print(
-        f"{total} trials, {total - left} done before, on {jax.device_count()} {jax.devices()[0].device_kind}; output in {c.out}"
-    )
-    first: dict[str, trials.Trial] = {}
-    for trial in (chunks[k][0] for k in todo):
-        first.setdefault(trial.group.title, trial)
-    programs = {}
-    with tqdm(first.items(), unit="program", disable=not left) as bar:
-        for name, trial in bar:  # all before the first trial runs: what does not fit is known at once
-            bar.set_description(f"compiling {name}")
-            programs[name] = compile_program(c, inputs, trial)
+    damaged = [k for k in todo if store.exists(k)]
+    mine = processes.share(store, todo, hashlib.sha256(strict_json(store.identity).encode()).digest())
+    total, left = sum(map(len, chunks)), sum(len(chunks[k]) for k in todo)
+    say = print if first else lambda *_: None
+    where = f"{jax.device_count()} {mesh.devices[0].device_kind}"
+    where += f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    say(f"{total} trials, {total - left} done before, on {where}; output in {c.out}")
+    if damaged:
+        some = ", ".join(map(str, damaged[:10])) + (" ..." if len(damaged) > 10 else "")
+        say(f"computed again, because damaged or of another version: {len(damaged)} chunks ({some})")
+    programs = compile_all(c, inputs, mesh, [chunks[k][0] for k in mine], most_at_a_time(c, chunks, mesh.size), first)
     for name, program in programs.items():
-        if program.size < c.batch:
-            print(f"{name}: {program.size} trials at a time fit, not {c.batch}")
-    with tqdm(total=total, initial=total - left, unit="trial", smoothing=0.1, disable=not left) as bar:
-        for k in todo:
-            title = chunks[k][0].group.title
-            bar.set_description(title)
-            rows, arrays = run_chunk(c, inputs, programs[title], chunks[k])
-            store.save(k, [{"chunk": k, **row} for row in rows], arrays)
-            bar.update(len(chunks[k]))
+        if program.size < most_at_a_time(c, chunks, mesh.size):
+            say(f"{name}: {program.size} trials at a time fit, not {c.batch}")
+    share = sum(len(chunks[k]) for k in mine)
+    with tqdm(total=share, unit="trial", smoothing=0.1, disable=not share or not first) as bar:
+        for group, numbers in itertools.groupby(mine, key=lambda k: chunks[k][0].group):
+            bar.set_description(group.title)
+            for k, rows, arrays in compute(c, inputs, mesh, programs[group.title], {k: chunks[k] for k in numbers}):
+                store.save(k, [{"chunk": k, **row} for row in rows], arrays)
+                bar.update(len(chunks[k]))
+    if jax.process_count() > 1:
+        processes.wait_for_all(store, len(chunks))
     rows = store.rows(range(len(chunks)))
-    store.write_records(rows)
-    report.write(c, inputs, rows, store, quiet)
+    if first:
+        store.write_records(rows)
+        report.write(c, inputs, rows, store, quiet)
     return rows
+
+
+def most_at_a_time(c: SweepConfig, chunks: list[list[trials.Trial]], devices: int) -> int:
+    """Trials a device: --batch, or fewer where that leaves devices idle in every group. Not a matter of what is left to do."""
+    groups = collections.Counter()
+    for chunk in chunks:
+        groups[chunk[0].group] += len(chunk)
+    return min(c.batch, -(-max(groups.values()) // devices))
+
+
+def compile_all(
+    c: SweepConfig, inputs: Inputs, mesh: Mesh, some: list[trials.Trial], most: int, show: bool
+) -> dict[str, Program]:
+    """The programs of these trials by title, all before the first trial runs: what does not fit is known at once."""
+    kinds: dict[str, trials.Trial] = {}
+    for trial in some:
+        kinds.setdefault(trial.group.title, trial)
+    programs = {}
+    with tqdm(kinds.items(), unit="program", disable=not kinds or not show) as bar:
+        for name, trial in bar:
+            bar.set_description(f"compiling {name}")
+            programs[name] = compile_program(c, inputs, mesh, trial, most)
+    return programs
 
 
 def identity(c: SweepConfig, inputs: Inputs) -> dict[str, Any]:
@@ -168,6 +223,7 @@ def identity(c: SweepConfig, inputs: Inputs) -> dict[str, Any]:
 
 
 def main() -> None:
+    processes.join(cli.read_flags(Processes))
     c: SweepConfig = cli.read_flags(SweepConfig)
     if c.epsilon_grid and not cli.given("sigma_grid"):
         c = dataclasses.replace(c, sigma_grid=())
@@ -180,4 +236,5 @@ def main() -> None:
 
 if __name__ == "__main__":
     cli.define_flags(SweepConfig)
+    cli.define_flags(Processes)
     cli.run(main)

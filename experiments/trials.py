@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import gdiff_jax as gd
 from experiments import methods
 from experiments.mechanism_specs import Spec
-from gdiff_jax import attacks
+from gdiff_jax import attacks, parallel
 from gdiff_jax.matching import cosine, equal_layers, l2, released
 from gdiff_jax.metrics import match_images
 from gdiff_jax.samplers import batched
@@ -89,8 +89,13 @@ def trial_keys(seed: int, chunk: list[Trial]) -> jax.Array:
     return jax.vmap(lambda image, s: jax.random.fold_in(jax.random.fold_in(base, image), s))(images, seeds)
 
 
-def make_runner(method: str, inputs: Inputs, victim: Victim | None, spec: Spec | None, c: SweepConfig) -> Callable[..., Any]:
-    """run(denoise, schedule, params, proxy, strength, key, sigma, image, label) for a chunk of trials.
+SHARED = 5  # arguments of the runner that all trials of a chunk have in common: the first ones
+
+
+def make_runner(
+    method: str, inputs: Inputs, victim: Victim | None, spec: Spec | None, c: SweepConfig, mesh: jax.sharding.Mesh
+) -> Callable[..., Any]:
+    """run(denoise, schedule, params, proxy, strength, key, sigma, image, label) for a chunk of trials, divided over the mesh.
 
     One jit serves the whole grid: weights, sigma and the method's strength are arguments. `proxy` (N, H, W, C) holds images of
     the prior, by which an attacker judges what it is not told. The last four arguments have a leading trial axis, and so has
@@ -147,7 +152,7 @@ def make_runner(method: str, inputs: Inputs, victim: Victim | None, spec: Spec |
         }
         return result(found, images, trace, scalars)
 
-    return jax.jit(jax.vmap(one, in_axes=(None, None, None, None, None, 0, 0, 0, 0)))
+    return jax.jit(parallel.map_trials(one, mesh, SHARED))
 
 
 def infer_labels(victim: Victim, params: Any, proxy: jax.Array, leak: Any, images: int) -> jax.Array:

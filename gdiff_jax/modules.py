@@ -159,7 +159,7 @@ def param_shapes(spec: Spec) -> dict[str, tuple[int, ...]]:
 
 def restore_target(spec: Spec) -> dict[str, jax.ShapeDtypeStruct]:
     """What orbax restores a network's parameters into: float32, on one device."""
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return {name: jax.ShapeDtypeStruct(shape, np.float32, sharding=sharding) for name, shape in param_shapes(spec).items()}
 
 

@@ -1,0 +1,87 @@
+"""Independent trials over the devices of this process, and over processes.
+
+Trials never need each other: a device computes its share of them with the weights replicated on it, and a program compiled here
+holds no collective. Several processes (hosts of a Cloud TPU pod slice, tasks of Slurm, or plain processes) divide the trials
+between them; they speak with each other only at the start, to agree on what is to be done.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+AXIS = "trial"
+
+
+def trial_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh of one axis, `trial`, over these devices; over all of this process if None."""
+    return Mesh(np.array(jax.local_devices() if devices is None else devices), (AXIS,))
+
+
+def map_trials(function: Callable[..., Any], mesh: Mesh, shared: int) -> Callable[..., Any]:
+    """`jax.vmap(function)` with the trials divided over the mesh: the same results, in the same order.
+
+    Args:
+      function: of `shared` arguments that all trials have in common, such as weights, and any number of one trial's own.
+      mesh: of `trial_mesh`; its size must divide the number of trials.
+      shared: how many arguments are common; they are replicated on every device. The rest, and what is returned, has a
+        leading axis of trials, divided over the devices.
+    """
+
+    def on_one_device(common: tuple[Any, ...], own: tuple[Any, ...]) -> Any:
+        # The derivative of a device's trials in replicated weights is the device's own. Weights that still count as
+        # replicated would get a derivative that is summed over all devices' trials instead: wrong numbers, no error.
+        common = jax.tree.map(lambda a: jax.lax.pcast(a, AXIS, to="varying"), common)
+        return jax.vmap(lambda *trial: function(*common, *trial))(*own)
+
+    mapped = jax.shard_map(on_one_device, mesh=mesh, in_specs=(P(), P(AXIS)), out_specs=P(AXIS))
+    return lambda *args: mapped(args[:shared], args[shared:])
+
+
+def replicate(tree: Any, mesh: Mesh) -> Any:
+    """The arrays of a pytree, whole on every device of the mesh."""
+    return jax.device_put(tree, NamedSharding(mesh, P()))
+
+
+def divide(tree: Any, mesh: Mesh) -> Any:
+    """The arrays of a pytree, their leading axis divided over the mesh."""
+    return jax.device_put(tree, NamedSharding(mesh, P(AXIS)))
+
+
+def join(coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None) -> None:
+    """Makes this process one of several, by JAX's distributed runtime; call it before anything else of JAX.
+
+    Args:
+      coordinator: HOST:PORT of process 0, the same for all. None where the cluster says it, and the other two (Cloud TPU pod
+        slices, Slurm, Open MPI, Kubernetes: see `jax.distributed.initialize`).
+      num_processes: how many there are.
+      process_id: which one this is, 0 .. num_processes - 1.
+
+    Raises:
+      RuntimeError: where the others cannot be reached.
+      ValueError: where nothing says who the others are.
+    """
+    with contextlib.suppress(AttributeError):  # where JAX no longer has the switch
+        jax.config.update("jax_enable_recoverability", True)  # the death of one that has work of its own ends no other
+    jax.distributed.initialize(coordinator, num_processes, process_id)
+
+
+def agree(values: np.ndarray) -> np.ndarray:
+    """Process 0's values, in every process; itself where there is one. All must call it, with arrays of one shape and dtype."""
+    if jax.process_count() == 1:
+        return values
+    return np.asarray(multihost_utils.broadcast_one_to_all(values))
+
+
+def all_have(values: np.ndarray) -> bool:
+    """Whether every process calls this with the same integers, in the same shape."""
+    if jax.process_count() == 1:
+        return True
+    return bool((np.asarray(multihost_utils.process_allgather(values)) == values[None]).all())
