@@ -102,9 +102,7 @@ class Store:
             if intact and theirs == self.identity:
                 self.runs = runs
             elif self._holds_own_chunks():
-                print(
-                    f"{path} is damaged; the records are of this configuration, by their seals, and the manifest is made anew"
-                )
+                print(f"{path} is damaged and is made anew; the records are of this configuration, by their seals")
             elif not intact:
                 raise ConfigError(f"--out {folder}: its manifest.json cannot be read or was altered; give another folder")
             else:
@@ -135,9 +133,7 @@ class Store:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ConfigError(
-                f"--out {self.folder}: another sweep is writing to it; wait for it, or give another folder"
-            ) from None
+            raise ConfigError(f"--out {self.folder}: another sweep writes to it; wait for it or give another folder") from None
         except OSError:
             pass  # a file system without locks
         runs = [*self.runs, {"run": run, **this_run()}]

@@ -154,13 +154,13 @@ def describe(
     return rows, {"images": images, **{f"trace_{k}": v for k, v in trace.items()}}
 
 
-def sweep(c: SweepConfig, inputs: Inputs, store: Store, quiet: bool = False) -> list[Row]:
+def sweep(c: SweepConfig, inputs: Inputs, store: Store, quiet: bool = False, mesh: Mesh | None = None) -> list[Row]:
     """Runs what is not done yet, chunk by chunk, then writes records, table, plot and contact sheet.
 
     Several processes share the work; the first writes what is said of the whole.
-    Returns all rows; `quiet` leaves the table to the files.
+    Returns all rows; `quiet` leaves the table to the files; `mesh` is of the devices to use, all of this process if None.
     """
-    mesh, first = parallel.trial_mesh(), processes.is_first()
+    mesh, first = mesh or parallel.trial_mesh(), processes.is_first()
     chunks = trials.chunks(trials.make_grid(c, inputs), c.batch)
     todo = [k for k in range(len(chunks)) if not store.is_done(k)]
     damaged = [k for k in todo if store.exists(k)]

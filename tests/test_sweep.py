@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import dp_accounting
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -20,8 +21,10 @@ from experiments import memory, records, report, sweep, trials, victim_files
 from experiments.cli import ConfigError
 from experiments.inputs import DEFAULT_SIGMAS, SweepConfig, load_inputs
 from experiments.train_prior import SCHEDULER
+from gdiff_jax import parallel
 
 ROOT = Path(__file__).parent.parent
+ONE_DEVICE = parallel.trial_mesh(jax.local_devices()[:1])
 
 
 def config(tiny_prior, out, **changes):
@@ -53,7 +56,7 @@ def command(c):
 def run_in_process(c):
     inputs = load_inputs(c)
     store = records.Store(Path(c.out), {"steps": c.steps})
-    sweep.sweep(c, inputs, store)
+    sweep.sweep(c, inputs, store, mesh=ONE_DEVICE)
     return [json.loads(line) for line in (Path(c.out) / "records.jsonl").read_text().splitlines()]
 
 
@@ -121,9 +124,8 @@ def test_one_compilation_for_the_whole_grid(tiny_prior, tmp_path):
         victim = inputs.victims["mlp"]
         counting = Counting(victim.network, victim.image_shape, victim.num_classes, victim.options)
         counted = dataclasses.replace(inputs, victims={"mlp": counting})
-        program = sweep.compile_program(c, counted, grid[0][0])
-        for chunk in grid[:chunks]:
-            sweep.run_chunk(c, counted, program, chunk)
+        program = sweep.compile_program(c, counted, ONE_DEVICE, grid[0][0], c.batch)
+        assert len(list(sweep.compute(c, counted, ONE_DEVICE, program, dict(enumerate(grid[:chunks]))))) == chunks
         counts.append(len(traced))
     assert counts[0] == counts[1] > 0
 
@@ -150,14 +152,15 @@ def test_resume_after_sigkill_equals_an_undisturbed_run(tiny_prior, tmp_path):
     assert len(json.loads((tmp_path / "killed" / "manifest.json").read_text())["runs"]) == 2
 
 
-def test_ctrl_c_ends_at_once_and_says_how_to_go_on(tiny_prior, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_end_at_once_and_say_how_to_go_on(tiny_prior, tmp_path, number):
     c = config(tiny_prior, tmp_path / "out", num_images=6, batch=1, steps=10, methods=("dsg",))
     process = subprocess.Popen(command(c), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     while not list((tmp_path / "out" / "chunks").glob("[0-9]*.jsonl")) and process.poll() is None:
         time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     assert "the same command goes on" in process.communicate()[1]
-    assert process.returncode == 130
+    assert process.returncode == 128 + number
     assert not (tmp_path / "out" / "records.jsonl").exists()
 
 
@@ -362,16 +365,14 @@ def test_one_trial_that_does_not_fit_is_an_error_with_the_remedy():
 
 
 def test_a_memory_budget_changes_how_many_run_at_a_time_and_no_result(tiny_prior, tmp_path):
-    plenty = run_in_process(config(tiny_prior, tmp_path / "a", methods=("dsg",)))
+    plenty = run_in_process(config(tiny_prior, tmp_path / "a", methods=("dsg",), seeds=2))
     inputs = load_inputs(config(tiny_prior, tmp_path / "a"))
     trial = trials.Trial(trials.Group("dsg", "mlp", 0), 0.1, 0, 0)
-    sizes = {}
-    for n in (1, 3):
-        c = config(tiny_prior, tmp_path / "a", batch=n)
-        sizes[n] = memory.needed(sweep.compile_program(c, inputs, trial).run)
-    gib = (sizes[1] + sizes[3]) / 2 / memory.GIB
-    c = config(tiny_prior, tmp_path / "b", methods=("dsg",), memory_gib=gib)
-    assert sweep.compile_program(c, inputs, trial).size < c.batch
+    c = config(tiny_prior, tmp_path / "b", methods=("dsg",), seeds=2)
+    program = lambda c, most: sweep.compile_program(c, inputs, ONE_DEVICE, trial, most)
+    one, three = (memory.needed(program(c, n).run) for n in (1, 3))
+    c = dataclasses.replace(c, memory_gib=(one + three) / 2 / memory.GIB)
+    assert program(c, 3).size < 3
     little = run_in_process(c)
     np.testing.assert_allclose([r["psnr"] for r in little], [r["psnr"] for r in plenty], atol=1e-3)
     with pytest.raises(ConfigError, match="one trial of"):
