@@ -18,8 +18,9 @@ with any of these suffixes:
                     those of conv2d are grouped convolutions
     +double         (batch modes) the mixed partial by differentiating twice in reverse
 
-It writes the result to FOLDER/torch-MODE.npz, prints a line of JSON, then reads lines "N" and answers each with the seconds of a
-step, the mean of N, until stdin ends; stdout carries nothing else. `--what=prior` times eps and its pull-back to x_t alone.
+It writes the result to FOLDER/torch-MODE.npz (x_{t-1}, the distances, the gradient G; compare all three), prints a line of JSON,
+then reads lines "N" and answers each with the seconds of a step, the mean of N, until stdin ends; stdout carries nothing else.
+`--what=prior` times eps and its pull-back to x_t alone, with a cotangent of ones: x and G in torch-prior-MODE.npz.
 """
 
 import argparse
@@ -42,6 +43,7 @@ import diffusers
 import numpy as np
 import torch
 from diffusers import UNet2DModel
+from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -49,6 +51,7 @@ MODES = ("eager-batch", "eager-loop", "eager-single", "compiled-batch", "compile
 SUFFIXES = ("channels_last", "unfold", "double")
 STRIDES = {"mlp": (), "cnn": (1, 2, 2), "lenet": (2, 2, 1)}  # of the victims' convolutions, in order
 Tensors = dict[str, Tensor]
+Result = tuple[Tensor, Tensor, Tensor]
 
 
 class Denoiser(nn.Module):
@@ -66,6 +69,13 @@ class Denoiser(nn.Module):
         if self.patch == 1:
             return self.net(x, self.t, return_dict=False)[0]
         return F.pixel_shuffle(self.net(F.pixel_unshuffle(x, self.patch), self.t, return_dict=False)[0], self.patch)
+
+
+def upsample(self: Upsample2D, h: Tensor, *_: Any) -> Tensor:
+    """`Upsample2D.forward` by a broadcast: inductor of torch 2.13 compiles the pull-back of `interpolate` to wrong numbers here."""
+    n, c, height, width = h.shape
+    h = h[:, :, :, None, :, None].expand(n, c, height, 2, width, 2).reshape(n, c, 2 * height, 2 * width)
+    return self.conv(h) if self.use_conv else h
 
 
 class Victim:
@@ -164,18 +174,23 @@ def match_loop(victim: Victim, x0: Tensor, y: Tensor, leak: Tensors) -> tuple[Te
     return torch.stack(distances), torch.stack(grads)
 
 
+def match_nothing(x0: Tensor, y: Tensor, leak: Tensors) -> tuple[Tensor, Tensor]:
+    """For `--what=prior`: a cotangent of ones."""
+    return torch.zeros(len(x0)), torch.ones_like(x0)
+
+
 def unit(v: Tensor) -> Tensor:
     length = torch.linalg.vector_norm(v, dim=(1, 2, 3), keepdim=True)
     return v / torch.where(length > 0, length, 1)
 
 
-class Guided:
-    """x_t (B, C, H, W) to x_{t-1}, with the distances (B,)."""
+class Step:
+    """x_t (B, C, H, W) to x_{t-1}, with the distances (B,) and their gradient G with respect to x_t."""
 
-    def __init__(self, s: SimpleNamespace, denoise: Denoiser, victim: Victim, base: str, double: bool):
-        self.s, self.denoise = s, denoise
+    def __init__(self, s: SimpleNamespace, denoise: Denoiser, victim: Victim, base: str, double: bool, what: str):
+        self.s, self.denoise, self.guided = s, denoise, what == "guided"
         match = match_loop if base in ("eager-loop", "eager-single") else match_double if double else match_jvp
-        self.match = functools.partial(match, victim)
+        self.match = functools.partial(match, victim) if self.guided else match_nothing
         self.predict, self.step = self.predict_x0, self.in_autograd
         compiled = functools.partial(torch.compile, dynamic=False, fullgraph=True)
         if base == "compiled-batch":
@@ -184,11 +199,16 @@ class Guided:
             self.step = torch.no_grad()(compiled(self.in_func))
 
     def predict_x0(self, x: Tensor) -> Tensor:
-        x0 = (x - (1 - self.s.abar) ** 0.5 * self.denoise(x)) / self.s.abar**0.5
+        eps = self.denoise(x)
+        if not self.guided:
+            return eps
+        x0 = (x - (1 - self.s.abar) ** 0.5 * eps) / self.s.abar**0.5
         return x0.clamp(-1, 1) if self.s.clip else x0
 
     def update(self, x: Tensor, x0: Tensor, grad: Tensor, z: Tensor) -> Tensor:
         s = self.s
+        if not self.guided:
+            return grad
         mean = s.mean_x0 * x0 + s.mean_xt * x
         if s.method == "dps":
             return mean + s.std * z - s.strength * grad
@@ -196,42 +216,23 @@ class Guided:
         mixed = z + s.strength * (-root_n * unit(grad) - z)
         return mean + s.std * root_n * unit(mixed)
 
-    def in_autograd(self, x: Tensor, z: Tensor, y: Tensor, leak: Tensors) -> tuple[Tensor, Tensor]:
+    def in_autograd(self, x: Tensor, z: Tensor, y: Tensor, leak: Tensors) -> Result:
         x = x.detach().requires_grad_()
         x0 = self.predict(x)
         with torch.no_grad():
             distance, grad_x0 = self.match(x0.detach(), y, leak)
         (grad,) = torch.autograd.grad(x0, x, grad_x0)
         with torch.no_grad():
-            return self.update(x, x0, grad, z), distance
+            return self.update(x, x0, grad, z), distance, grad
 
-    def in_func(self, x: Tensor, z: Tensor, y: Tensor, leak: Tensors) -> tuple[Tensor, Tensor]:
+    def in_func(self, x: Tensor, z: Tensor, y: Tensor, leak: Tensors) -> Result:
         x0, pull = torch.func.vjp(self.predict_x0, x)
         distance, grad_x0 = self.match(x0, y, leak)
         (grad,) = pull(grad_x0)
-        return self.update(x, x0, grad, z), distance
+        return self.update(x, x0, grad, z), distance, grad
 
 
-class Prior:
-    """The pull-back of eps alone, with a cotangent of ones; returns it where `Guided` returns x_{t-1}."""
-
-    def __init__(self, denoise: Denoiser, base: str):
-        compiled = functools.partial(torch.compile, dynamic=False, fullgraph=True)
-        self.denoise = compiled(denoise) if base == "compiled-batch" else denoise
-        self.step = torch.no_grad()(compiled(self.in_func)) if base == "compiled-whole" else self.in_autograd
-
-    def in_autograd(self, x: Tensor, z: Tensor, y: Tensor, leak: Tensors) -> tuple[Tensor, Tensor]:
-        x = x.detach().requires_grad_()
-        eps = self.denoise(x)
-        (grad,) = torch.autograd.grad(eps, x, torch.ones_like(eps))
-        return grad, eps.detach()[:, 0, 0, 0]
-
-    def in_func(self, x: Tensor, z: Tensor, y: Tensor, leak: Tensors) -> tuple[Tensor, Tensor]:
-        eps, pull = torch.func.vjp(self.denoise, x)
-        return pull(torch.ones_like(eps))[0], eps[:, 0, 0, 0]
-
-
-def build(folder: Path, mode: str, what: str) -> Callable[[], tuple[Tensor, Tensor]]:
+def build(folder: Path, mode: str, what: str) -> Callable[[], Result]:
     """One step from the problem's x_t, without arguments."""
     base, *suffixes = mode.split("+")
     if base not in MODES or not set(suffixes) <= set(SUFFIXES):
@@ -240,6 +241,8 @@ def build(folder: Path, mode: str, what: str) -> Callable[[], tuple[Tensor, Tens
     with np.load(folder / "problem.npz") as file:
         arrays = {name: file[name] for name in file.files}
     part = lambda kind: {name.split("/", 1)[1]: a for name, a in arrays.items() if name.startswith(kind + "/")}
+    if base.startswith("compiled"):
+        Upsample2D.forward = upsample
     victim = Victim(s.victim, tuple(s.image_shape), part("victim"), "unfold" in suffixes)
     leak = {victim.name(name): victim.to_torch(name, a) for name, a in part("leak").items()}
     layout = torch.channels_last if "channels_last" in suffixes else torch.contiguous_format
@@ -247,7 +250,7 @@ def build(folder: Path, mode: str, what: str) -> Callable[[], tuple[Tensor, Tens
     x, z = (torch.from_numpy(arrays[k]).permute(0, 3, 1, 2).contiguous(memory_format=layout) for k in ("x", "z"))
     y = torch.from_numpy(arrays["label"].astype(np.int64))
 
-    step = (Prior(denoise, base) if what == "prior" else Guided(s, denoise, victim, base, "double" in suffixes)).step
+    step = Step(s, denoise, victim, base, "double" in suffixes, what).step
     if base != "eager-single":
         return lambda: step(x, z, y, leak)
     trials = [(x[[b]], z[[b]], y[[b]], {name: a[[b]] for name, a in leak.items()}) for b in range(len(x))]
@@ -272,12 +275,12 @@ def main() -> None:
         start = time.perf_counter()
         step()
         warm_s = time.perf_counter() - start
-        x, distance = step()
+        x, distance, grad = step()
     except Exception as error:  # torch.compile may raise anything
         say(ready=False, mode=args.mode, error=f"{type(error).__name__}: {error}"[:2000])
         return
     path = args.problem / f"torch-{'prior-' * (args.what == 'prior')}{args.mode}.npz"
-    np.savez(path, x=x.permute(0, 2, 3, 1).numpy(), distance=distance.numpy())
+    np.savez(path, x=x.permute(0, 2, 3, 1).numpy(), distance=distance.numpy(), grad=grad.permute(0, 2, 3, 1).numpy())
     versions = {m.__name__: m.__version__ for m in (torch, diffusers, np)} | {"python": platform.python_version()}
     say(ready=True, mode=args.mode, warm_s=warm_s, versions=versions)
     for line in sys.stdin:

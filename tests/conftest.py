@@ -4,10 +4,12 @@ import atexit
 import dataclasses
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["GDIFF_JAX_CACHE"] = tempfile.mkdtemp(prefix="gdiff-jax-priors-")
@@ -34,6 +36,9 @@ jax.config.update("jax_debug_key_reuse", True)
 from gdiff_jax.modules import Params, Spec, init_params, param_shapes
 from gdiff_jax.priors import Denoiser, Prior, UNet2DConfig, save_prior
 from gdiff_jax.schedule import make_betas
+
+if TYPE_CHECKING:
+    from experiments.inputs import SweepConfig
 
 # For jit(compiler_options=...): half the compile time, for tests of what is computed and not of how fast.
 QUICK_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
@@ -130,3 +135,14 @@ def tiny_prior(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rng = np.random.default_rng(0)
     np.savez(root / "images.npz", images=rng.integers(0, 256, (6, 16, 16, 3), np.uint8), labels=np.arange(6))
     return root
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tiny_prior: Path, tmp_path_factory: pytest.TempPathFactory) -> "SweepConfig":
+    """A small sweep of 18 chunks, run by its command to the end; those that are disturbed are held against it."""
+    from test_sweep import command, config
+
+    out = tmp_path_factory.mktemp("undisturbed") / "out"
+    c = config(tiny_prior, out, num_images=6, batch=1, steps=10, methods=("dsg",))
+    subprocess.run(command(c), check=True, capture_output=True)
+    return c

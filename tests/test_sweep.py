@@ -64,6 +64,11 @@ def without_time(rows):
     return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
 
 
+def records_of(c):
+    """The rows that a sweep left, without the time they took."""
+    return without_time(map(json.loads, (Path(c.out) / "records.jsonl").read_text().splitlines()))
+
+
 def test_every_trial_once_and_all_outputs(tiny_prior, tmp_path):
     rows = run_in_process(config(tiny_prior, tmp_path / "out", seeds=2))
     cells = [(r["method"], r["sigma"], r["image"], r["seed"]) for r in rows]
@@ -130,8 +135,8 @@ def test_one_compilation_for_the_whole_grid(tiny_prior, tmp_path):
     assert counts[0] == counts[1] > 0
 
 
-def test_resume_after_sigkill_equals_an_undisturbed_run(tiny_prior, tmp_path):
-    c = config(tiny_prior, tmp_path / "killed", num_images=6, batch=1, steps=10, methods=("dsg",))
+def test_resume_after_sigkill_equals_an_undisturbed_run(undisturbed, tmp_path):
+    c = dataclasses.replace(undisturbed, out=str(tmp_path / "killed"))
     process = subprocess.Popen(command(c), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     chunks = tmp_path / "killed" / "chunks"
     deadline = time.time() + 300
@@ -144,17 +149,15 @@ def test_resume_after_sigkill_equals_an_undisturbed_run(tiny_prior, tmp_path):
     done = {f: f.stat().st_mtime_ns for f in chunks.glob("[0-9]*.jsonl")}
     assert not (tmp_path / "killed" / "records.jsonl").exists()
 
-    for out in ("killed", "undisturbed"):
-        subprocess.run(command(dataclasses.replace(c, out=str(tmp_path / out))), check=True, capture_output=True)
-    first, second = ((tmp_path / out / "records.jsonl").read_text().splitlines() for out in ("killed", "undisturbed"))
-    assert without_time(map(json.loads, first)) == without_time(map(json.loads, second))
+    subprocess.run(command(c), check=True, capture_output=True)
+    assert records_of(c) == records_of(undisturbed)
     assert all(f.stat().st_mtime_ns == t for f, t in done.items()), "a finished chunk was computed again"
     assert len(json.loads((tmp_path / "killed" / "manifest.json").read_text())["runs"]) == 2
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signals_end_at_once_and_say_how_to_go_on(tiny_prior, tmp_path, number):
-    c = config(tiny_prior, tmp_path / "out", num_images=6, batch=1, steps=10, methods=("dsg",))
+def test_signals_end_at_once_and_say_how_to_go_on(undisturbed, tmp_path, number):
+    c = dataclasses.replace(undisturbed, out=str(tmp_path / "out"))
     process = subprocess.Popen(command(c), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     while not list((tmp_path / "out" / "chunks").glob("[0-9]*.jsonl")) and process.poll() is None:
         time.sleep(0.01)
