@@ -18,7 +18,7 @@ with any of these suffixes:
                     those of conv2d are grouped convolutions
     +double         (batch modes) the mixed partial by differentiating twice in reverse
 
-It writes the result to FOLDER/torch-MODE.npz (x_{t-1}, the distances, the gradient G; compare all three), prints a line of JSON,
+It writes the result to FOLDER/torch-MODE.npz (x_{t-1}, distances, the gradient G: compare all three) and prints a line of JSON,
 then reads lines "N" and answers each with the seconds of a step, the mean of N, until stdin ends; stdout carries nothing else.
 `--what=prior` times eps and its pull-back to x_t alone, with a cotangent of ones: x and G in torch-prior-MODE.npz.
 """
@@ -72,7 +72,7 @@ class Denoiser(nn.Module):
 
 
 def upsample(self: Upsample2D, h: Tensor, *_: Any) -> Tensor:
-    """`Upsample2D.forward` by a broadcast: inductor of torch 2.13 compiles the pull-back of `interpolate` to wrong numbers here."""
+    """`Upsample2D.forward` by a broadcast: for the pull-back of `interpolate` inductor (torch 2.13, CPU) computes wrong numbers."""
     n, c, height, width = h.shape
     h = h[:, :, :, None, :, None].expand(n, c, height, 2, width, 2).reshape(n, c, 2 * height, 2 * width)
     return self.conv(h) if self.use_conv else h

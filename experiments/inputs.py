@@ -62,6 +62,10 @@ class SweepConfig:
     zeta: float = option(8.0, "step size of dps, on the un-squared gradient distance")
     guidance_rate: float = option(0.2, "guidance rate of dsg, 0 to 1")
     interval: int = option(1, "dsg guides every so many steps")
+    through_prior: bool = option(
+        True,
+        "dsg and dps guide by the gradient in x_t; --nothrough_prior: in x0hat, without the prior's backward pass",
+    )
     red_diff_weight: float = option(0.5, "weight of red-diff's regulariser")
     distance: str = option("l2", f"between gradients, for the guided samplers: {', '.join(DISTANCES)}")
     layer_weights: str = option("none", "none, or equal: every array of the gradient counts the same")

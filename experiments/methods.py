@@ -56,13 +56,14 @@ class Method:
 
 def _dsg(task: Task, c: SweepConfig, start: samplers.Start | None = None) -> tuple[Any, StepInfo]:
     options: dict[str, Any] = dict(
-        guidance_rate=task.strength, interval=c.interval, clip=task.clip, truth=task.truth, start=start
-    )
+        guidance_rate=task.strength, interval=c.interval, clip=task.clip, truth=task.truth, start=start,
+        through_prior=c.through_prior,
+    )  # fmt: skip
     return gd.dsg_sample(task.key, task.denoise, task.match, task.schedule, task.shape, **options)
 
 
 def _dps(task: Task, c: SweepConfig) -> tuple[Any, StepInfo]:
-    options: dict[str, Any] = dict(zeta=task.strength, clip=task.clip, truth=task.truth)
+    options: dict[str, Any] = dict(zeta=task.strength, clip=task.clip, through_prior=c.through_prior, truth=task.truth)
     return gd.dps_sample(task.key, task.denoise, task.match, task.schedule, task.shape, **options)
 
 

@@ -307,5 +307,6 @@ def _strengths(c: SweepConfig) -> str:
         "dlg": f"DLG {c.dlg_steps} L-BFGS steps{restarts}",
         "inverting": f"inverting gradients {c.inverting_steps} steps, TV {c.tv:g}{restarts}",
     }
-    matching = f"guided by {c.distance}" + (", layers weighted alike" if c.layer_weights == "equal" else "")
+    where = "" if c.through_prior else " at x0hat, without a derivative of the prior"
+    matching = f"guided by {c.distance}{where}" + (", layers weighted alike" if c.layer_weights == "equal" else "")
     return ", ".join([*(text for name, text in of.items() if name in c.methods), matching])

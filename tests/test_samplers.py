@@ -51,7 +51,19 @@ def normal(key: jax.Array) -> np.ndarray:
     return np.asarray(jax.random.normal(key, SHAPE), np.float64).ravel()
 
 
-def loop(prior, residual, *, seed=0, zeta=None, rate=None, interval=1, clip=True, variance="fixed_small", truth=None):
+def loop(
+    prior,
+    residual,
+    *,
+    seed=0,
+    zeta=None,
+    rate=None,
+    interval=1,
+    clip=True,
+    variance="fixed_small",
+    truth=None,
+    through_prior=True,
+):
     """All samplers as one plain loop in float64, without a derivative taken by JAX.
 
     The reverse step is DDIM's with eta = 1 (Song et al. 2021, Eq. 12), which is DDPM's posterior in other words. Only the draws
@@ -74,7 +86,8 @@ def loop(prior, residual, *, seed=0, zeta=None, rate=None, interval=1, clip=True
             jacobian = (np.abs(x0) < 1)[:, None] * jacobian
             x0 = np.clip(x0, -1, 1)
         r = a @ x0 - b
-        distance, grad = np.linalg.norm(r), jacobian.T @ a.T @ r / np.linalg.norm(r)
+        distance, grad = np.linalg.norm(r), a.T @ r / np.linalg.norm(r)
+        grad = jacobian.T @ grad if through_prior else grad
 
         small = (1 - abar_prev) / (1 - abar) * (1 - abar / abar_prev)
         noise = (x - np.sqrt(abar) * x0) / np.sqrt(1 - abar)
@@ -108,6 +121,8 @@ CASES = [  # sampler, strengths (traced), what else
     ("dsg", [0.0, 0.2, 1.0], {}),
     ("dsg", [0.2, 0.7], dict(variance="learned_range", clip=False)),
     ("dsg", [0.2, 1.0], dict(variance="fixed_large", interval=3)),
+    ("dps", [0.3], dict(through_prior=False)),
+    ("dsg", [0.2, 1.0], dict(through_prior=False)),
     ("dsg", [0.5], dict(interval=50)),  # only the last step, which nothing can guide
 ]
 
@@ -121,6 +136,8 @@ def test_trajectory_is_that_of_a_plain_loop(gaussian, residual, name: str, stren
         prior = dataclasses.replace(prior, v=jnp.linspace(-1, 1, 6).reshape(SHAPE))
     schedule = Schedule.create(num_steps=STEPS, variance=variance)
     common = dict(clip=clip, truth=jnp.linspace(-1, 1, 6).reshape(SHAPE))
+    if name != "unguided":
+        common["through_prior"] = case.get("through_prior", True)
 
     @jax.jit
     def run(key, strength):
@@ -138,6 +155,23 @@ def test_trajectory_is_that_of_a_plain_loop(gaussian, residual, name: str, stren
         np.testing.assert_allclose(image, expected, atol=2e-3)
         assert [leaf.shape for leaf in trace] == [(STEPS,)] * 3
         np.testing.assert_allclose(np.stack(trace), expected_trace, atol=2e-3, rtol=2e-3)  # nan equals nan, and only nan
+
+
+@pytest.mark.parametrize("sample", [dps_sample, dsg_sample])
+def test_guidance_at_x0hat_does_not_differentiate_the_prior(gaussian, residual, sample) -> None:
+    @jax.custom_vjp
+    def denoise(x_t, t):
+        return gaussian(x_t, t)
+
+    def refuse(*_):
+        raise AssertionError("the prior was differentiated")
+
+    denoise.defvjp(lambda x_t, t: (gaussian(x_t, t), None), refuse)
+    schedule = Schedule.create(num_steps=STEPS)
+    run = lambda **options: sample(jax.random.key(0), denoise, residual, schedule, SHAPE, **options)[0]
+    assert np.isfinite(run(through_prior=False)).all()
+    with pytest.raises(AssertionError, match="was differentiated"):
+        run()
 
 
 @pytest.mark.parametrize("interval", [1, 2, 5, STEPS])

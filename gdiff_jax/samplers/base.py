@@ -87,12 +87,24 @@ def posterior(denoise: Denoise, schedule: Schedule, x: jax.Array, i: jax.Array, 
 
 
 def guided_posterior(
-    denoise: Denoise, objective: Objective, schedule: Schedule, x: jax.Array, i: jax.Array, clip: bool = True
+    denoise: Denoise,
+    objective: Objective,
+    schedule: Schedule,
+    x: jax.Array,
+    i: jax.Array,
+    clip: bool = True,
+    through_prior: bool = True,
 ) -> tuple[Posterior, jax.Array, jax.Array]:
     """The reverse step with distance = objective(x0hat(x_t)) and its gradient G with respect to x_t.
 
-    With `clip` G passes through the clip, so a saturated pixel gets no guidance (as in the public DPS code).
+    With `clip` G passes through the clip, so a saturated pixel gets no guidance (as in the public DPS code). Without
+    `through_prior` G is the gradient with respect to x0hat, as MPGD takes it (He et al., ICLR 2024, arXiv 2311.16424, without
+    its projection onto the data's manifold): the prior is not differentiated.
     """
+    if not through_prior:
+        x0, v = _predict_x0(denoise, schedule, x, i, clip)
+        distance, grad = jax.value_and_grad(objective)(x0)
+        return _posterior(schedule, x0, v, x, i), distance, grad
     x0, pull, v = jax.vjp(lambda x: _predict_x0(denoise, schedule, x, i, clip), x, has_aux=True)
     distance, grad_x0 = jax.value_and_grad(objective)(x0)
     (grad,) = pull(grad_x0)

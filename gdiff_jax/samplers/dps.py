@@ -5,6 +5,8 @@ A gradient step on the objective after each reverse step.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -23,10 +25,11 @@ def dps_step(
     *,
     zeta: jax.Array | float,
     clip: bool = True,
+    through_prior: bool = True,
     truth: jax.Array | None = None,
 ) -> tuple[jax.Array, StepInfo]:
     """x_{t-1} = mu + sigma z - zeta G. Arguments as in `dps_sample`; x is x_t, i the index of the step."""
-    p, distance, grad = base.guided_posterior(denoise, objective, schedule, x, i, clip)
+    p, distance, grad = base.guided_posterior(denoise, objective, schedule, x, i, clip, through_prior)
     z = jax.random.normal(key, x.shape)
     info = StepInfo(distance, jnp.linalg.norm(grad), base.x0_error(p.x0, truth))
     return p.mean + p.std * z - zeta * grad, info
@@ -41,6 +44,7 @@ def dps_sample(
     *,
     zeta: jax.Array | float = 8.0,
     clip: bool = True,
+    through_prior: bool = True,
     start: Start | None = None,
     truth: jax.Array | None = None,
 ) -> tuple[jax.Array, StepInfo]:
@@ -56,6 +60,8 @@ def dps_sample(
       shape: (H, W, C) of the image.
       zeta: step size, >= 0; an array is traced, so a grid of it needs one compilation. 0 gives the unguided sampler.
       clip: clip x0hat to [-1, 1] and differentiate through the clip, so a saturated pixel gets no guidance.
+      through_prior: False guides by the objective's gradient at x0hat in place of its pull-back to x_t (see
+        `samplers.base.guided_posterior`): the prior's backward pass is saved, some quality is lost.
       start: where to begin, `start_from` an estimate of the image; pure noise at the last index if None.
       truth: (H, W, C); only fills `x0_error` of the trace, the sampler does not use it.
 
@@ -64,6 +70,7 @@ def dps_sample(
     """
 
     def step(key: jax.Array, x: jax.Array, i: jax.Array) -> tuple[jax.Array, StepInfo]:
-        return dps_step(key, x, i, denoise, objective, schedule, zeta=zeta, clip=clip, truth=truth)
+        options: dict[str, Any] = dict(clip=clip, through_prior=through_prior, truth=truth)
+        return dps_step(key, x, i, denoise, objective, schedule, zeta=zeta, **options)
 
     return base.reverse(key, step, schedule, shape, start)

@@ -31,6 +31,7 @@ def dsg_step(
     guidance_rate: jax.Array | float,
     interval: int = 1,
     clip: bool = True,
+    through_prior: bool = True,
     truth: jax.Array | None = None,
 ) -> tuple[jax.Array, StepInfo]:
     """x_{t-1} = mu + r dm / ||dm||. Arguments as in `dsg_sample`; x is x_t, i the index of the step."""
@@ -38,7 +39,7 @@ def dsg_step(
     root_n = x.size**0.5
 
     def guided(x: jax.Array) -> tuple[jax.Array, StepInfo]:
-        p, distance, grad = base.guided_posterior(denoise, objective, schedule, x, i, clip)
+        p, distance, grad = base.guided_posterior(denoise, objective, schedule, x, i, clip, through_prior)
         # The paper's r = sqrt(n) sigma, d* = -r G/||G||, ds = sigma z, dm = ds + rate (d* - ds), all divided by sigma, which
         # is 0 in the last step; a learned sigma then scales each pixel, and the sphere becomes an ellipsoid [inferred].
         toward = -root_n * _unit(grad)
@@ -66,6 +67,7 @@ def dsg_sample(
     guidance_rate: jax.Array | float = 0.2,
     interval: int = 1,
     clip: bool = True,
+    through_prior: bool = True,
     start: Start | None = None,
     truth: jax.Array | None = None,
 ) -> tuple[jax.Array, StepInfo]:
@@ -82,6 +84,8 @@ def dsg_sample(
         its noise put on the sphere of radius sqrt(n) sigma.
       interval: guide the steps whose index is a multiple of it; the others are unguided and cost half.
       clip: clip x0hat to [-1, 1] and differentiate through the clip, so a saturated pixel gets no guidance.
+      through_prior: False guides by the objective's gradient at x0hat in place of its pull-back to x_t (see
+        `samplers.base.guided_posterior`): the prior's backward pass is saved, some quality is lost.
       start: where to begin, `start_from` an estimate of the image; pure noise at the last index if None.
       truth: (H, W, C); only fills `x0_error` of the trace, the sampler does not use it.
 
@@ -93,7 +97,8 @@ def dsg_sample(
 
     def step(key: jax.Array, x: jax.Array, i: jax.Array) -> tuple[jax.Array, StepInfo]:
         return dsg_step(
-            key, x, i, denoise, objective, schedule, guidance_rate=guidance_rate, interval=interval, clip=clip, truth=truth
-        )
+            key, x, i, denoise, objective, schedule,
+            guidance_rate=guidance_rate, interval=interval, clip=clip, through_prior=through_prior, truth=truth,
+        )  # fmt: skip
 
     return base.reverse(key, step, schedule, shape, start)
