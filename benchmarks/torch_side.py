@@ -72,7 +72,7 @@ class Denoiser(nn.Module):
 
 
 def upsample(self: Upsample2D, h: Tensor, *_: Any) -> Tensor:
-    """`Upsample2D.forward` by a broadcast: for the pull-back of `interpolate` inductor (torch 2.13, CPU) computes wrong numbers."""
+    """`Upsample2D.forward` by a broadcast: what inductor (torch 2.13, CPU) makes of the pull-back of `interpolate` is wrong."""
     n, c, height, width = h.shape
     h = h[:, :, :, None, :, None].expand(n, c, height, 2, width, 2).reshape(n, c, 2 * height, 2 * width)
     return self.conv(h) if self.use_conv else h

@@ -77,8 +77,10 @@ class SweepConfig:
     prior: str = option("cifar10-32", f"diffusion prior: {', '.join(BUNDLED)}, a folder, OWNER/NAME on the hub, or an ADM file")
     prior_dtype: str = option("float32", "arithmetic of the prior: float32 or bfloat16; the victim is always float32")
     prior_remat: bool = option(False, "compute the prior's inner values twice, keep only its blocks' inputs")
-    batch: int = option(8, "trials computed at a time, fewer where --memory_gib is too little for so many")
-    memory_gib: float = option(0.0, "memory for the trials and weights in GiB; 0: all that the device has, 3/4 of it on a CPU")
+    batch: int = option(8, "trials computed at a time, over all devices; fewer where --memory_gib is too little for so many")
+    memory_gib: float = option(
+        0.0, "memory of a device, or of all of a CPU, for trials and weights, in GiB; 0: what it has, 3/4 of it on a CPU"
+    )
     out: str = option("runs/sweep", "output folder")
 
 

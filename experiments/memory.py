@@ -7,24 +7,30 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
+from jax.sharding import Mesh
 
 from experiments.cli import ConfigError
 
 GIB = 2**30
 
 
-def budget(memory_gib: float) -> int:
-    """Bytes a device: the user's own figure, or what it has; three quarters of a CPU's memory, divided among its devices."""
+def is_shared(mesh: Mesh) -> bool:
+    """Whether the devices have one memory: those of a CPU."""
+    return mesh.devices[0].platform == "cpu"
+
+
+def budget(memory_gib: float, mesh: Mesh) -> int:
+    """Bytes a device: the user's own figure, or what it has, three quarters of it on a CPU; its devices share either."""
+    shares = mesh.size if is_shared(mesh) else 1
     if memory_gib:
-        return int(memory_gib * GIB)
-    stats = jax.local_devices()[0].memory_stats() or {}
+        return int(memory_gib * GIB) // shares
+    stats = mesh.devices[0].memory_stats() or {}
     if "bytes_limit" in stats:
         return stats["bytes_limit"]
     machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     container = Path("/sys/fs/cgroup/memory.max")  # "max" where there is no limit
     limit = container.read_text().strip() if container.is_file() else "max"
-    return min([machine, *([int(limit)] if limit.isdigit() else [])]) * 3 // 4 // jax.local_device_count()
+    return min([machine, *([int(limit)] if limit.isdigit() else [])]) * 3 // 4 // shares
 
 
 def needed(compiled: Any) -> int:

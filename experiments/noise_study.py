@@ -35,6 +35,7 @@ from experiments.cli import ConfigError, option
 from experiments.inputs import Inputs, SweepConfig, load_inputs
 from experiments.records import Row, Store
 from gdiff_jax import images as image_files
+from gdiff_jax import parallel
 from gdiff_jax.priors import BUNDLED
 
 NOISES = tuple(mechanism_specs.NOISES)
@@ -175,6 +176,7 @@ def plot(c: NoiseConfig, rows: list[Row], found: dict[tuple[str, str, float], fl
 
 
 def main() -> None:
+    parallel.use_every_core()
     c: NoiseConfig = cli.read_flags(NoiseConfig)
     for text in c.defences:
         if mechanism_specs.parse(text).noisy:

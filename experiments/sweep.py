@@ -13,7 +13,6 @@ What the attacker knows is said by --attacker and printed with the results.
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import hashlib
 import itertools
@@ -34,6 +33,7 @@ from tqdm import tqdm
 
 from experiments import cli, memory, processes, report, trials
 from experiments.attackers import ATTACKERS, with_attacker
+from experiments.cli import ConfigError
 from experiments.inputs import Inputs, SweepConfig, for_victims, load_inputs
 from experiments.methods import METHODS
 from experiments.processes import Processes
@@ -44,11 +44,16 @@ from gdiff_jax.metrics import psnr_from_error
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A compiled group of trials: `run` takes `size` of them on each device at a time, in so many bytes a device."""
+    """A compiled group of trials: `run` takes `size` of them a device of the mesh at a time, in so many bytes a device."""
 
     run: Any
     size: int
     memory: int
+    mesh: Mesh
+
+    @property
+    def at_a_time(self) -> int:
+        return self.size * self.mesh.size
 
 
 def arguments(c: SweepConfig, inputs: Inputs, mesh: Mesh, batch: list[trials.Trial]) -> tuple[Any, ...]:
@@ -73,13 +78,21 @@ def arguments(c: SweepConfig, inputs: Inputs, mesh: Mesh, batch: list[trials.Tri
 
 
 def compile_program(c: SweepConfig, inputs: Inputs, mesh: Mesh, trial: trials.Trial, most: int) -> Program:
-    """Compiles the group of `trial`, for `most` trials a device at a time or as many as its memory holds."""
+    """Compiles the group of `trial`, for `most` trials at a time or as many as the memory holds.
+
+    The devices of a CPU share its memory: where one trial on each does not fit, half of them are used.
+    """
     group = trial.group
     victim, spec = inputs.victims.get(group.victim), inputs.mechanisms.get(group.mechanism)
     runner = trials.make_runner(group.method, inputs, victim, spec, c, mesh)
     compile_for = lambda n: runner.lower(*arguments(c, inputs, mesh, [trial] * n * mesh.size)).compile()
-    size, run = memory.fit(compile_for, most, memory.budget(c.memory_gib), group.title)
-    return Program(run, size, memory.needed(run))
+    try:
+        size, run = memory.fit(compile_for, -(-most // mesh.size), memory.budget(c.memory_gib, mesh), group.title)
+    except ConfigError:
+        if not memory.is_shared(mesh) or mesh.size == 1:
+            raise
+        return compile_program(c, inputs, parallel.trial_mesh(mesh.devices[: mesh.size // 2]), trial, most)
+    return Program(run, size, memory.needed(run), mesh)
 
 
 def cut(tree: Any, part: slice) -> Any:
@@ -88,7 +101,7 @@ def cut(tree: Any, part: slice) -> Any:
 
 
 def compute(
-    c: SweepConfig, inputs: Inputs, mesh: Mesh, program: Program, chunks: dict[int, list[trials.Trial]]
+    c: SweepConfig, inputs: Inputs, program: Program, chunks: dict[int, list[trials.Trial]]
 ) -> Iterator[tuple[int, list[Row], dict[str, np.ndarray]]]:
     """Number, rows and arrays of each of the chunks, which are of one group, as soon as its trials are done.
 
@@ -96,12 +109,12 @@ def compute(
     dropped.
     """
     everything = [trial for chunk in chunks.values() for trial in chunk]
-    width = program.size * mesh.size
+    width = program.at_a_time
     waiting, held, seconds = list(chunks), None, np.zeros(0)
     for start in range(0, len(everything), width):
         batch = everything[start : start + width]
         started = time.time()
-        result = jax.device_get(program.run(*arguments(c, inputs, mesh, batch + [batch[-1]] * (width - len(batch)))))
+        result = jax.device_get(program.run(*arguments(c, inputs, program.mesh, batch + [batch[-1]] * (width - len(batch)))))
         seconds = np.append(seconds, [(time.time() - started) / len(batch)] * len(batch))
         result = cut(result, slice(0, len(batch)))
         held = result if held is None else jax.tree.map(lambda *a: np.concatenate(a), held, result)
@@ -173,15 +186,17 @@ def sweep(c: SweepConfig, inputs: Inputs, store: Store, quiet: bool = False, mes
     if damaged:
         some = ", ".join(map(str, damaged[:10])) + (" ..." if len(damaged) > 10 else "")
         say(f"computed again, because damaged or of another version: {len(damaged)} chunks ({some})")
-    programs = compile_all(c, inputs, mesh, [chunks[k][0] for k in mine], most_at_a_time(c, chunks, mesh.size), first)
+    # As many as are in a chunk, not as many as are left: what is computed at a time must not depend on an earlier kill.
+    most = max(map(len, chunks))
+    programs = compile_all(c, inputs, mesh, [chunks[k][0] for k in mine], most, first)
     for name, program in programs.items():
-        if program.size < most_at_a_time(c, chunks, mesh.size):
-            say(f"{name}: {program.size} trials at a time fit, not {c.batch}")
+        if program.at_a_time < most:
+            say(f"{name}: {program.at_a_time} trials at a time fit, not {most}")
     share = sum(len(chunks[k]) for k in mine)
     with tqdm(total=share, unit="trial", smoothing=0.1, disable=not share or not first) as bar:
         for group, numbers in itertools.groupby(mine, key=lambda k: chunks[k][0].group):
             bar.set_description(group.title)
-            for k, rows, arrays in compute(c, inputs, mesh, programs[group.title], {k: chunks[k] for k in numbers}):
+            for k, rows, arrays in compute(c, inputs, programs[group.title], {k: chunks[k] for k in numbers}):
                 store.save(k, [{"chunk": k, **row} for row in rows], arrays)
                 bar.update(len(chunks[k]))
     if jax.process_count() > 1:
@@ -191,14 +206,6 @@ def sweep(c: SweepConfig, inputs: Inputs, store: Store, quiet: bool = False, mes
         store.write_records(rows)
         report.write(c, inputs, rows, store, quiet)
     return rows
-
-
-def most_at_a_time(c: SweepConfig, chunks: list[list[trials.Trial]], devices: int) -> int:
-    """Trials a device: --batch, or fewer where that leaves devices idle in every group. Not a matter of what is left to do."""
-    groups = collections.Counter()
-    for chunk in chunks:
-        groups[chunk[0].group] += len(chunk)
-    return min(c.batch, -(-max(groups.values()) // devices))
 
 
 def compile_all(
@@ -223,6 +230,7 @@ def identity(c: SweepConfig, inputs: Inputs) -> dict[str, Any]:
 
 
 def main() -> None:
+    parallel.use_every_core()
     processes.join(cli.read_flags(Processes))
     c: SweepConfig = cli.read_flags(SweepConfig)
     if c.epsilon_grid and not cli.given("sigma_grid"):

@@ -126,11 +126,15 @@ def _match_fwd(loss: Loss, distance: Distance, known: Any, x: Any) -> tuple[jax.
     known, x = jax.tree.map(lambda leaf: leaf.value, (known, x))
     if known.client is None:
         gradient = victim_gradient(loss, known.params, x, known.label)
-        value, v = jax.value_and_grad(functools.partial(_compare, distance, known))(gradient)
-        return value, mixed_partial(loss, known.params, x, known.label, v)
-    gradient, pull = jax.vjp(lambda x: released(known.client, loss, known.params, x, known.label), x)
-    value, v = jax.value_and_grad(functools.partial(_compare, distance, known))(gradient)
-    return value, pull(v)[0]
+        pull = lambda v: mixed_partial(loss, known.params, x, known.label, v)
+    else:
+        gradient, vjp = jax.vjp(lambda x: released(known.client, loss, known.params, x, known.label), x)
+        pull = lambda v: vjp(v)[0]
+    # The slope of the root is one number: it multiplies the image's gradient, which is small, not v, which is not.
+    inner, root = (squared_l2, _safe_sqrt) if distance is l2 else (distance, lambda value: value)
+    value, v = jax.value_and_grad(functools.partial(_compare, inner, known))(gradient)
+    value, slope = jax.value_and_grad(root)(value)
+    return value, jax.tree.map(lambda leaf: slope * leaf, pull(v))
 
 
 def _match_bwd(loss: Loss, distance: Distance, grad_x: Any, g: Any) -> tuple[None, Any]:

@@ -8,6 +8,7 @@ between them; they speak with each other only at the start, to agree on what is 
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,6 +19,16 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 AXIS = "trial"
+
+
+def use_every_core() -> None:
+    """Makes each core of a CPU a device, before JAX is used, unless JAX was told how many there are.
+
+    XLA:CPU runs a small convolution on one core, however many there are; a core for each share of the trials leaves none idle.
+    """
+    if jax.config.jax_num_cpu_devices < 1:  # type: ignore[attr-defined]  # mypy does not see what JAX sets
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        jax.config.update("jax_num_cpu_devices", cores)
 
 
 def trial_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["GDIFF_JAX_CACHE"] = tempfile.mkdtemp(prefix="gdiff-jax-priors-")
 atexit.register(shutil.rmtree, os.environ["GDIFF_JAX_CACHE"], ignore_errors=True)
+os.environ["JAX_NUM_CPU_DEVICES"] = "1"  # for the commands that tests run: their programs are those of the tests themselves
 # Compiling is most of what these tests cost, and many compile the same program: workers and commands share one cache.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="gdiff-jax-tests-")

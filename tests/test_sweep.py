@@ -130,7 +130,7 @@ def test_one_compilation_for_the_whole_grid(tiny_prior, tmp_path):
         counting = Counting(victim.network, victim.image_shape, victim.num_classes, victim.options)
         counted = dataclasses.replace(inputs, victims={"mlp": counting})
         program = sweep.compile_program(c, counted, ONE_DEVICE, grid[0][0], c.batch)
-        assert len(list(sweep.compute(c, counted, ONE_DEVICE, program, dict(enumerate(grid[:chunks]))))) == chunks
+        assert len(list(sweep.compute(c, counted, program, dict(enumerate(grid[:chunks]))))) == chunks
         counts.append(len(traced))
     assert counts[0] == counts[1] > 0
 
@@ -363,8 +363,8 @@ def test_as_many_trials_as_fit(limit, size):
 def test_one_trial_that_does_not_fit_is_an_error_with_the_remedy():
     with pytest.raises(ConfigError, match=r"one trial of dsg mlp needs 0\.00 GiB.*--prior_remat"):
         memory.fit(Needs, 8, 109, "dsg mlp")
-    assert memory.budget(0.5) == 2**29
-    assert memory.budget(0) > 2**28
+    assert memory.budget(0.5, ONE_DEVICE) == 2**29
+    assert memory.budget(0, ONE_DEVICE) > 2**28
 
 
 def test_a_memory_budget_changes_how_many_run_at_a_time_and_no_result(tiny_prior, tmp_path):
