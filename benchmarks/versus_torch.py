@@ -99,9 +99,12 @@ def our_side(folder: Path, unet: str, victim: str, method: str, what: str, steps
     mesh = parallel.trial_mesh()
     p = problem(unet, victim, method)
     schedule, network = p["schedule"], p["network"]
-    # Weights as the torch side gets them: stored in float16.
-    half = {name: a.astype(jnp.float16).astype(jnp.float32) for name, a in p["denoise"].params.items()}
-    denoise = gd.Denoiser(half, p["denoise"].config)
+    # Weights as the torch side gets them, stored in float16; what was read is let go once it lies on the devices.
+    drawn = p.pop("denoise")
+    half = {name: a.astype(jnp.float16).astype(jnp.float32) for name, a in drawn.params.items()}
+    common = parallel.replicate((gd.Denoiser(half, drawn.config), p.pop("params")), mesh)
+    args = (*common, *parallel.divide([p.pop(k) for k in ("keys", "x", "label", "leak")], mesh))
+    del drawn, half, common
 
     def guided(denoise: Any, params: Any, key: Any, x: Any, label: Any, leak: Any) -> Any:
         match = gd.GradientMatching(params, label, leak, network.loss)
@@ -109,31 +112,27 @@ def our_side(folder: Path, unet: str, victim: str, method: str, what: str, steps
             x, info = dps_step(key, x, jnp.int32(INDEX), denoise, match, schedule, zeta=STRENGTH[method])
         else:
             x, info = dsg_step(key, x, jnp.int32(INDEX), denoise, match, schedule, guidance_rate=STRENGTH[method])
-        return x, info.distance
+        return x, info.distance, info.guidance_norm
 
     def prior(denoise: Any, params: Any, key: Any, x: Any, label: Any, leak: Any) -> Any:
         eps, pull = jax.vjp(lambda x: denoise(x, schedule.t[INDEX])[0], x)
-        return pull(jnp.ones_like(eps))[0], eps[0, 0, 0]
+        return pull(jnp.ones_like(eps))[0], eps[0, 0, 0], jnp.float32(0)
 
     one = guided if what == "guided" else prior
 
     def many(denoise: Any, params: Any, key: Any, x: Any, label: Any, leak: Any) -> Any:
         def step(carry: Any, _: None) -> Any:
-            y, distance = one(denoise, params, key, carry, label, leak)
-            return (y if what == "guided" else carry + 1e-3 * y), (y, distance)
+            y, *numbers = one(denoise, params, key, carry, label, leak)
+            return (y if what == "guided" else carry + 1e-3 * y), (y, *numbers)
 
         return jax.lax.scan(step, x, None, length=steps)[1]
 
     function = jax.jit(parallel.map_trials(many, mesh, shared=2))
-    args = (
-        *parallel.replicate((denoise, p["params"]), mesh),
-        *parallel.divide([p[k] for k in ("keys", "x", "label", "leak")], mesh),
-    )
     start = time.perf_counter()
     compiled = function.lower(*args).compile()
-    y, distance = jax.block_until_ready(compiled(*args))
+    y, distance, guidance = (np.asarray(a[:, 0]) for a in jax.block_until_ready(compiled(*args)))
     warm_s = time.perf_counter() - start
-    np.savez(folder / f"ours-{what}.npz", x=np.asarray(y[:, 0]), distance=np.asarray(distance[:, 0]))
+    np.savez(folder / f"ours-{what}.npz", x=y, distance=distance, guidance=guidance)
     say = lambda **row: print(json.dumps(row), flush=True)
     say(ready=True, warm_s=warm_s)
     for _ in sys.stdin:
@@ -212,8 +211,9 @@ def compare(unet: str, victim: str, method: str, modes: tuple[str, ...], steps: 
         running += [ours("guided"), ours("prior"), start(best)]
         errors = {}
         with np.load(folder / "ours-guided.npz") as a, np.load(folder / f"torch-{best}.npz") as b:
-            for key in ("x", "distance"):
-                errors[key] = float(np.abs(a[key] - b[key]).max() / np.abs(a[key]).max())
+            theirs = dict(x=b["x"], distance=b["distance"], guidance=np.linalg.norm(b["grad"].reshape(TRIALS, -1), axis=1))
+            for key, value in theirs.items():
+                errors[key] = float(np.abs(a[key] - value).max() / np.abs(a[key]).max())
         if max(errors.values()) > TOLERANCE:
             raise RuntimeError(f"the two sides disagree: {errors}")
         times = [[side.turn(steps) for side in running] for _ in range(repeats)]

@@ -393,6 +393,12 @@ def test_epsilons_become_sigmas_of_the_clipped_gaussian(tiny_prior, tmp_path):
     assert float(line.split("|")[4]) == pytest.approx(10)
 
 
+def test_guidance_at_x0hat_is_told(tiny_prior, tmp_path):
+    c = config(tiny_prior, tmp_path / "out", through_prior=False, methods=("dsg",), num_images=1, sigma_grid=(0.0,), steps=2)
+    assert all(np.isfinite(row["psnr"]) for row in run_in_process(c))
+    assert "guided by l2 at x0hat, without a derivative of the prior" in (tmp_path / "out" / "summary.md").read_text()
+
+
 def test_the_command_takes_epsilons_alone_or_beside_sigmas(tiny_prior, tmp_path):
     """`--epsilon_grid` without `--sigma_grid` means no other noise levels."""
     flags = [f"--prior={tiny_prior}/prior", f"--images={tiny_prior}/images.npz", "--num_images=1", "--steps=2", "--victims=mlp"]
