@@ -149,6 +149,8 @@ def keep_compiled() -> None:
     """Compiled programs are kept in the user's cache folder, unless JAX was told of another one, or of none."""
     if jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(cache.folder() / "compiled"))
+        # Small ones too: a start compiles a hundred of them, for initial weights and the like, five seconds in all.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def _fail(message: str, code: int = 2) -> typing.NoReturn:

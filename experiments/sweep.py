@@ -31,7 +31,7 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from experiments import cli, memory, processes, report, trials
+from experiments import cli, memory, processes, trials
 from experiments.attackers import ATTACKERS, with_attacker
 from experiments.cli import ConfigError
 from experiments.inputs import Inputs, SweepConfig, for_victims, load_inputs
@@ -203,6 +203,8 @@ def sweep(c: SweepConfig, inputs: Inputs, store: Store, quiet: bool = False, mes
         processes.wait_for_all(store, len(chunks))
     rows = store.rows(range(len(chunks)))
     if first:
+        from experiments import report  # not at the start, which need not wait a second for matplotlib
+
         store.write_records(rows)
         report.write(c, inputs, rows, store, quiet)
     return rows
