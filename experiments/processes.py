@@ -57,19 +57,22 @@ def is_first() -> bool:
 def share(store: Store, todo: list[int], digest: bytes) -> list[int]:
     """Opens the output folder and returns the chunks of `todo` that are this process's to compute.
 
-    All processes take process 0's word for what is to be done.
+    All processes take process 0's word for what is to be done. What is there of it, damaged, is removed: from then on a chunk
+    that is there is done.
 
     Raises:
       ConfigError: where the processes were not given the same command, or do not see one folder.
     """
     if jax.process_count() == 1:
         store.open()
+        store.discard(todo)
         return todo
     if not parallel.all_have(np.frombuffer(digest, np.uint32)):
         raise ConfigError("the processes were given different flags, images or weights; give all the same command")
     run = int(parallel.agree(np.array(time.time_ns() % 2**31, np.int32)))
     if is_first():
         store.open(run)
+        store.discard(todo)
     count = int(parallel.agree(np.array(len(todo), np.int32)))
     todo = parallel.agree(np.resize(np.array([*todo, 0], np.int32), count)).tolist() if count else []
     seen = any(store.is_shared(run) or time.sleep(LOOK_AGAIN) for _ in range(60))  # a network's folder may lag behind

@@ -153,6 +153,11 @@ class Store:
         """Whether the chunk was written; `is_done` says whether it can be believed."""
         return self._path(chunk, ".jsonl").is_file()
 
+    def discard(self, chunks: Iterable[int]) -> None:
+        """Removes what there is of these chunks."""
+        for chunk in chunks:
+            self._path(chunk, ".jsonl").unlink(missing_ok=True)
+
     def is_done(self, chunk: int) -> bool:
         try:
             self._read(chunk)
