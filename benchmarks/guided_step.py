@@ -55,11 +55,9 @@ def plain_conv(x: jax.Array, kernel: jax.Array, stride: int, padding: Any) -> ja
 def with_lax_conv(module: Any) -> Iterator[None]:
     """What is traced inside builds the networks of `module` with `lax.conv`."""
     modules._abstract.cache_clear()
-    jax.clear_caches()
     with mock.patch.object(module, "conv" if module is unet2d else "_conv", functools.partial(modules.Conv, conv=plain_conv)):
         yield
     modules._abstract.cache_clear()
-    jax.clear_caches()
 
 
 class Case:

@@ -47,12 +47,12 @@ def map_trials(function: Callable[..., Any], mesh: Mesh, shared: int) -> Callabl
     """
 
     def on_one_device(common: tuple[Any, ...], own: tuple[Any, ...]) -> Any:
-        # The derivative of a device's trials in replicated weights is the device's own. Weights that still count as
-        # replicated would get a derivative that is summed over all devices' trials instead: wrong numbers, no error.
-        common = jax.tree.map(lambda a: jax.lax.pcast(a, AXIS, to="varying"), common)
         return jax.vmap(lambda *trial: function(*common, *trial))(*own)
 
-    mapped = jax.shard_map(on_one_device, mesh=mesh, in_specs=(P(), P(AXIS)), out_specs=P(AXIS))
+    # Without check_vma a device's derivative in the replicated weights is its own trials'. With it, unless each of them is cast
+    # to "varying" first, it is summed over all devices' trials: wrong numbers, no error. And loops of other libraries, such as
+    # optax's line search, do not type-check under it.
+    mapped = jax.shard_map(on_one_device, mesh=mesh, in_specs=(P(), P(AXIS)), out_specs=P(AXIS), check_vma=False)
     return lambda *args: mapped(args[:shared], args[shared:])
 
 

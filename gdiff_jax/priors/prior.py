@@ -22,9 +22,6 @@ from gdiff_jax.priors.adm import ADMConfig
 from gdiff_jax.priors.unet2d_config import UNet2DConfig
 from gdiff_jax.schedule import Schedule, Spacing, VarianceType
 
-# Under a jit of its own the network is traced once for all programs that hold it; tracing is most of a start from the cache.
-_network = jax.jit(modules.apply, static_argnums=(0, 4))
-
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +49,7 @@ class Denoiser:
 
     def batch(self, x_t: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array | None]:
         """eps and v of a batch (N, H, W, C) at timesteps (N,)."""
-        out = _network(self.config, self.params, x_t.astype(self.dtype), t, self.remat).astype(jnp.float32)
+        out = modules.apply(self.config, self.params, x_t.astype(self.dtype), t, self.remat).astype(jnp.float32)
         if not self.config.learns_variance:
             return out, None
         eps, v = jnp.split(out, 2, axis=-1)
