@@ -3,7 +3,7 @@
     python benchmarks/kills.py --kills=100 --out=benchmarks/results/kills-NAME.json
 
 A small sweep runs once undisturbed. Then the same command is given again and again in a new folder, each time killed by
-SIGKILL after a time drawn evenly from 0 to what the fastest run took; when it comes to its end its records are compared,
+SIGKILL after a time drawn evenly from 0 to half more than the undisturbed run took; when it comes to its end its records are compared,
 and the next folder begins. No finished chunk may be written twice.
 """
 
@@ -51,20 +51,20 @@ def main() -> None:
             began = time.monotonic()
             if start(Path(root, name)).wait():
                 raise RuntimeError("the undisturbed sweep failed")
-        length = time.monotonic() - began
+            length = time.monotonic() - began
         expected = records(Path(root, "undisturbed"))
         while kills < args.kills:
             folder = Path(root, f"killed-{sweeps}")
             while True:
                 before = finished(folder)
-                began, process = time.monotonic(), start(folder)
+                process = start(folder)
                 try:
-                    code = process.wait(draw.uniform(0, length))
-                    length = min(length, time.monotonic() - began)  # the first may have been slow
+                    code = process.wait(None if kills >= args.kills else draw.uniform(0, 1.5 * length))
                 except subprocess.TimeoutExpired:
                     process.kill()
                     process.wait()
                     kills += 1
+                    print(f"{kills} kills", flush=True)
                     code = None
                 after = finished(folder)
                 if any(after.get(name) != when for name, when in before.items()):
