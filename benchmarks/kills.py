@@ -3,8 +3,8 @@
     python benchmarks/kills.py --kills=100 --out=benchmarks/results/kills-NAME.json
 
 A small sweep runs once undisturbed. Then the same command is given again and again in a new folder, each time killed by
-SIGKILL after a time drawn evenly from 0 to half more than the undisturbed run took; when it comes to its end its records are compared,
-and the next folder begins. No finished chunk may be written twice.
+SIGKILL after a time drawn evenly from 0 to half more than the undisturbed run took; when it comes to its end its records are
+compared, and the next folder begins. No finished chunk may be written twice.
 """
 
 import argparse
