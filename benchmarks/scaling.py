@@ -41,7 +41,8 @@ def measure(devices: int, batch: int, victim: str, steps: int, repeats: int) -> 
         start = time.perf_counter()
         program = sweep.compile_program(c, inputs, mesh, trial, batch)
         compile_s.append(time.perf_counter() - start)
-    args = sweep.arguments(c, inputs, mesh, [trial] * program.at_a_time)
+    args = sweep.common_arguments(c, inputs, mesh, trial.group)
+    args += sweep.own_arguments(c, inputs, mesh, [trial] * program.at_a_time)
     jax.block_until_ready(program.run(*args))
     seconds = []
     for _ in range(repeats):

@@ -65,7 +65,7 @@ def unets() -> dict[str, dict[str, Any]]:
     return {"1M": large | small, "36M": large}
 
 
-def problem(unet: str, victim: str, method: str) -> dict[str, Any]:
+def problem(unet: str, victim: str) -> dict[str, Any]:
     """All that a step takes, from one seed, as both sides of this file build it."""
     config = UNet2DConfig.from_diffusers(unets()[unet])
     denoise, network = gd.Denoiser(random_params(config), config), VICTIMS[victim]
@@ -80,7 +80,7 @@ def problem(unet: str, victim: str, method: str) -> dict[str, Any]:
 
 def write(folder: Path, unet: str, victim: str, method: str) -> None:
     """The problem as `torch_side.py` reads it."""
-    p = problem(unet, victim, method)
+    p = problem(unet, victim)
     s = p["schedule"]
     numbers = {name: float(getattr(s, name)[INDEX]) for name in ("abar", "mean_x0", "mean_xt")}
     numbers |= dict(t=int(s.t[INDEX]), std=float(s.posterior_std(jnp.int32(INDEX))), strength=STRENGTH[method], clip=True)
@@ -97,7 +97,7 @@ def our_side(folder: Path, unet: str, victim: str, method: str, what: str, steps
     """The worker of our side: as `torch_side.py`, but a turn is `steps` steps of one compiled scan."""
     parallel.use_every_core()
     mesh = parallel.trial_mesh()
-    p = problem(unet, victim, method)
+    p = problem(unet, victim)
     schedule, network = p["schedule"], p["network"]
     # Weights as the torch side gets them, stored in float16; what was read is let go once it lies on the devices.
     drawn = p.pop("denoise")

@@ -56,25 +56,24 @@ class Program:
         return self.size * self.mesh.size
 
 
-def arguments(c: SweepConfig, inputs: Inputs, mesh: Mesh, batch: list[trials.Trial]) -> tuple[Any, ...]:
-    """What the compiled program of the batch's group takes for these trials."""
-    group = batch[0].group
-    index = np.array([t.image for t in batch])[:, None] + np.arange(c.group)
+def common_arguments(c: SweepConfig, inputs: Inputs, mesh: Mesh, group: trials.Group) -> tuple[Any, ...]:
+    """What the compiled program of the group takes for all of its trials, on every device."""
     strength = 0.0 if group.method == trials.PRIOR_ONLY else METHODS[group.method].strength(c)
-    common = (
-        inputs.prior.denoise,
-        inputs.schedule,
-        inputs.params.get((group.victim, group.training_steps)),
-        jnp.asarray(inputs.proxy),
-        jnp.float32(strength),
-    )
+    params = inputs.params.get((group.victim, group.training_steps))
+    common = (inputs.prior.denoise, inputs.schedule, params, jnp.asarray(inputs.proxy), jnp.float32(strength))
+    return parallel.replicate(common, mesh)
+
+
+def own_arguments(c: SweepConfig, inputs: Inputs, mesh: Mesh, batch: list[trials.Trial]) -> tuple[Any, ...]:
+    """What it takes for each of these trials, divided over the devices."""
+    index = np.array([t.image for t in batch])[:, None] + np.arange(c.group)
     own = (
         trials.trial_keys(c.seed, batch),
         jnp.array([t.sigma for t in batch], jnp.float32),
         jnp.asarray(inputs.images[index]),
         jnp.asarray(inputs.labels[index]),
     )
-    return *parallel.replicate(common, mesh), *parallel.divide(own, mesh)
+    return parallel.divide(own, mesh)
 
 
 def compile_program(c: SweepConfig, inputs: Inputs, mesh: Mesh, trial: trials.Trial, most: int) -> Program:
@@ -85,7 +84,8 @@ def compile_program(c: SweepConfig, inputs: Inputs, mesh: Mesh, trial: trials.Tr
     group = trial.group
     victim, spec = inputs.victims.get(group.victim), inputs.mechanisms.get(group.mechanism)
     runner = trials.make_runner(group.method, inputs, victim, spec, c, mesh)
-    compile_for = lambda n: runner.lower(*arguments(c, inputs, mesh, [trial] * n * mesh.size)).compile()
+    common = common_arguments(c, inputs, mesh, group)
+    compile_for = lambda n: runner.lower(*common, *own_arguments(c, inputs, mesh, [trial] * n * mesh.size)).compile()
     try:
         size, run = memory.fit(compile_for, -(-most // mesh.size), memory.budget(c.memory_gib, mesh), group.title)
     except ConfigError:
@@ -110,11 +110,13 @@ def compute(
     """
     everything = [trial for chunk in chunks.values() for trial in chunk]
     width = program.at_a_time
+    common = common_arguments(c, inputs, program.mesh, everything[0].group)
     waiting, held, seconds = list(chunks), None, np.zeros(0)
     for start in range(0, len(everything), width):
         batch = everything[start : start + width]
         started = time.time()
-        result = jax.device_get(program.run(*arguments(c, inputs, program.mesh, batch + [batch[-1]] * (width - len(batch)))))
+        full = batch + [batch[-1]] * (width - len(batch))
+        result = jax.device_get(program.run(*common, *own_arguments(c, inputs, program.mesh, full)))
         seconds = np.append(seconds, [(time.time() - started) / len(batch)] * len(batch))
         result = cut(result, slice(0, len(batch)))
         held = result if held is None else jax.tree.map(lambda *a: np.concatenate(a), held, result)

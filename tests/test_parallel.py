@@ -78,21 +78,22 @@ def test_a_sweep_on_four_devices_is_that_on_one(tiny_prior, tmp_path, monkeypatc
             assert one.get(name, np.nan) == pytest.approx(four.get(name, np.nan), rel=1e-4, nan_ok=True)
 
 
-def two_processes(c, **options):
+def two_processes(*configs):
+    """The command with each of the configurations, as process 0 and process 1 of one sweep."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     flags = [f"--coordinator=localhost:{port}", "--num_processes=2"]
-    start = lambda i, **o: subprocess.Popen(
-        [*command(c), *flags, f"--process_id={i}"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **o
+    start = lambda i, c: subprocess.Popen(
+        [*command(c), *flags, f"--process_id={i}"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    return [start(i, **options) for i in range(2)]
+    return [start(i, c) for i, c in enumerate(configs)]
 
 
 def test_two_processes_write_what_one_writes_and_go_on_after_one_died(undisturbed, tmp_path):
     c = dataclasses.replace(undisturbed, out=str(tmp_path / "two"))
     chunks = tmp_path / "two" / "chunks"
-    both = two_processes(c)
+    both = two_processes(c, c)
     while len(list(chunks.glob("[0-9]*.jsonl"))) < 4 and not any(p.poll() for p in both):
         time.sleep(0.01)
     both[1].send_signal(signal.SIGKILL)
@@ -106,7 +107,7 @@ def test_two_processes_write_what_one_writes_and_go_on_after_one_died(undisturbe
         (chunks / f"{k:05d}.jsonl").write_text("damaged")
     done = {f: f.stat().st_mtime_ns for f in chunks.glob("[0-9]*.jsonl") if f.stem not in ("00002", "00004")}
 
-    again = two_processes(c)
+    again = two_processes(c, c)
     outputs = [p.communicate() for p in again]
     assert [p.returncode for p in again] == [0, 0], outputs[0][1][-2000:] + outputs[1][1][-2000:]
     said = [line for line in outputs[1][0].splitlines() if not line.startswith("[Gloo]")]
@@ -116,25 +117,8 @@ def test_two_processes_write_what_one_writes_and_go_on_after_one_died(undisturbe
 
 
 def test_processes_with_different_flags_are_refused(tiny_prior, tmp_path):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
     c = config(tiny_prior, tmp_path / "out", num_images=1)
-    started = [
-        subprocess.Popen(
-            [
-                *command(dataclasses.replace(c, seed=i)),
-                f"--coordinator=localhost:{port}",
-                "--num_processes=2",
-                f"--process_id={i}",
-            ],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for i in range(2)
-    ]
-    for process in started:
+    for process in two_processes(c, dataclasses.replace(c, seed=1)):
         assert "given different flags" in process.communicate()[1]
         assert process.returncode == 2
     assert not (tmp_path / "out").exists()

@@ -101,13 +101,13 @@ def guided_posterior(
     `through_prior` G is the gradient with respect to x0hat, as MPGD takes it (He et al., ICLR 2024, arXiv 2311.16424, without
     its projection onto the data's manifold): the prior is not differentiated.
     """
-    if not through_prior:
+    if through_prior:
+        x0, pull, v = jax.vjp(lambda x: _predict_x0(denoise, schedule, x, i, clip), x, has_aux=True)
+    else:
         x0, v = _predict_x0(denoise, schedule, x, i, clip)
-        distance, grad = jax.value_and_grad(objective)(x0)
-        return _posterior(schedule, x0, v, x, i), distance, grad
-    x0, pull, v = jax.vjp(lambda x: _predict_x0(denoise, schedule, x, i, clip), x, has_aux=True)
-    distance, grad_x0 = jax.value_and_grad(objective)(x0)
-    (grad,) = pull(grad_x0)
+    distance, grad = jax.value_and_grad(objective)(x0)
+    if through_prior:
+        (grad,) = pull(grad)
     return _posterior(schedule, x0, v, x, i), distance, grad
 
 
