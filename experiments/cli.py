@@ -10,13 +10,15 @@ import sys
 import threading
 import typing
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
 from absl import app, flags, logging
 
+from gdiff_jax.files import write_atomic
 from gdiff_jax.priors import cache
+
+__all__ = ["NO_SPACE", "ConfigError", "RunError", "define_flags", "given", "option", "read_flags", "run", "write_atomic"]
 
 
 class ConfigError(ValueError):
@@ -156,16 +158,3 @@ def keep_compiled() -> None:
 def _fail(message: str, code: int = 2) -> typing.NoReturn:
     print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
     _leave(code)
-
-
-def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
-    """Calls write(temporary path) and renames: the file appears whole or not at all, also after a crash."""
-    partial = path.with_name(f".{path.name}.partial{path.suffix}")
-    try:
-        write(partial)
-        with open(partial, "rb") as file:
-            os.fsync(file.fileno())
-    except OSError:  # a full disk: leave no more on it than was there
-        partial.unlink(missing_ok=True)
-        raise
-    os.replace(partial, path)

@@ -15,10 +15,11 @@ from experiments import report
 from experiments.cli import write_atomic
 from experiments.methods import METHODS
 from experiments.records import Row
+from gdiff_jax.auditing import summary
+from gdiff_jax.auditing.summary import Interval
 
 Panel = tuple[str, int, str]  # victim, training steps, mechanism
 Cells = dict[tuple[float, str], list[Row]]  # by sigma and method
-RESAMPLES = 2000
 
 
 def panels(rows: list[Row]) -> dict[Panel, Cells]:
@@ -30,25 +31,13 @@ def panels(rows: list[Row]) -> dict[Panel, Cells]:
     return dict(found)
 
 
-def median_interval(rows: list[Row], name: str = "psnr") -> tuple[float, float, float]:
-    """Median over trials and its 95 % interval, by bootstrap over the images (a leak's images and an image's seeds together).
-
-    With fewer than three leaks there is nothing to resample: the interval is nan.
-    """
+def median_interval(rows: list[Row], name: str = "psnr") -> Interval:
+    """Median over trials and its 95 % interval, by bootstrap over the images, a leak's images and their seeds together."""
     by_leak: dict[int, list[float]] = defaultdict(list)
     for row in rows:
         if not row["failed"] and row.get(name) is not None:
             by_leak[row["image"] - row["row"] % _group(rows)].append(row[name])
-    if not by_leak:
-        return np.nan, np.nan, np.nan
-    median = float(np.median(np.concatenate([np.asarray(v) for v in by_leak.values()])))
-    if len(by_leak) < 3:
-        return median, np.nan, np.nan
-    groups, rng = list(by_leak.values()), np.random.default_rng(0)
-    draws = rng.integers(0, len(groups), (RESAMPLES, len(groups)))
-    medians = [np.median(np.concatenate([groups[i] for i in draw])) for draw in draws]
-    low, high = np.percentile(medians, [2.5, 97.5])
-    return median, float(low), float(high)
+    return summary.median_interval(by_leak.values())
 
 
 def _group(rows: list[Row]) -> int:

@@ -42,7 +42,11 @@ class SweepConfig:
     methods: tuple[str, ...] = option(
         DEFAULT, f"attacks: {', '.join(METHODS)}, or all; prior-only always runs, analytic ones need an mlp"
     )
-    victims: tuple[str, ...] = option(("mlp", "lenet", "cnn"), f"attacked networks: {', '.join(victim_files.VICTIMS)}")
+    victims: tuple[str, ...] = option(
+        ("mlp", "lenet", "cnn"),
+        f"attacked networks: {', '.join(victim_files.VICTIMS)}; or MODULE:FUNCTION or FILE.py:FUNCTION, which returns your own "
+        "loss(params, x, y) and params",
+    )
     training_steps: tuple[int, ...] = option((0,), "training states of each victim, in steps; 0 is untrained")
     checkpoints: str = option("", "folder of experiments/train_victim.py, for training states other than 0")
     images: str = option(image_files.BUNDLED, "private images: the bundled set, a folder, a .npz or CIFAR-10's archive")
@@ -95,10 +99,11 @@ class Inputs:
     names: tuple[str, ...]
     mechanisms: dict[str, mechanism_specs.Spec]
     sigmas: dict[str, tuple[float, ...]]  # by mechanism, ascending
-    victims: dict[str, gd.Victim]
+    victims: dict[str, gd.Victim | victim_files.OwnVictim]
     params: dict[tuple[str, int], Any]  # by victim and training steps
     proxy: np.ndarray  # (N, H, W, C) images that every attacker has: the prior's mean image, or samples of it
     hashes: dict[str, Any]
+    leak: Any = None  # a gradient from elsewhere, shaped as the params, in place of those of the images
 
 
 def _need(ok: bool, message: str) -> None:
@@ -235,7 +240,13 @@ def load_inputs(c: SweepConfig) -> Inputs:
     data = _load_images(c, prior.image_shape)
     victims, params, trained = {}, {}, {}
     for name in c.victims:
-        victims[name] = victim_files.make_victim(name, prior.image_shape, c.num_classes)
+        if victim_files.is_own(name):
+            _check_own(c, name)
+            victims[name], params[name, 0] = victim_files.load_own(name, c.num_classes)
+            victim_files.check_own(name, victims[name], params[name, 0], data)
+            trained[f"{name}/0"] = modules.digest(params[name, 0])
+        else:
+            victims[name] = victim_files.make_victim(name, prior.image_shape, c.num_classes)
     for method in c.methods:
         _need(
             any(applies(method, victim, c.group) for victim in victims.values()),
@@ -244,6 +255,8 @@ def load_inputs(c: SweepConfig) -> Inputs:
         )
     for name, victim in victims.items():
         for steps in c.training_steps:
+            if (name, steps) in params:
+                continue
             if steps:
                 params[name, steps], _ = victim_files.load(c.checkpoints, name, steps, victim)
                 trained[f"{name}/{steps}"] = modules.digest(params[name, steps])
@@ -262,6 +275,14 @@ def load_inputs(c: SweepConfig) -> Inputs:
     schedule = prior.schedule(c.steps, c.spacing)
     proxy = _proxy(c, prior, any(victim.has_batch_norm for victim in victims.values()))
     return Inputs(prior, schedule, images, data.labels, data.names, mechanisms, sigmas, victims, params, proxy, hashes)
+
+
+def _check_own(c: SweepConfig, name: str) -> None:
+    """What is known of a network of the user's own is its loss: what needs more of it is refused."""
+    _need(c.training_steps == (0,), f"--training_steps with --victims {name}: it has the weights that its function returns")
+    _need(c.labels == "known", f"--labels={c.labels} with --victims {name}: labels are read off built-in networks only")
+    pruned = [text for text in c.mechanisms if "soteria" in text]
+    _need(not pruned, f"--mechanisms {pruned and pruned[0]} with --victims {name}: soteria prunes built-in networks only")
 
 
 def _proxy(c: SweepConfig, prior: gd.Prior, normed: bool) -> np.ndarray:

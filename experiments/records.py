@@ -12,25 +12,19 @@ that was truncated, altered, or computed with another configuration is not, and 
 from __future__ import annotations
 
 import contextlib
-import datetime
 import fcntl
 import hashlib
 import io
 import json
 import math
-import os
-import platform
-import subprocess
-import sys
 from collections.abc import Iterable
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from experiments.cli import ConfigError, RunError, write_atomic
+from gdiff_jax.provenance import this_run
 
 Row = dict[str, Any]
 
@@ -54,24 +48,6 @@ def _digest(*parts: bytes) -> str:
     for part in parts:
         sha.update(len(part).to_bytes(8, "little") + part)
     return sha.hexdigest()
-
-
-def this_run() -> dict[str, Any]:
-    """Who computes: versions, device, command, commit and time."""
-    root = Path(__file__).parent
-    git = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    packages = ("jax", "jaxlib", "flax", "numpy", "optax", "dm-pix", "diffusers")
-    device = jax.local_devices()[0]
-    return {
-        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": " ".join(["python", *sys.argv]),
-        "commit": git.stdout.strip() or None,
-        "python": platform.python_version(),
-        "versions": {name: metadata.version(name) for name in packages},
-        "device": f"{jax.device_count()} x {device.device_kind} ({device.platform})",
-        "processes": jax.process_count(),
-        "cores": os.cpu_count(),
-    }
 
 
 class Store:

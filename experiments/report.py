@@ -260,7 +260,7 @@ def write(c: SweepConfig, inputs: Inputs, rows: list[Row], store: Store, quiet: 
     about = [
         attackers.threat_model(c),
         f"Median [quartiles] over {c.num_images} images x {c.seeds} seeds of {c.images}{_released(c)}; prior {prior}; "
-        f"{c.steps} steps, {c.spacing}; {_strengths(c)}. The scores are of each trial's last image.",
+        f"{c.steps} steps, {c.spacing}; {strengths(c)}. The scores are of each trial's last image.",
         "Picks: PSNR of one iterate a trial, over all its steps: least gradient distance (attacker), closest to "
         "the truth (oracle: no attacker can do that).",
     ]
@@ -297,7 +297,7 @@ def _released(c: SweepConfig) -> str:
     return of + steps
 
 
-def _strengths(c: SweepConfig) -> str:
+def strengths(c: SweepConfig) -> str:
     """The settings of the methods that ran."""
     restarts = f", {c.restarts} restarts" if c.restarts > 1 else ""
     of = {

@@ -20,6 +20,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ def common_arguments(c: SweepConfig, inputs: Inputs, mesh: Mesh, group: trials.G
     """What the compiled program of the group takes for all of its trials, on every device."""
     strength = 0.0 if group.method == trials.PRIOR_ONLY else METHODS[group.method].strength(c)
     params = inputs.params.get((group.victim, group.training_steps))
-    common = (inputs.prior.denoise, inputs.schedule, params, jnp.asarray(inputs.proxy), jnp.float32(strength))
+    common = (inputs.prior.denoise, inputs.schedule, params, jnp.asarray(inputs.proxy), jnp.float32(strength), inputs.leak)
     return parallel.replicate(common, mesh)
 
 
@@ -92,6 +93,8 @@ def compile_program(c: SweepConfig, inputs: Inputs, mesh: Mesh, trial: trials.Tr
         if not memory.is_shared(mesh) or mesh.size == 1:
             raise
         return compile_program(c, inputs, parallel.trial_mesh(mesh.devices[: mesh.size // 2]), trial, most)
+    if size * mesh.size < most and processes.is_first():
+        tqdm.write(f"{group.title}: {size * mesh.size} trials at a time fit, not {most}")
     return Program(run, size, memory.needed(run), mesh)
 
 
@@ -170,11 +173,22 @@ def describe(
 
 
 def sweep(c: SweepConfig, inputs: Inputs, store: Store, quiet: bool = False, mesh: Mesh | None = None) -> list[Row]:
-    """Runs what is not done yet, chunk by chunk, then writes records, table, plot and contact sheet.
+    """Runs the trials, then writes records, table, plot and contact sheet.
 
     Several processes share the work; the first writes what is said of the whole.
     Returns all rows; `quiet` leaves the table to the files; `mesh` is of the devices to use, all of this process if None.
     """
+    rows = run_trials(c, inputs, store, mesh)
+    if processes.is_first():
+        from experiments import report  # not at the start, which need not wait a second for matplotlib
+
+        store.write_records(rows)
+        report.write(c, inputs, rows, store, quiet)
+    return rows
+
+
+def run_trials(c: SweepConfig, inputs: Inputs, store: Store, mesh: Mesh | None = None) -> list[Row]:
+    """Runs what is not done yet, chunk by chunk, and returns the rows of all trials."""
     mesh, first = mesh or parallel.trial_mesh(), processes.is_first()
     chunks = trials.chunks(trials.make_grid(c, inputs), c.batch)
     todo = [k for k in range(len(chunks)) if not store.is_done(k)]
@@ -190,41 +204,36 @@ def sweep(c: SweepConfig, inputs: Inputs, store: Store, quiet: bool = False, mes
         say(f"computed again, because damaged or of another version: {len(damaged)} chunks ({some})")
     # As many as are in a chunk, not as many as are left: what is computed at a time must not depend on an earlier kill.
     most = max(map(len, chunks))
-    programs = compile_all(c, inputs, mesh, [chunks[k][0] for k in mine], most, first)
-    for name, program in programs.items():
-        if program.at_a_time < most:
-            say(f"{name}: {program.at_a_time} trials at a time fit, not {most}")
     share = sum(len(chunks[k]) for k in mine)
+    compiler = ThreadPoolExecutor(1)
     with tqdm(total=share, unit="trial", smoothing=0.1, disable=not share or not first) as bar:
-        for group, numbers in itertools.groupby(mine, key=lambda k: chunks[k][0].group):
-            bar.set_description(group.title)
-            for k, rows, arrays in compute(c, inputs, programs[group.title], {k: chunks[k] for k in numbers}):
-                store.save(k, [{"chunk": k, **row} for row in rows], arrays)
-                bar.update(len(chunks[k]))
+        try:
+            programs = compile_ahead(compiler, c, inputs, mesh, [chunks[k][0] for k in mine], most)
+            for group, numbers in itertools.groupby(mine, key=lambda k: chunks[k][0].group):
+                # The prior alone runs while the attacks compile. They are timed: nothing compiles beside them, and what does
+                # not fit is known before the first of them.
+                for name in [group.title] if group.method == trials.PRIOR_ONLY else programs:
+                    bar.set_description(f"compiling {name}")
+                    programs[name].result()
+                bar.set_description(group.title)
+                for k, rows, arrays in compute(c, inputs, programs[group.title].result(), {k: chunks[k] for k in numbers}):
+                    store.save(k, [{"chunk": k, **row} for row in rows], arrays)
+                    bar.update(len(chunks[k]))
+        finally:
+            compiler.shutdown(wait=False, cancel_futures=True)
     if jax.process_count() > 1:
         processes.wait_for_all(store, len(chunks))
-    rows = store.rows(range(len(chunks)))
-    if first:
-        from experiments import report  # not at the start, which need not wait a second for matplotlib
-
-        store.write_records(rows)
-        report.write(c, inputs, rows, store, quiet)
-    return rows
+    return store.rows(range(len(chunks)))
 
 
-def compile_all(
-    c: SweepConfig, inputs: Inputs, mesh: Mesh, some: list[trials.Trial], most: int, show: bool
-) -> dict[str, Program]:
-    """The programs of these trials by title, all before the first trial runs: what does not fit is known at once."""
+def compile_ahead(
+    compiler: Executor, c: SweepConfig, inputs: Inputs, mesh: Mesh, some: list[trials.Trial], most: int
+) -> dict[str, Future[Program]]:
+    """The programs of these trials by title, compiled one after the other in their order."""
     kinds: dict[str, trials.Trial] = {}
     for trial in some:
         kinds.setdefault(trial.group.title, trial)
-    programs = {}
-    with tqdm(kinds.items(), unit="program", disable=not kinds or not show) as bar:
-        for name, trial in bar:
-            bar.set_description(f"compiling {name}")
-            programs[name] = compile_program(c, inputs, mesh, trial, most)
-    return programs
+    return {name: compiler.submit(compile_program, c, inputs, mesh, trial, most) for name, trial in kinds.items()}
 
 
 def identity(c: SweepConfig, inputs: Inputs) -> dict[str, Any]:

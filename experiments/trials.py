@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import gdiff_jax as gd
 from experiments import methods
@@ -84,23 +85,22 @@ def chunks(trials: Iterator[Trial], size: int) -> list[list[Trial]]:
 
 def trial_keys(seed: int, chunk: list[Trial]) -> jax.Array:
     """One key a trial, of (image, seed) alone."""
-    base = jax.random.key(seed)
-    images, seeds = jnp.array([t.image for t in chunk]), jnp.array([t.seed for t in chunk])
-    return jax.vmap(lambda image, s: jax.random.fold_in(jax.random.fold_in(base, image), s))(images, seeds)
+    return parallel.trial_keys(seed, np.array([t.image for t in chunk]), np.array([t.seed for t in chunk]))
 
 
-SHARED = 5  # arguments of the runner that all trials of a chunk have in common: the first ones
+SHARED = 6  # arguments of the runner that all trials of a chunk have in common: the first ones
 
 
 def make_runner(
     method: str, inputs: Inputs, victim: Victim | None, spec: Spec | None, c: SweepConfig, mesh: jax.sharding.Mesh
 ) -> Callable[..., Any]:
-    """run(denoise, schedule, params, proxy, strength, key, sigma, image, label) for a chunk of trials, divided over the mesh.
+    """run(denoise, schedule, params, proxy, strength, given, key, sigma, image, label) for trials divided over the mesh.
 
     One jit serves the whole grid: weights, sigma and the method's strength are arguments. `proxy` (N, H, W, C) holds images of
-    the prior, by which an attacker judges what it is not told. The last four arguments have a leading trial axis, and so has
-    all that is returned: arrays of the trial's images (B, H, W, C), metrics of each (B,), and scalars. `image` and `label`
-    have an axis of B = --group images after that of the trials.
+    the prior, by which an attacker judges what it is not told; `given` is a leak from elsewhere, or None.
+    The last four arguments have a leading trial axis, and so has all that is returned: arrays of the trial's images
+    (B, H, W, C), metrics of each (B,), and scalars. `image` and `label` have an axis of B = --group images after that of the
+    trials.
     """
     shape, clip = inputs.prior.image_shape, inputs.prior.clip
     alone = c.group == 1
@@ -110,7 +110,7 @@ def make_runner(
         x = x[None] if alone else x[match_images(x, truth)]
         return dict(image=x, trace=trace._asdict(), metrics=gd.image_metrics(x, truth), scalars=scalars)
 
-    def one(denoise, schedule, params, proxy, strength, key, sigma, images, labels):
+    def one(denoise, schedule, params, proxy, strength, given, key, sigma, images, labels):
         k_noise, k_sample = jax.random.split(key)
         if method == PRIOR_ONLY:
             sample = lambda k, truth=None: gd.unguided_sample(k, denoise, schedule, shape, clip=clip, truth=truth)
@@ -121,9 +121,9 @@ def make_runner(
                 trace = jax.tree.map(lambda a: a[0], trace)
             return result(x, images, trace, {})
         x, y = (images[0], labels[0]) if alone else (images, labels)
-        gradient = released(client, victim.loss, params, x, y)
+        gradient = released(client, victim.loss, params, x, y) if given is None else given
         mechanism = spec.for_image(jax.random.fold_in(k_noise, 1), sigma, victim, params, x)
-        leak = mechanism(k_noise, gradient)
+        leak = mechanism(k_noise, gradient) if given is None else given
         guess = y if c.labels == "known" else infer_labels(victim, params, proxy, leak, c.group)
         match = attacker_match(c, victim, params, proxy, x, leak, guess, mechanism, client)
         task = methods.Task(

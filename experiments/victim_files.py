@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
+import importlib.util
+import os
+import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from experiments.cli import ConfigError
 from gdiff_jax import modules, victims
+from gdiff_jax.auditing.checks import check_loss
+from gdiff_jax.images import ImageSet, to_model
 from gdiff_jax.modules import Params
 from gdiff_jax.victims import Victim
 
@@ -56,6 +65,72 @@ VICTIMS = {
     "cnn-batchnorm": partial(victims.cnn, norm="batch"),
     "resnet-batchnorm": partial(victims.resnet, norm="batch"),
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class OwnVictim:
+    """A network of the user's own, of which its loss alone is known: what a sweep asks a `gdiff_jax.Victim`, and no more."""
+
+    loss: Callable[[Params, Any, Any], Any]  # of params as a flat dict
+    num_classes: int
+    first_dense: None = None
+    has_batch_norm: bool = False
+
+
+def is_own(name: str) -> bool:
+    """Whether a victim's name is MODULE:FUNCTION or FILE.py:FUNCTION."""
+    return ":" in name
+
+
+def load_own(name: str, num_classes: int) -> tuple[OwnVictim, Params]:
+    """The loss and the params that the user's function returns, params as a flat dict by dotted path.
+
+    Raises:
+      ConfigError: where there is no such function, it fails, or what it returns is something else.
+    """
+    where, _, attribute = name.rpartition(":")
+    try:
+        if where.endswith(".py"):
+            spec = importlib.util.spec_from_file_location(Path(where).stem, where)
+            module = importlib.util.module_from_spec(spec)
+            sys.modules.setdefault(spec.name, module)  # where dataclasses and pickles of the file look for it
+            spec.loader.exec_module(module)
+        else:
+            sys.path.insert(0, os.getcwd())
+            module = importlib.import_module(where)
+    except Exception as error:  # whatever the user's file raises
+        raise ConfigError(f"victim {name!r}: {where} cannot be imported ({type(error).__name__}: {error})") from error
+    function = getattr(module, attribute, None)
+    if not callable(function):
+        there = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
+        raise ConfigError(f"victim {name!r}: {where} has no function {attribute!r}; it has {', '.join(there) or 'none'}")
+    try:
+        returned = function()
+    except Exception as error:
+        raise ConfigError(f"victim {name!r}: {attribute}() failed ({type(error).__name__}: {error})") from error
+    if not (isinstance(returned, tuple) and len(returned) == 2 and callable(returned[0])):
+        raise ConfigError(f"victim {name!r}: {attribute}() must return (loss, params), a function and a pytree of arrays")
+    loss, tree = returned
+    leaves, structure = jax.tree.flatten_with_path(tree)
+    names = [jax.tree_util.keystr(path, simple=True, separator=".") or "params" for path, _ in leaves]
+    for path, (_, leaf) in zip(names, leaves, strict=True):
+        if not hasattr(leaf, "dtype"):
+            raise ConfigError(f"victim {name!r}: params.{path} is a {type(leaf).__name__}, not an array; leave it to loss")
+    if len(set(names)) < len(names):
+        raise ConfigError(f"victim {name!r}: two arrays of params have the same path; rename one of {', '.join(names[:9])}")
+
+    def flat_loss(params: Params, x: Any, y: Any) -> Any:
+        return loss(jax.tree.unflatten(structure, [params[n] for n in names]), x, y)
+
+    return OwnVictim(flat_loss, num_classes), {n: jnp.asarray(leaf) for n, (_, leaf) in zip(names, leaves, strict=True)}
+
+
+def check_own(name: str, victim: OwnVictim, params: Params, data: ImageSet) -> None:
+    """ConfigError where the loss cannot be attacked."""
+    try:
+        check_loss(victim.loss, params, to_model(data.images[0]), data.labels[0])
+    except ValueError as error:
+        raise ConfigError(f"victim {name!r}: {error}") from error
 
 
 def has_batch_norm(name: str) -> bool:

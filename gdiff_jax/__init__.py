@@ -4,9 +4,12 @@
     match = GradientMatching(params, y, leak, victim.loss)
     image, trace = dsg_sample(key, prior.denoise, match, prior.schedule(100), prior.image_shape)
 
+`audit(loss, params, images, labels)` does this over images and noise levels and says what it means.
+
 Images are (H, W, C) float32 in [-1, 1]; a batch of trials is a `jax.vmap` over keys and objectives.
 """
 
+from gdiff_jax.auditing import Audit, audit
 from gdiff_jax.federated import LocalSGD, guess_learning_rate
 from gdiff_jax.matching import GradientMatching, cosine, l2, squared_l2, victim_gradient
 from gdiff_jax.mechanisms import GaussianNoise
@@ -19,6 +22,7 @@ from gdiff_jax.victims import Victim
 __version__ = "0.1.0"
 
 __all__ = [
+    "Audit",
     "Denoiser",
     "GaussianNoise",
     "GradientMatching",
@@ -27,6 +31,7 @@ __all__ = [
     "Schedule",
     "StepInfo",
     "Victim",
+    "audit",
     "cosine",
     "dps_sample",
     "dsg_sample",

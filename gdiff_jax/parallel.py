@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
@@ -54,6 +55,16 @@ def map_trials(function: Callable[..., Any], mesh: Mesh, shared: int) -> Callabl
     # optax's line search, do not type-check under it.
     mapped = jax.shard_map(on_one_device, mesh=mesh, in_specs=(P(), P(AXIS)), out_specs=P(AXIS), check_vma=False)
     return lambda *args: mapped(args[:shared], args[shared:])
+
+
+def trial_keys(seed: int, images: np.ndarray, seeds: np.ndarray) -> jax.Array:
+    """One key a trial, of the numbers (N,) of its image and its seed alone.
+
+    So a trial's noise and start are the same at every noise level and for every method, whatever runs beside it.
+    """
+    base = jax.random.key(seed)
+    fold = lambda image, s: jax.random.fold_in(jax.random.fold_in(base, image), s)
+    return jax.vmap(fold)(jnp.asarray(images), jnp.asarray(seeds))
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:

@@ -148,6 +148,7 @@ def load_prior(
 
     Args:
       source: one of
+
         - a bundled name (`gdiff_jax.priors.BUNDLED`);
         - a folder in diffusers' layout, root (`config.json`, `scheduler_config.json` and the weights) or pipeline
           (`unet/`, `scheduler/`), with `.safetensors` or zip-format `.bin` weights of a `UNet2DModel`;

@@ -148,7 +148,7 @@ def _torch_name(name: str) -> str:
     return f"{stem}.{'bias' if leaf == 'bias' else 'weight'}"
 
 
-def _kernel(value: np.ndarray, ndim: int) -> np.ndarray:
+def to_our_layout(value: np.ndarray, ndim: int) -> np.ndarray:
     """OIHW to HWIO, or (out, in) to (in, out); 1 x 1 convolutions become matrices where ours is one."""
     if ndim == 2 and value.ndim > 2 and math.prod(value.shape[2:]) == 1:
         value = value.reshape(value.shape[:2])
@@ -178,7 +178,7 @@ def to_params(spec: modules.Spec, tensors: Tensors, source: str) -> Params:
             problems["missing"].append(key)
             continue
         original = found.pop(key)
-        value = _kernel(original, len(shape)) if name.endswith("kernel") else original
+        value = to_our_layout(original, len(shape)) if name.endswith("kernel") else original
         if value.shape != shape:
             problems["of another shape"].append(f"{key} {original.shape}, expected {name} {shape}")
         elif str(value.dtype) not in _FLOATS or str(value.dtype) != usual:

@@ -6,5 +6,6 @@
 | which directions of the image does it show (extremes, effective rank) | `spectrum` |
 | what does judging x0hat instead of x0 cost (Theorems 1 and 2) | `jensen` |
 | how well can any attack do (Cramer-Rao, van Trees) | `limits` |
+| all of it for one victim, in plain numbers | `summary` |
 | what does the noise guarantee (epsilon, delta, mu, advantage, gamma) | `privacy` |
 """

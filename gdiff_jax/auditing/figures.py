@@ -1,0 +1,308 @@
+"""The figures of an audit, each a function of it alone. Colours are those of Okabe and Ito, told apart by the colour-blind."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+from gdiff_jax.auditing import pictures, summary
+from gdiff_jax.auditing.result import SHOWN, Audit
+from gdiff_jax.auditing.summary import Interval
+
+BLUE, ORANGE, GREEN, RED, PURPLE, SKY, BLACK = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000"
+CYCLE = (BLUE, RED, GREEN, PURPLE, ORANGE, SKY, BLACK)
+
+
+def _tight(pad: float) -> ConstrainedLayoutEngine:
+    return ConstrainedLayoutEngine(w_pad=pad, h_pad=pad, wspace=0, hspace=0)
+
+
+STYLE: Any = {
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "legend.frameon": False,
+    "svg.hashsalt": "gdiff_jax",  # the same figure is the same file
+    "svg.fonttype": "path",
+}
+EXACT = 60.0  # dB; above it an image is the truth to rounding
+
+
+def _axes(width: float, height: float, columns: int = 1) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(width, height), layout="constrained")  # not pyplot's: a library opens no windows
+    return figure, list(figure.subplots(1, columns, squeeze=False)[0])
+
+
+def _levels_axis(ax: Axes, audit: Audit) -> np.ndarray:
+    """Even places for the noise levels, which are about logarithmic and may begin with 0."""
+    x = np.arange(len(audit.sigmas))
+    epsilon = {g["sigma"]: g["epsilon"] for g in audit.guarantees}
+    tick = lambda s: f"{s:.3g}" + (f"\n(ε {epsilon[s]:.3g})" if epsilon.get(s) is not None else "")
+    ax.set_xticks(x, [tick(s) for s in audit.sigmas])
+    ax.set_xlabel("σ, standard deviation of the noise on the gradient")
+    return x
+
+
+def _line(ax: Axes, x: np.ndarray, values: list[Interval], colour: str, label: str, style: str = "o-") -> None:
+    middle, low, high = (np.array([v[k] for v in values]) for k in range(3))
+    ax.plot(x, middle, style, color=colour, label=label, ms=5, lw=1.8)
+    ax.fill_between(x, low, high, color=colour, alpha=0.16, lw=0)
+
+
+def _quality(ax: Axes, audit: Audit, name: str) -> None:
+    levels, x = audit.levels(), _levels_axis(ax, audit)
+    for i, method in enumerate(audit.methods):
+        own = [[r for r in audit.at(s) if r["method"] == method and not r["failed"]] for s in audit.sigmas]
+        values = [summary.median_interval(summary.by_leak(found, lambda r: r.get(name))).value for found in own]
+        ax.plot(x, values, "--", color=CYCLE[1 + i % 6], lw=1.2, label=method.upper())
+    _line(ax, x, [getattr(v, name) for v in levels], BLUE, "attacker's choice [95 %]")
+    if name == "psnr":
+        ax.plot(x, [v.oracle.value for v in levels], "^:", color="0.25", ms=4, lw=1, label="oracle's choice")
+        ax.axhline(audit.about["threshold"], color=BLACK, lw=0.8)
+        note = f"recovered: {audit.about['threshold']:g} dB"
+        ax.annotate(note, (x[-1], audit.about["threshold"]), fontsize=8, ha="right", va="bottom")
+    for rows, label, style in ((audit.prior_only, "prior only", "-."), (audit.mean_image, "mean image", ":")):
+        base = [r[name] for r in rows if r.get(name) is not None]
+        if base:
+            ax.axhline(float(np.median(base)), ls=style, color="0.5", lw=1.2, label=label)
+    unit = {"psnr": "PSNR, dB", "ssim": "SSIM", "lpips": "LPIPS (small is alike)"}
+    ax.set_ylabel(unit[name])
+    if name == "psnr" and ax.get_ylim()[1] > EXACT:
+        ax.set_ylim(top=EXACT)
+        ax.set_ylabel(f"PSNR, dB, cut at {EXACT:g}")
+
+
+def quality(audit: Audit) -> Figure:
+    """Image metrics over the noise: the attacker's and the oracle's choice, each method, and two who ignore the gradient."""
+    names = ["psnr", *[n for n in ("ssim", "lpips") if any(r.get(n) is not None for r in audit.attacks)]]
+    figure, axes = _axes(4.6 * len(names), 3.9, len(names))
+    for ax, name in zip(axes, names, strict=True):
+        _quality(ax, audit, name)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=4, fontsize=9)
+    return figure
+
+
+def _recovered(ax: Axes, audit: Audit) -> None:
+    levels, x = audit.levels(), _levels_axis(ax, audit)
+    threshold, kappa = audit.about["threshold"], 1 / audit.candidates
+    _line(ax, x, [v.recovered for v in levels], BLUE, f"recovered, {threshold:g} dB or better")
+    ax.plot(x, [v.recovered_oracle.value for v in levels], "^:", color="0.25", ms=4, lw=1, label="the same, oracle's choice")
+    _line(ax, x, [v.identified for v in levels], RED, f"recognised among {audit.candidates}", "s-")
+    ax.axhline(kappa, color="0.5", ls="-.", lw=1.2, label=f"blind guess, κ = {kappa:.3g}")
+    bounds = [g["gamma"] for g in audit.guarantees]
+    if any(b is not None and b < 1 for b in bounds):
+        ax.plot(x, [1.0 if b is None else b for b in bounds], "d--", color=GREEN, ms=4, label="γ(κ): no attack recognises more")
+    ax.axhline(audit.about["share"], color=BLACK, lw=0.8)
+    ax.set_ylim(-0.03, 1.05)
+    ax.yaxis.set_major_formatter(lambda v, _: f"{v:.0%}")
+    ax.set_ylabel("share of images [95 %]")
+
+
+def recovered(audit: Audit) -> Figure:
+    """Share of images that came back above the threshold, and that are recognised among candidates, over the noise."""
+    figure, (ax,) = _axes(6.4, 4.0)
+    _recovered(ax, audit)
+    figure.legend(loc="outside upper center", ncols=2, fontsize=9)
+    return figure
+
+
+def overview(audit: Audit) -> Figure:
+    """PSNR, and the shares recovered and recognised, side by side; for a gradient of unknown images, its distance."""
+    with matplotlib.rc_context(STYLE):
+        if not audit.has_truth:
+            return steps(audit)
+        figure, axes = _axes(11.5, 4.2, 2)
+        for ax, draw in zip(axes, (lambda ax: _quality(ax, audit, "psnr"), lambda ax: _recovered(ax, audit)), strict=True):
+            draw(ax)
+            ax.legend(fontsize=8)
+        return figure
+
+
+def epsilon(audit: Audit) -> Figure:
+    """PSNR, and the share that is recognised, over epsilon; each under its bound where there is one."""
+    by_sigma = {g["sigma"]: g for g in audit.guarantees if g["epsilon"] is not None}
+    levels = sorted((v for v in audit.levels() if v.sigma in by_sigma), key=lambda v: v.epsilon)
+    figure, axes = _axes(9.2, 3.7, 2)
+    x = np.array([v.epsilon for v in levels])
+    _line(axes[0], x, [v.psnr for v in levels], BLUE, "attacker's choice [95 %]")
+    axes[0].axhline(audit.about["threshold"], color=BLACK, lw=0.8)
+    axes[0].set_ylabel("PSNR, dB")
+    _line(axes[1], x, [v.identified for v in levels], RED, f"recognised among {audit.candidates}", "s-")
+    axes[1].plot(
+        x, [by_sigma[v.sigma]["gamma"] for v in levels], "d--", color=GREEN, ms=4, label="γ(κ): the most any attack can"
+    )
+    axes[1].axhline(1 / audit.candidates, color="0.5", ls="-.", lw=1.2, label="blind guess, κ")
+    axes[1].set_ylim(-0.03, 1.05)
+    axes[1].set_ylabel("share of images")
+    for ax in axes:
+        ax.set_xscale("log")
+        ax.set_xlabel(f"ε at δ = {audit.about['delta']:g}, one release")
+        ax.legend(fontsize=8)
+    return figure
+
+
+def reconstructions(audit: Audit) -> Figure:
+    """The truth, and what the attacker chose at each noise level, seed 0, not selected; numbers are PSNR in dB."""
+    shown = [i for i in range(SHOWN) if f"truth/{i}" in audit.pictures]
+    heads = ["truth", *[f"σ = {s:.3g}" for s in audit.sigmas], "prior only"]
+    keys = lambda i: [f"truth/{i}", *[f"found/{s!r}/{i}" for s in audit.sigmas], f"prior/{i}"]
+    psnr = {(s, r["image"]): r["psnr"] for s in audit.sigmas for r in summary.attacker_picks(audit.at(s)) if r["seed"] == 0}
+    figure = Figure(
+        figsize=(1.05 * len(heads) + 0.2, 1.22 * len(shown) + 0.3),
+        layout=_tight(0.02),
+    )
+    axes = figure.subplots(len(shown), len(heads), squeeze=False)
+    for line, i in zip(axes, shown, strict=True):
+        notes = ["", *[_note(psnr.get((s, i))) for s in audit.sigmas], ""]
+        for ax, key, note in zip(line, keys(i), notes, strict=True):
+            _picture(ax, audit.pictures.get(key), note)
+    for ax, head in zip(axes[0], heads, strict=True):
+        ax.set_title(head, fontsize=9)
+    return figure
+
+
+def _note(psnr: float | None) -> str:
+    return "failed" if psnr is None else f"{psnr:.1f}"
+
+
+def _picture(ax: Axes, picture: str | None, note: str) -> None:
+    ax.set_xticks([])
+    ax.set_yticks([])
+    ax.set_frame_on(False)
+    ax.grid(False)
+    ax.set_xlabel(note, fontsize=8, labelpad=1)
+    if picture is not None:
+        ax.imshow(pictures.decode(picture), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+
+
+def attempts(audit: Audit) -> Figure:
+    """What was made of a gradient whose image is not known, the closest in gradient first."""
+    rows = sorted(summary.attacker_picks(audit.attacks) or [], key=lambda r: r["distance"])
+    seeds = [int(name.rsplit("/", 1)[1]) for name in audit.pictures if name.startswith("found/")]
+    best = {r["seed"]: r for r in reversed(rows)}
+    seeds.sort(key=lambda seed: best[seed]["distance"])
+    figure = Figure(figsize=(1.6 * max(len(seeds), 2), 2.0), layout="constrained")
+    axes = figure.subplots(1, len(seeds), squeeze=False)[0]
+    for ax, seed in zip(axes, seeds, strict=True):
+        row = best[seed]
+        relative = row["distance"] / row["gradient_norm"]
+        _picture(
+            ax, audit.pictures[f"found/{audit.sigmas[0]!r}/{seed}"], f"{row['method']}, seed {seed}\n{relative:.1%} unexplained"
+        )
+    return figure
+
+
+def film(audit: Audit) -> Figure:
+    """One reconstruction over the reverse steps, from noise to image."""
+    names = [n for n in audit.pictures if n.startswith("film/")]
+    some = [names[round(k)] for k in np.linspace(0, len(names) - 1, min(10, len(names)))]
+    figure = Figure(figsize=(1.02 * len(some), 1.25), layout=_tight(0.01))
+    times = audit.about["film_steps"]
+    for ax, name in zip(figure.subplots(1, len(some), squeeze=False)[0], some, strict=True):
+        _picture(ax, audit.pictures[name], f"t = {times[int(name[5:])]}")
+    return figure
+
+
+def steps(audit: Audit) -> Figure:
+    """Per reverse step: distance of the gradient over the distance that noise alone leaves, and PSNR of x0hat; medians."""
+    method = audit.methods[0]
+    figure, axes = _axes(9.2 if audit.has_truth else 5.2, 3.6, 2 if audit.has_truth else 1)
+    colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(audit.sigmas)))
+    for sigma, colour in zip(audit.sigmas, colours, strict=True):
+        rows = [r for r in audit.at(sigma) if r["method"] == method and not r["failed"]]
+        for ax, name in zip(axes, ("distance", "psnr"), strict=False):
+            curves = np.array([audit.curve(r)[name] for r in rows])
+            if curves.size and np.isfinite(curves).any():
+                median = np.array([np.median(c[np.isfinite(c)]) if np.isfinite(c).any() else math.nan for c in curves.T])
+                ax.plot(np.arange(len(median)), median, color=colour, lw=1.6, label=f"σ = {sigma:.3g}")
+        floor = np.median([r["noise_norm"] for r in rows if r["noise_norm"] is not None] or [0])
+        if floor > 0:
+            axes[0].axhline(floor, color=colour, ls=":", lw=1)
+    axes[0].set_yscale("log")
+    axes[0].set_ylabel(f"{method.upper()}: distance of gradients\n(dotted: norm of the noise)")
+    if audit.has_truth:
+        axes[1].set_ylabel("PSNR of x0hat, dB")
+    for ax in axes:
+        ax.set_xlabel("reverse step")
+    axes[-1].legend(fontsize=8)
+    return figure
+
+
+def layers(audit: Audit) -> Figure:
+    """Which arrays of the parameters answer to the pixels (share of ||J||_F^2), and which hold the gradient's norm."""
+    theory = audit.theory or {}
+    names = sorted(theory["shares"], key=theory["shares"].__getitem__, reverse=True)[:16][::-1]
+    figure, (ax,) = _axes(6.4, 0.7 + 0.34 * len(names))
+    y = np.arange(len(names))
+    ax.barh(y + 0.2, [theory["shares"][n] for n in names], 0.38, color=BLUE, label="share of ||J||² (what answers to pixels)")
+    ax.barh(y - 0.2, [theory["gradient_shares"][n] for n in names], 0.38, color=ORANGE, label="share of the gradient's ||g||²")
+    ax.set_yticks(y, names)
+    ax.xaxis.set_major_formatter(lambda v, _: f"{v:.0%}")
+    figure.legend(loc="outside upper center", ncols=2, fontsize=8)
+    return figure
+
+
+def spectrum(audit: Audit) -> Figure:
+    """Eigenvalues of J^T J beside the noise: a direction of the image is hidden where lambda < sigma^2 / its variance."""
+    theory = audit.theory or {}
+    figure, (ax,) = _axes(6.4, 3.6)
+    for k, row in enumerate(theory["spectra"]):
+        values = np.maximum(np.array(row["eigenvalues"]), 1e-20)
+        x = np.linspace(0, 1, len(values))
+        ax.plot(x, values, color=CYCLE[k % 7], lw=1.8, label=f"image {k}: rank {row['rank']} of {row['dimensions']}")
+    for sigma in [s for s in audit.sigmas if s > 0]:
+        ax.axhline(sigma**2, color="0.6", lw=0.8, ls=":")
+        ax.annotate(f"σ² at σ = {sigma:.3g}", (1, sigma**2), fontsize=7, ha="right", va="bottom", color="0.35")
+    top = max(row["lambda_max"] for row in theory["spectra"])
+    ax.set_yscale("log")
+    ax.set_ylim(max(top * 1e-14, 1e-20), top * 5)
+    ax.xaxis.set_major_formatter(lambda v, _: f"{v:.0%}")
+    ax.set_xlabel("directions of the image, from the best seen to the worst")
+    ax.set_ylabel("eigenvalue of JᵀJ")
+    ax.legend(fontsize=8, loc="lower left")
+    return figure
+
+
+def drawings(audit: Audit) -> dict[str, Callable[[Audit], Figure]]:
+    """The figures that this audit has something to show in, by name, in the report's order."""
+    theory = audit.theory or {}
+    has = {
+        "reconstructions": audit.has_truth,
+        "attempts": not audit.has_truth and any(n.startswith("found/") for n in audit.pictures),
+        "quality": audit.has_truth,
+        "recovered": audit.has_truth,
+        "epsilon": audit.has_truth and sum(g["epsilon"] is not None for g in audit.guarantees) > 1,
+        "steps": True,
+        "film": any(n.startswith("film/") for n in audit.pictures),
+        "layers": bool(theory.get("shares")),
+        "spectrum": bool(theory.get("spectra")) and bool(theory.get("spectrum_is_exact")),
+    }
+    every: dict[str, Callable[[Audit], Figure]] = dict(
+        reconstructions=reconstructions, attempts=attempts, quality=quality, recovered=recovered, epsilon=epsilon,
+        steps=steps, film=film, layers=layers, spectrum=spectrum,
+    )  # fmt: skip
+    return {name: draw for name, draw in every.items() if has[name]}
+
+
+def files(audit: Audit) -> dict[str, bytes]:
+    """Every figure as NAME.png and NAME.svg; the same audit gives the same bytes."""
+    found = {}
+    with matplotlib.rc_context(STYLE):
+        for name, draw in drawings(audit).items():
+            figure = draw(audit)
+            for kind, metadata in (("svg", {"Date": None}), ("png", {"Software": None})):
+                file = io.BytesIO()
+                figure.savefig(file, format=kind, dpi=150, metadata=metadata)
+                found[f"{name}.{kind}"] = file.getvalue()
+    return found

@@ -1,0 +1,46 @@
+"""One reconstruction, to be looked at while it comes into being."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from gdiff_jax.samplers.base import Denoise, Objective, reverse
+from gdiff_jax.samplers.dsg import dsg_step
+from gdiff_jax.schedule import Schedule
+
+FRAMES = 24
+
+
+def film_steps(schedule: Schedule) -> list[int]:
+    """Timesteps of the frames of `film`: t of the step that each was made by."""
+    return [int(t) for t in np.asarray(schedule.t)[::-1][_frames(schedule.num_steps)]]
+
+
+def _frames(num_steps: int) -> np.ndarray:
+    return np.unique(np.round(np.linspace(0, num_steps - 1, min(FRAMES, num_steps))).astype(int))
+
+
+def film(
+    key: jax.Array,
+    denoise: Denoise,
+    match: Objective,
+    schedule: Schedule,
+    shape: tuple[int, ...],
+    clip: bool,
+    rate: float = 0.2,
+) -> list[np.ndarray]:
+    """The iterates of one reconstruction by DSG at about `FRAMES` of its steps, the last one included; `key` of the trial."""
+
+    @jax.jit
+    def run(key: jax.Array, denoise: Any, match: Any, schedule: Schedule) -> Any:
+        def step(key: jax.Array, x: jax.Array, i: jax.Array) -> tuple[jax.Array, Any]:
+            x, _ = dsg_step(key, x, i, denoise, match, schedule, guidance_rate=rate, clip=clip)
+            return x, x
+
+        return reverse(key, step, schedule, shape)[1]
+
+    iterates = run(jax.random.split(key)[1], denoise, match, schedule)
+    return list(np.asarray(iterates)[_frames(schedule.num_steps)])

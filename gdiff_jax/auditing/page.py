@@ -1,0 +1,167 @@
+"""The report of an audit: one page, which asks nothing of a network, with its data and figures beside it."""
+
+from __future__ import annotations
+
+import base64
+import functools
+import math
+from collections.abc import Iterable
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+
+from gdiff_jax.auditing import figures, pictures, summary
+from gdiff_jax.auditing.result import Audit
+from gdiff_jax.files import write_atomic
+
+Table = dict[str, list[Any]]
+_KINDS = {"svg": "image/svg+xml", "png": "image/png"}
+_RASTER = ("reconstructions", "attempts", "film")  # made of pixels: as PNG they are smaller
+
+
+def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> Table:
+    return {"head": list(head), "rows": [list(r) for r in rows]}
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    return "-" if value is None or not math.isfinite(value) else f"{value:.{digits}g}"
+
+
+def _levels(audit: Audit, found: list[summary.Level]) -> Table:
+    names = ["ssim", *(["lpips"] if audit.about["has_lpips"] else [])]
+    head = [
+        "σ",
+        "PSNR dB",
+        "oracle",
+        *[n.upper() for n in names],
+        "recovered",
+        "by the oracle",
+        "recognised",
+        "chosen",
+        "trials",
+    ]
+    rows = []
+    for v in found:
+        trials = f"{v.trials}" + (f" ({v.failed} failed)" if v.failed else "")
+        scores = [getattr(v, n).text(2) for n in names]
+        shares = [s.percent() for s in (v.recovered, v.recovered_oracle, v.identified)]
+        rows.append([f"{v.sigma:.3g}", v.psnr.text(), v.oracle.text(), *scores, *shares, v.methods or "-", trials])
+    return _table(head, rows)
+
+
+def _baselines(audit: Audit) -> str:
+    parts = []
+    for rows, name in ((audit.prior_only, "samples of the prior"), (audit.mean_image, "the mean image")):
+        values = [r["psnr"] for r in rows if r["psnr"] is not None]
+        if values:
+            parts.append(f"{name} {np.median(values):.1f} dB")
+    return ", ".join(parts) + "." if parts else "none."
+
+
+def _guarantees(audit: Audit) -> Table:
+    head = ["σ", "ε", "δ", "μ", "advantage", "TPR at 1 % FPR", "γ(κ)", "γ(10⁻⁴)", ""]
+    rows = []
+    for g in audit.guarantees:
+        delta = "0 (pure)" if g["pure"] else f"{g['delta']:g}"
+        figures_ = [_number(g[k]) for k in ("mu", "advantage", "tpr", "gamma", "gamma_1e-4")]
+        with_ = [_number(g["epsilon"], 4), delta, *figures_, ""]
+        rows.append([f"{g['sigma']:.3g}", *(with_ if g["epsilon"] is not None else ["none", *["-"] * 6, g["reason"]])])
+    return _table(head, rows)
+
+
+def _theory(audit: Audit) -> tuple[Table | None, Table]:
+    t = audit.theory
+    if not t:
+        return None, _table((), ())
+    rows = [
+        ["parameters", f"{t['parameters']:,}"],
+        ["||J||, median over images", f"{np.median(t['frobenius']):.4g}"],
+        ["reconstruction vulnerability RV = max ||J||", f"{t['rv'][0]:.4g} ± {t['rv'][1]:.2g}"],
+        ["norm of the gradient, median", f"{np.median(t['gradient_norm']):.4g}"],
+    ]
+    for k, s in enumerate(t["spectra"]):
+        rank = f"rank {s['rank']} of {s['dimensions']}, " if "rank" in s else ""
+        low = "λ min" if t["spectrum_is_exact"] else "λ min at most"
+        text = f"{rank}effective rank {s['effective_rank']:.1f}, λ max {s['lambda_max']:.3g}, {low} {s['lambda_min']:.3g}"
+        rows.append([f"spectrum of JᵀJ, image {k}", text])
+    head = ["σ", "I2F, pixels' units", "Cramér-Rao, PSNR dB at most", "van Trees, PSNR dB at most"]
+    columns = [t["i2f"], t.get("cramer_rao_psnr"), t.get("van_trees_psnr")]
+    cell = lambda column, j: "-" if not column else ("unbounded error" if column[j] is None else f"{column[j]:.3g}")
+    limits = [[f"{s:.3g}", *[cell(c, j) for c in columns]] for j, s in enumerate(t["sigmas"])]
+    return _table(("quantity", "value"), rows), _table(head, limits if t["i2f"] else [])
+
+
+def _cards(audit: Audit, found: list[summary.Level]) -> list[tuple[str, str]]:
+    if not found:
+        return []
+    first = found[0]
+    at = "without noise" if first.sigma == 0 else f"at σ = {first.sigma:.3g}"
+    noise, share = audit.smallest_noise(), audit.about["share"]
+    value = {0.0: "any tried", math.inf: f"> {audit.sigmas[-1]:.3g}"}.get(noise.value, f"{noise.value:.2g}")
+    return [
+        (f"{first.psnr.value:.1f} dB", f"median PSNR {at}"),
+        (f"{first.recovered.value:.0%}", f"of images recovered {at}"),
+        (f"{first.identified.value:.0%}", f"recognised among {audit.candidates} {at}"),
+        (value, f"σ from which fewer than {share:.0%} are recovered"),
+    ]
+
+
+def _settings(audit: Audit) -> Table:
+    flat: list[list[str]] = []
+    for key, value in audit.about.items():
+        if isinstance(value, dict):
+            flat += [[f"{key}.{k}", str(v)] for k, v in value.items() if v not in (None, {}, "")]
+        elif key not in ("command", "threat_model"):
+            flat.append([key, ", ".join(map(str, value)) if isinstance(value, list) else str(value)])
+    return _table(("setting", "value"), flat)
+
+
+def render(audit: Audit, drawn: dict[str, bytes]) -> str:
+    """The page. `drawn` is of `figures.files`."""
+    uri = lambda kind, data: f"data:{kind};base64,{base64.b64encode(data).decode()}"
+    shown = {}
+    for name in figures.drawings(audit):
+        kind = "png" if name in _RASTER else "svg"
+        shown[name] = uri(_KINDS[kind], drawn[f"{name}.{kind}"])
+    frames = [v for k, v in audit.pictures.items() if k.startswith("film/")]
+    found = audit.levels()
+    theory, limits = _theory(audit)
+    sections = [("threat", "Attacker"), ("images", "Images"), ("noise", "Noise"), ("guarantees", "Guarantees")]
+    sections += [("steps", "Steps"), ("theory", "Theory"), ("reproduce", "Reproduce")]
+    missing = {"noise": not found, "theory": not theory}
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    template = environment.from_string((resources.files("gdiff_jax.auditing") / "page.html").read_text())
+    return template.render(
+        about=audit.about,
+        sections=[s for s in sections if not missing.get(s[0])],
+        verdict=summary.verdict(audit),
+        warnings=audit.warnings(),
+        cards=_cards(audit, found),
+        figures=shown,
+        gif=f"data:image/gif;base64,{pictures.gif(frames)}" if frames else "",
+        levels=_levels(audit, found),
+        baselines=_baselines(audit),
+        guarantees=_guarantees(audit),
+        theory=theory,
+        limits=limits,
+        settings=_settings(audit),
+    )
+
+
+def write(audit: Audit, folder: Path) -> Path:
+    """Writes report.html, audit.json, trials.csv and figures/, each file whole or not at all; returns the page's path."""
+    (folder / "figures").mkdir(parents=True, exist_ok=True)
+    drawn = figures.files(audit)
+    page = folder / "report.html"
+    texts = {"audit.json": audit.to_json(), "trials.csv": audit.to_csv(), page.name: render(audit, drawn)}
+    files = {f"figures/{name}": data for name, data in drawn.items()} | {name: text.encode() for name, text in texts.items()}
+    for name, data in files.items():
+        write_atomic(folder / name, functools.partial(_put, data))
+    return page
+
+
+def _put(data: bytes, path: Path) -> None:
+    path.write_bytes(data)

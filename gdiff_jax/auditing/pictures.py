@@ -1,0 +1,42 @@
+"""Images as PNG and GIF files in base64, which a page can hold within itself."""
+
+from __future__ import annotations
+
+import base64
+import io
+
+import numpy as np
+from PIL import Image
+
+from gdiff_jax.images import to_unit
+
+LARGEST = 128  # pixels; larger images are kept at this size, they are to be looked at and not to be measured
+GIF_SIZE, GIF_MS = 160, 90
+
+
+def png(image: np.ndarray) -> str:
+    """A PNG file, base64, of an image (H, W, 1 or 3) in [-1, 1]; what is not finite is black."""
+    unit = np.nan_to_num(np.asarray(to_unit(np.asarray(image)), np.float64), nan=0.0)
+    pixels = np.round(255 * unit).astype(np.uint8)
+    picture = Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels)
+    picture.thumbnail((LARGEST, LARGEST))
+    return _encoded(picture, "PNG", optimize=True)
+
+
+def decode(text: str) -> np.ndarray:
+    """Pixels 0..255 of a picture that `png` made."""
+    with Image.open(io.BytesIO(base64.b64decode(text))) as picture:
+        return np.asarray(picture)
+
+
+def gif(frames: list[str]) -> str:
+    """A GIF file, base64, of pictures that `png` made, the last one held for two seconds."""
+    found = [Image.fromarray(decode(f)).convert("RGB").resize((GIF_SIZE, GIF_SIZE), Image.Resampling.NEAREST) for f in frames]
+    durations = [GIF_MS] * (len(found) - 1) + [2000]
+    return _encoded(found[0], "GIF", save_all=True, append_images=found[1:], duration=durations, loop=0)
+
+
+def _encoded(picture: Image.Image, kind: str, **options: object) -> str:
+    file = io.BytesIO()
+    picture.save(file, kind, **options)
+    return base64.b64encode(file.getvalue()).decode()

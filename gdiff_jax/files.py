@@ -1,0 +1,20 @@
+"""Files that are whole or not there."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+
+def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
+    """Calls write(temporary path) and renames: the file appears whole or not at all, also after a crash."""
+    partial = path.with_name(f".{path.name}.partial{path.suffix}")
+    try:
+        write(partial)
+        with open(partial, "rb") as file:
+            os.fsync(file.fileno())
+    except OSError:  # a full disk: leave no more on it than was there
+        partial.unlink(missing_ok=True)
+        raise
+    os.replace(partial, path)

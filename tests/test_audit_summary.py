@@ -1,0 +1,195 @@
+"""What an audit says of its trials: choices, intervals, crossings and warnings, on trials made by hand."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from gdiff_jax import metrics
+from gdiff_jax.auditing import summary
+from gdiff_jax.auditing.result import Audit, curve_key
+
+SIGMAS = (0.0, 0.01, 0.1, 1.0)
+
+
+def row(method, sigma, image, seed, psnr, distance, **more):
+    usual = dict(
+        leak=image, failed=False, mse=0.01, ssim=0.5, rank=0 if psnr and psnr > 15 else 3, gradient_norm=10.0, noise_norm=sigma * 100,
+        psnr_of_best_step=psnr, label_accuracy=1.0, leak_cosine=1.0,
+    )  # fmt: skip
+    return dict(method=method, sigma=sigma, image=image, seed=seed, psnr=psnr, distance=distance) | usual | more
+
+
+def make(rows=None, images=12, seeds=2, **changes):
+    """PSNR 40 - 10 per level of noise, plus the image's number over 10; dsg is closer to the leak than dps, and 1 dB better."""
+    if rows is None:
+        rows = [
+            row(method, s, i, k, 40 - 10 * j + i / 10 - worse, 1.0 + worse + 100 * s)
+            for method, worse in (("dsg", 0), ("dps", 1))
+            for j, s in enumerate(SIGMAS)
+            for i in range(images)
+            for k in range(seeds)
+        ]
+    steps = {"distance": [5.0 * 0.8**t for t in range(20)], "psnr": [float(t) for t in range(20)]}
+    about = dict(
+        victim="v", threshold=20.0, share=0.25, group=1, num_images=images, seeds=seeds, delta=1e-5, clip_norm=None, candidates=10,
+        has_truth=True, has_lpips=False,
+    )  # fmt: skip
+    none = [dict(sigma=s, epsilon=None, reason="no clipping", gamma=None) for s in SIGMAS]
+    parts = dict(about=about, trials=rows, curves={curve_key(r): steps for r in rows}, mean_image=[], guarantees=none)
+    audit = Audit(**parts, theory=None, pictures={})
+    return dataclasses.replace(audit, **changes)
+
+
+def test_the_attacker_chooses_without_the_truth():
+    rows = make().trials
+    rng = np.random.default_rng(0)
+    shuffled = [{**r, "psnr": float(p), "ssim": float(p)} for r, p in zip(rows, rng.permutation(len(rows)), strict=True)]
+    key = lambda r: (r["method"], r["sigma"], r["image"], r["seed"])
+    assert [key(r) for r in summary.attacker_picks(rows)] == [key(r) for r in summary.attacker_picks(shuffled)]
+    assert {r["method"] for r in summary.attacker_picks(rows)} == {"dsg"}
+
+
+def test_an_oracle_is_never_below_the_attacker():
+    rng = np.random.default_rng(0)
+    rows = [{**r, "psnr": float(rng.normal(20, 5)), "distance": float(rng.uniform())} for r in make().trials]
+    for level in make(rows).levels():
+        assert level.oracle.value >= level.psnr.value
+        assert level.recovered_oracle.value >= level.recovered.value
+
+
+def test_a_failed_trial_is_counted_and_recovers_nothing():
+    rows = [{**r, "failed": r["image"] < 3, "psnr": None if r["image"] < 3 else r["psnr"]} for r in make().trials]
+    level = make(rows).levels()[0]
+    assert level.failed == 2 * 2 * 3
+    assert level.recovered.value == pytest.approx(9 / 12)
+    assert any("not finite" in w for w in summary.warnings(make(rows)))
+
+
+def test_shares_have_clopper_and_pearsons_interval():
+    found = summary.share_interval([[1.0]] * 3 + [[0.0]] * 9)
+    exact = stats.binomtest(3, 12).proportion_ci(0.95, "exact")
+    assert found == pytest.approx((0.25, exact.low, exact.high))
+    assert summary.share_interval([[0.0]] * 12)[:2] == (0, 0)
+    assert summary.share_interval([[0.0]] * 12).high == pytest.approx(1 - 0.025 ** (1 / 12))
+    # Seeds are no draws of their own: doubling them changes nothing.
+    assert summary.share_interval([[1.0, 1.0]] * 3 + [[0.0, 0.0]] * 9) == pytest.approx(tuple(found))
+
+
+def test_the_bootstrap_covers_the_median():
+    """Of 60 draws of 12 normal images the 95 % interval misses the median 0 in about 3; 12 or more would be a fault."""
+    rng = np.random.default_rng(0)
+    missed = 0
+    for _ in range(60):
+        found = summary.median_interval([[v] for v in rng.normal(size=12)])
+        missed += not found.low <= 0 <= found.high
+    assert missed < 12
+    assert math.isnan(summary.median_interval([[1.0], [2.0]]).low)
+    assert math.isnan(summary.median_interval([]).value)
+
+
+def test_crossing_is_linear_in_log_sigma():
+    assert summary.crossing([0.01, 0.1, 1.0], [1.0, 0.5, 0.0], 0.25) == pytest.approx(10**-0.5)
+    assert summary.crossing([0.0, 0.1], [1.0, 0.0], 0.25) == pytest.approx(0.075)
+    assert summary.crossing([0.01, 0.1], [0.1, 0.0], 0.25) == 0
+    assert summary.crossing([0.01, 0.1], [1.0, 0.3], 0.25) == math.inf
+    # Where the share rises again it is the last crossing that protects.
+    assert summary.crossing([0.01, 0.1, 1.0, 10.0], [1.0, 0.0, 0.5, 0.0], 0.25) == pytest.approx(10**0.5)
+
+
+def test_the_smallest_noise_and_its_words():
+    audit = make()  # 20 dB: all images at 0.1, none at 1
+    noise = audit.smallest_noise()
+    assert noise.value == pytest.approx(0.1 * 10**0.75)
+    assert noise.low <= noise.value <= noise.high
+    assert f"sigma {noise.value:.2g}" in audit.verdict()
+    all_low = make([{**r, "psnr": 5.0, "psnr_of_best_step": 5.0} for r in audit.trials])
+    assert all_low.smallest_noise().value == 0
+    assert "at every noise level tried" in all_low.verdict()
+    all_high = make([{**r, "psnr": 50.0} for r in audit.trials])
+    assert math.isinf(all_high.smallest_noise().value)
+    assert "try more than sigma 1" in all_high.verdict()
+
+
+def test_the_verdict_says_what_so_few_images_can_show():
+    rows = [{**r, "psnr": 30.0 if r["sigma"] < 0.1 else 5.0, "psnr_of_best_step": 30.0} for r in make().trials]
+    assert "audit more of them" in make(rows).verdict()
+
+
+def test_epsilon_of_the_smallest_noise():
+    audit = make()
+    clipped = dataclasses.replace(audit, about={**audit.about, "clip_norm": 1.0})
+    from gdiff_jax.theory import privacy
+
+    epsilon = privacy.gaussian_epsilon(clipped.smallest_noise().value, 1e-5)
+    assert f"epsilon {epsilon:.3g} at delta 1e-05" in clipped.verdict()
+
+
+def _plateau(audit):
+    curve = {"distance": [5.0] * 3 + [4.0] * 17, "psnr": [1.0] * 20}
+    return dataclasses.replace(audit, curves=dict.fromkeys(audit.curves, curve))
+
+
+def _with_rows(change):
+    def changed(audit):
+        return make([{**r, **change(r)} for r in audit.trials])
+
+    return changed
+
+
+FAULTS = {
+    "early plateau": _plateau,
+    "ended in numbers that are not finite": _with_rows(lambda r: {"failed": r["image"] == 0}),
+    "J^T J has rank 5 of 10": lambda a: dataclasses.replace(a, theory={"spectra": [{"rank": 5, "dimensions": 10}]}),
+    "no better than the mean image": lambda a: dataclasses.replace(a, mean_image=[{"psnr": 60.0}]),
+    "Seeds differ by 8.0 dB": _with_rows(lambda r: {"psnr": r["psnr"] - 8 * r["seed"]}),
+    "an oracle gains 9.0 dB": _with_rows(lambda r: {"psnr_of_best_step": r["psnr"] + 9}),
+    "the attack fits the noise": _with_rows(lambda r: {"distance": 0.1 * r["noise_norm"] + 0.01}),
+    "labels were right in 50%": _with_rows(lambda r: {"label_accuracy": float(r["seed"])}),
+    "Only 4 leaks": lambda a: make(images=4),
+}
+
+
+@pytest.mark.parametrize("text", FAULTS)
+def test_each_fault_is_flagged_and_nothing_else(text):
+    assert summary.warnings(make()) == []
+    found = summary.warnings(FAULTS[text](make()))
+    assert found
+    assert all(text in warning for warning in found)  # a plateau is one of each method
+
+
+def test_json_holds_all_of_it(tmp_path):
+    audit = make()
+    (tmp_path / "audit.json").write_text(audit.to_json())
+    assert Audit.load(tmp_path / "audit.json") == audit
+    assert len(audit.to_csv().splitlines()) == 1 + len(audit.trials)
+    (tmp_path / "audit.json").write_text(audit.to_json().replace('"format": 1', '"format": 99'))
+    with pytest.raises(ValueError, match="format 99"):
+        Audit.load(tmp_path / "audit.json")
+    (tmp_path / "audit.json").write_text("[]")
+    with pytest.raises(ValueError, match="not an audit.json"):
+        Audit.load(tmp_path / "audit.json")
+
+
+def test_identification_among_candidates():
+    rng = np.random.default_rng(0)
+    images = rng.uniform(-1, 1, (6, 8, 8, 3)).astype(np.float32)
+    others = metrics.others(images, images[2])
+    assert len(others) == 5
+    assert metrics.candidate_count(images, images) == 6
+    assert metrics.identification_rank(images[2] + 0.1, images[2], others) == 0
+    assert metrics.identification_rank(images[4], images[2], others) >= 1
+    # A guess that knows nothing names the right one in a sixth of all cases.
+    hits = [metrics.identification_rank(g, images[2], others) == 0 for g in rng.uniform(-1, 1, (600, 8, 8, 3)).astype(np.float32)]
+    assert 0.03 < np.mean(hits) < 0.4
+
+
+@pytest.mark.skipif(not metrics.lpips_is_installed(), reason="needs the extra lpips")
+def test_lpips_orders_images_by_likeness():
+    rng = np.random.default_rng(0)
+    image = np.clip(rng.normal(0, 0.4, (32, 32, 3)), -1, 1).astype(np.float32)
+    near, far = image + 0.02, rng.uniform(-1, 1, image.shape).astype(np.float32)
+    assert metrics.lpips(image, image) == pytest.approx(0, abs=1e-6)
+    assert metrics.lpips(near, image) < metrics.lpips(far, image)

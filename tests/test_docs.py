@@ -1,0 +1,38 @@
+"""What the documentation shows is so: its examples run, and what it names is there."""
+
+import doctest
+import re
+from pathlib import Path
+
+import jax
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([*(ROOT / "docs").glob("*.md"), ROOT / "README.md"])
+
+
+@pytest.mark.parametrize("path", [p for p in PAGES if ">>>" in p.read_text()], ids=lambda p: p.name)
+def test_examples_print_what_they_say(path):
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"), jax.debug_key_reuse(False):
+        found = doctest.testfile(str(path), module_relative=False)
+    assert found.attempted > 0
+    assert found.failed == 0
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda p: p.name)
+def test_scripts_and_pages_that_are_named_exist(path):
+    text = path.read_text()
+    for script in re.findall(r"python ((?:experiments|benchmarks)/\w+\.py)", text):
+        assert (ROOT / script).is_file(), script
+    for link in re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", text):
+        assert (path.parent / link).exists(), link
+
+
+def test_every_flag_that_is_named_exists():
+    known = set(re.findall(r"^    (\w+): [\w\[\], .]+ = option\(", "\n".join(p.read_text() for p in (ROOT / "experiments").glob("*.py")), re.M))
+    known |= set(re.findall(r'"--(\w+)"', "\n".join(p.read_text() for p in (ROOT / "benchmarks").glob("*.py"))))
+    for path in PAGES:
+        for line in path.read_text().splitlines():
+            if "python " in line or line.startswith("|"):
+                for flag in re.findall(r"--(?:no)?(\w+)(?==|[ `])", line):
+                    assert flag in known or f"no{flag}" in known or flag in {"help", "worker", "ntasks", "gpus"}, (path.name, flag)
