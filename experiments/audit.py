@@ -187,7 +187,7 @@ def _film(c: AuditConfig, config: SweepConfig, inputs: Inputs) -> list[np.ndarra
     victim, params = inputs.victims[c.victim], inputs.params[c.victim, c.training_steps]
     key = trials.trial_keys(c.seed, [trials.Trial(trials.Group("dsg", c.victim, c.training_steps), 0.0, 0, 0)])[0]
     x, y, sigma = jnp.asarray(inputs.images[0]), jnp.asarray(inputs.labels[0]), inputs.sigmas[c.mechanism][0]
-    k_noise = jax.random.split(key)[0]
+    k_noise, k_sample = jax.random.split(key)
 
     @jax.jit
     def match_of(params: Any, proxy: Any, x: Any, y: Any, given: Any) -> Any:
@@ -198,7 +198,7 @@ def _film(c: AuditConfig, config: SweepConfig, inputs: Inputs) -> list[np.ndarra
 
     match = match_of(params, jnp.asarray(inputs.proxy), x, y, inputs.leak)
     prior = inputs.prior
-    return film(key, prior.denoise, match, inputs.schedule, prior.image_shape, prior.clip, config.guidance_rate)
+    return film(k_sample, prior.denoise, match, inputs.schedule, prior.image_shape, prior.clip, config.guidance_rate)
 
 
 def _about(c: AuditConfig, config: SweepConfig, inputs: Inputs, run: dict[str, Any], seconds: float) -> dict[str, Any]:
@@ -207,7 +207,8 @@ def _about(c: AuditConfig, config: SweepConfig, inputs: Inputs, run: dict[str, A
     untrained = not (trained or c.weights or victim_files.is_own(c.victim))
     return {
         **run,
-        "victim": f"{c.victim}{trained}" + (" (untrained)" if untrained else ""),
+        "victim": f"{os.path.basename(c.victim)}{trained}" + (" (untrained)" if untrained else ""),
+        "victim_given": c.victim,
         "weights": c.weights,
         "gradient": c.gradient,
         "parameters": int(sum(p.size for p in params.values())),

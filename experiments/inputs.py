@@ -243,7 +243,7 @@ def load_inputs(c: SweepConfig) -> Inputs:
         if victim_files.is_own(name):
             _check_own(c, name)
             victims[name], params[name, 0] = victim_files.load_own(name, c.num_classes)
-            victim_files.check_own(name, victims[name], params[name, 0], data)
+            victim_files.check_own(name, victims[name], params[name, 0], image_files.to_model(data.images[0]), data.labels[0])
             trained[f"{name}/0"] = modules.digest(params[name, 0])
         else:
             victims[name] = victim_files.make_victim(name, prior.image_shape, c.num_classes)

@@ -19,7 +19,6 @@ import orbax.checkpoint as ocp
 from experiments.cli import ConfigError
 from gdiff_jax import modules, victims
 from gdiff_jax.auditing.checks import check_loss
-from gdiff_jax.images import ImageSet, to_model
 from gdiff_jax.modules import Params
 from gdiff_jax.victims import Victim
 
@@ -125,10 +124,10 @@ def load_own(name: str, num_classes: int) -> tuple[OwnVictim, Params]:
     return OwnVictim(flat_loss, num_classes), {n: jnp.asarray(leaf) for n, (_, leaf) in zip(names, leaves, strict=True)}
 
 
-def check_own(name: str, victim: OwnVictim, params: Params, data: ImageSet) -> None:
-    """ConfigError where the loss cannot be attacked."""
+def check_own(name: str, victim: OwnVictim, params: Params, image: Any, label: Any) -> None:
+    """ConfigError where the loss cannot be attacked at an image in [-1, 1]."""
     try:
-        check_loss(victim.loss, params, to_model(data.images[0]), data.labels[0])
+        check_loss(victim.loss, params, image, label)
     except ValueError as error:
         raise ConfigError(f"victim {name!r}: {error}") from error
 

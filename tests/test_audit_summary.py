@@ -16,8 +16,8 @@ SIGMAS = (0.0, 0.01, 0.1, 1.0)
 
 def row(method, sigma, image, seed, psnr, distance, **more):
     usual = dict(
-        leak=image, failed=False, mse=0.01, ssim=0.5, rank=0 if psnr and psnr > 15 else 3, gradient_norm=10.0, noise_norm=sigma * 100,
-        psnr_of_best_step=psnr, label_accuracy=1.0, leak_cosine=1.0,
+        leak=image, failed=False, mse=0.01, ssim=0.5, rank=0 if psnr and psnr > 15 else 3, gradient_norm=10.0,
+        noise_norm=sigma * 100, psnr_of_best_step=psnr, label_accuracy=1.0, leak_cosine=1.0,
     )  # fmt: skip
     return dict(method=method, sigma=sigma, image=image, seed=seed, psnr=psnr, distance=distance) | usual | more
 
@@ -34,8 +34,8 @@ def make(rows=None, images=12, seeds=2, **changes):
         ]
     steps = {"distance": [5.0 * 0.8**t for t in range(20)], "psnr": [float(t) for t in range(20)]}
     about = dict(
-        victim="v", threshold=20.0, share=0.25, group=1, num_images=images, seeds=seeds, delta=1e-5, clip_norm=None, candidates=10,
-        has_truth=True, has_lpips=False,
+        victim="v", threshold=20.0, share=0.25, group=1, num_images=images, seeds=seeds, delta=1e-5, clip_norm=None,
+        candidates=10, has_truth=True, has_lpips=False,
     )  # fmt: skip
     none = [dict(sigma=s, epsilon=None, reason="no clipping", gamma=None) for s in SIGMAS]
     parts = dict(about=about, trials=rows, curves={curve_key(r): steps for r in rows}, mean_image=[], guarantees=none)
@@ -169,7 +169,7 @@ def test_json_holds_all_of_it(tmp_path):
     with pytest.raises(ValueError, match="format 99"):
         Audit.load(tmp_path / "audit.json")
     (tmp_path / "audit.json").write_text("[]")
-    with pytest.raises(ValueError, match="not an audit.json"):
+    with pytest.raises(ValueError, match=r"not an audit\.json"):
         Audit.load(tmp_path / "audit.json")
 
 
@@ -182,7 +182,9 @@ def test_identification_among_candidates():
     assert metrics.identification_rank(images[2] + 0.1, images[2], others) == 0
     assert metrics.identification_rank(images[4], images[2], others) >= 1
     # A guess that knows nothing names the right one in a sixth of all cases.
-    hits = [metrics.identification_rank(g, images[2], others) == 0 for g in rng.uniform(-1, 1, (600, 8, 8, 3)).astype(np.float32)]
+    hits = [
+        metrics.identification_rank(g, images[2], others) == 0 for g in rng.uniform(-1, 1, (600, 8, 8, 3)).astype(np.float32)
+    ]
     assert 0.03 < np.mean(hits) < 0.4
 
 

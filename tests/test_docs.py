@@ -29,10 +29,17 @@ def test_scripts_and_pages_that_are_named_exist(path):
 
 
 def test_every_flag_that_is_named_exists():
-    known = set(re.findall(r"^    (\w+): [\w\[\], .]+ = option\(", "\n".join(p.read_text() for p in (ROOT / "experiments").glob("*.py")), re.M))
+    known = set(
+        re.findall(
+            r"^    (\w+): [\w\[\], .]+ = option\(", "\n".join(p.read_text() for p in (ROOT / "experiments").glob("*.py")), re.M
+        )
+    )
     known |= set(re.findall(r'"--(\w+)"', "\n".join(p.read_text() for p in (ROOT / "benchmarks").glob("*.py"))))
     for path in PAGES:
         for line in path.read_text().splitlines():
             if "python " in line or line.startswith("|"):
                 for flag in re.findall(r"--(?:no)?(\w+)(?==|[ `])", line):
-                    assert flag in known or f"no{flag}" in known or flag in {"help", "worker", "ntasks", "gpus"}, (path.name, flag)
+                    assert flag in known or f"no{flag}" in known or flag in {"help", "worker", "ntasks", "gpus"}, (
+                        path.name,
+                        flag,
+                    )

@@ -235,7 +235,7 @@ def steps(audit: Audit) -> Figure:
         axes[1].set_ylabel("PSNR of x0hat, dB")
     for ax in axes:
         ax.set_xlabel("reverse step")
-    axes[-1].legend(fontsize=8)
+    axes[0].legend(fontsize=8)
     return figure
 
 

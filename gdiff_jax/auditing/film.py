@@ -32,7 +32,7 @@ def film(
     clip: bool,
     rate: float = 0.2,
 ) -> list[np.ndarray]:
-    """The iterates of one reconstruction by DSG at about `FRAMES` of its steps, the last one included; `key` of the trial."""
+    """The iterates of one reconstruction by DSG at about `FRAMES` of its steps, the last one included; `key` of the sampler."""
 
     @jax.jit
     def run(key: jax.Array, denoise: Any, match: Any, schedule: Schedule) -> Any:
@@ -42,5 +42,5 @@ def film(
 
         return reverse(key, step, schedule, shape)[1]
 
-    iterates = run(jax.random.split(key)[1], denoise, match, schedule)
+    iterates = run(key, denoise, match, schedule)
     return list(np.asarray(iterates)[_frames(schedule.num_steps)])

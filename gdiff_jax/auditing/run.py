@@ -128,8 +128,6 @@ def audit(
                 bar.update(len(part))
     key = jax.random.fold_in(jax.random.key(seed), 2**18)
     theory = summarise(key, loss, params, x, y, sorted(sigmas))
-    leak = mechanism(sorted(sigmas)[0])(*_first_leak(seed, loss, params, x, y))
-    match = GradientMatching(params, jax.tree.map(lambda a: a[0], y), leak, loss, mechanism=mechanism(sorted(sigmas)[0]))
     about: dict[str, Any] = {
         **about_run(prior, "gdiff_jax.audit(...)"),
         "victim": name,
@@ -150,7 +148,7 @@ def audit(
         "film_steps": film_steps(schedule),
         "seconds": round(time.time() - started, 1),
     }
-    frames = film(_first_key(seed), prior.denoise, match, schedule, prior.image_shape, prior.clip)
+    frames = _film(seed, loss, mechanism(min(sigmas)), prior, schedule, params, x, y)
     mean = prior.mean_image
     return assemble(
         about, rows, found, traces, x, candidates=others, mean_image=mean, guarantees=told, theory=theory, film=frames
@@ -188,15 +186,13 @@ def _own(seed: int, grid: list[tuple[float | None, int, int]], x: np.ndarray, y:
     return keys, sigmas, jnp.asarray(x[index]), jax.tree.map(lambda a: jnp.asarray(a[index]), y)
 
 
-def _first_key(seed: int) -> jax.Array:
-    return parallel.trial_keys(seed, np.array([0]), np.array([0]))[0]
-
-
-def _first_leak(seed: int, loss: Loss, params: Any, x: np.ndarray, y: Any) -> tuple[jax.Array, Any]:
-    """Key of the noise and gradient of image 0, seed 0."""
-    key = jax.random.split(_first_key(seed))[0]
-    gradient = jax.jit(functools.partial(victim_gradient, loss))
-    return key, gradient(params, jnp.asarray(x[0]), jax.tree.map(lambda a: jnp.asarray(a[0]), y))
+def _film(seed: int, loss: Loss, mechanism: Mechanism, prior: Prior, schedule: Schedule, params: Any, x: Any, y: Any) -> Any:
+    """Of image 0, seed 0."""
+    k_noise, k_sample = jax.random.split(parallel.trial_keys(seed, np.array([0]), np.array([0]))[0])
+    x, y = jnp.asarray(x[0]), jax.tree.map(lambda a: jnp.asarray(a[0]), y)
+    leak = mechanism(k_noise, jax.jit(functools.partial(victim_gradient, loss))(params, x, y))
+    match = GradientMatching(params, y, leak, loss, mechanism=mechanism)
+    return film(k_sample, prior.denoise, match, schedule, prior.image_shape, prior.clip)
 
 
 def about_run(prior: Prior, command: str | None = None) -> dict[str, Any]:
