@@ -243,7 +243,9 @@ def load_inputs(c: SweepConfig) -> Inputs:
         if victim_files.is_own(name):
             _check_own(c, name)
             victims[name], params[name, 0] = victim_files.load_own(name, c.num_classes)
-            victim_files.check_own(name, victims[name], params[name, 0], image_files.to_model(data.images[0]), data.labels[0])
+            first = image_files.to_model(data.images[0]), data.labels[0]
+            victim_files.check_own(name, victims[name], params[name, 0], *first)
+            victims[name] = victim_files.find_first_dense(victims[name], params[name, 0], first[0].shape, first[1])
             trained[f"{name}/0"] = modules.digest(params[name, 0])
         else:
             victims[name] = victim_files.make_victim(name, prior.image_shape, c.num_classes)

@@ -30,7 +30,7 @@ class Task(NamedTuple):
     match: gd.GradientMatching  # with the distance of --distance
     strength: jax.Array  # the method's own number, see `Method.strength`
     sigma: jax.Array
-    first_dense: tuple[str, str] | None  # kernel and bias, if the victim begins with a dense layer
+    first_dense: tuple[Any, ...] | None  # of a victim that begins with a dense layer: kernel, bias, and see `_layer_input`
     num_classes: int
     shape: tuple[int, ...]
     clip: bool
@@ -88,13 +88,18 @@ def _inverting(task: Task, c: SweepConfig) -> tuple[Any, StepInfo]:
 
 
 def _layer_input(task: Task) -> attacks.LayerInput:
+    """What the leak says of the image; a network of the user's own may have made scale * x + shift of it, by channel."""
     assert task.first_dense is not None
-    kernel, bias = (task.match.leak[name] for name in task.first_dense)
-    return attacks.dense_layer_input(kernel, bias)
+    kernel, bias, *affine = task.first_dense
+    found = attacks.dense_layer_input(task.match.leak[kernel], task.match.leak[bias])
+    if not affine:
+        return found._replace(x=found.x.reshape(task.shape))
+    scale, shift = (jnp.asarray(a).reshape(1, 1, -1) for a in affine)
+    return found._replace(x=(found.x.reshape(task.shape) - shift) / scale, std=found.std / jnp.abs(scale).min())
 
 
 def _analytic(task: Task, c: SweepConfig) -> tuple[Any, StepInfo]:
-    x = _layer_input(task).x.reshape(task.shape)
+    x = _layer_input(task).x
     info = StepInfo(task.match(x), jnp.full((), jnp.nan), x0_error(jnp.clip(x, -1.0, 1.0), task.truth))
     return x, jax.tree.map(lambda a: a[None], info)
 
@@ -102,7 +107,7 @@ def _analytic(task: Task, c: SweepConfig) -> tuple[Any, StepInfo]:
 def _analytic_dsg(task: Task, c: SweepConfig) -> tuple[Any, StepInfo]:
     found = _layer_input(task)
     k_start, k_sample = jax.random.split(task.key)
-    start = samplers.start_from(k_start, task.schedule, found.x.reshape(task.shape), task.sigma * found.std)
+    start = samplers.start_from(k_start, task.schedule, found.x, task.sigma * found.std)
     return _dsg(task._replace(key=k_sample), c, start)
 
 

@@ -213,7 +213,8 @@ def run_trials(c: SweepConfig, inputs: Inputs, store: Store, mesh: Mesh | None =
                 # The prior alone runs while the attacks compile. They are timed: nothing compiles beside them, and what does
                 # not fit is known before the first of them.
                 for name in [group.title] if group.method == trials.PRIOR_ONLY else programs:
-                    bar.set_description(f"compiling {name}")
+                    if not programs[name].done():
+                        bar.set_description(f"compiling {name}")
                     programs[name].result()
                 bar.set_description(group.title)
                 for k, rows, arrays in compute(c, inputs, programs[group.title].result(), {k: chunks[k] for k in numbers}):

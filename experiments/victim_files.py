@@ -14,11 +14,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 
 from experiments.cli import ConfigError
 from gdiff_jax import modules, victims
 from gdiff_jax.auditing.checks import check_loss
+from gdiff_jax.matching import victim_gradient
 from gdiff_jax.modules import Params
 from gdiff_jax.victims import Victim
 
@@ -72,7 +74,7 @@ class OwnVictim:
 
     loss: Callable[[Params, Any, Any], Any]  # of params as a flat dict
     num_classes: int
-    first_dense: None = None
+    first_dense: tuple[Any, ...] | None = None  # kernel, bias, and by channel scale and shift between image and input
     has_batch_norm: bool = False
 
 
@@ -122,6 +124,32 @@ def load_own(name: str, num_classes: int) -> tuple[OwnVictim, Params]:
         return loss(jax.tree.unflatten(structure, [params[n] for n in names]), x, y)
 
     return OwnVictim(flat_loss, num_classes), {n: jnp.asarray(leaf) for n, (_, leaf) in zip(names, leaves, strict=True)}
+
+
+def find_first_dense(victim: OwnVictim, params: Params, shape: tuple[int, ...], label: Any) -> OwnVictim:
+    """With `first_dense`, where a layer's gradient gives the whole image away: its input is scale * image + shift, by channel.
+
+    The gradient of a dense layer of one image is its input times its bias's gradient, so the input can be read off it; it is
+    held against an image of random pixels.
+    """
+    image = np.random.default_rng(0).uniform(-1, 1, shape).astype(np.float32)
+    gradient = jax.jit(partial(victim_gradient, victim.loss))(params, jnp.asarray(image), jnp.asarray(label))
+    layer = lambda name: name.rpartition(".")[0]
+    for kernel, value in params.items():
+        biases = [name for name, v in params.items() if v.shape == value.shape[-1:] and layer(name) == layer(kernel)]
+        if value.ndim != 2 or len(value) != image.size or not biases:
+            continue
+        bias = biases[0]
+        delta = np.asarray(gradient[bias], np.float64)
+        if not delta.any():
+            continue
+        found = (np.asarray(gradient[kernel], np.float64) @ delta / (delta @ delta)).reshape(image.shape)
+        fits = [np.polyfit(image[..., c].ravel(), found[..., c].ravel(), 1) for c in range(image.shape[-1])]
+        scale, shift = (tuple(float(f[k]) for f in fits) for k in range(2))
+        off = np.abs(image * np.array(scale) + np.array(shift) - found).max()
+        if min(map(abs, scale)) > 1e-6 and off < 1e-3 * np.abs(found).max():
+            return dataclasses.replace(victim, first_dense=(kernel, bias, scale, shift))
+    return victim
 
 
 def check_own(name: str, victim: OwnVictim, params: Params, image: Any, label: Any) -> None:

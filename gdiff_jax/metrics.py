@@ -18,6 +18,7 @@ import optax
 from gdiff_jax.images import to_unit
 
 MIN_SSIM_SIZE = 11
+EXACT = 200.0  # dB
 
 
 def ssim(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -33,9 +34,12 @@ def ssim(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def image_metrics(reconstruction: jax.Array, truth: jax.Array) -> dict[str, jax.Array]:
-    """MSE (of pixels in [0, 1]), PSNR (dB) and, from 11 pixels on, SSIM of images in [-1, 1], which are clipped to it."""
+    """MSE (of pixels in [0, 1]), PSNR (dB) and, from 11 pixels on, SSIM of images in [-1, 1], which are clipped to it.
+
+    PSNR ends at 200 dB, where nothing differs: infinity could be neither averaged nor written down.
+    """
     a, b = to_unit(reconstruction), to_unit(truth)
-    values = {"mse": dm_pix.mse(a, b), "psnr": dm_pix.psnr(a, b)}
+    values = {"mse": dm_pix.mse(a, b), "psnr": jnp.minimum(dm_pix.psnr(a, b), EXACT)}
     if min(a.shape[-3:-1]) >= MIN_SSIM_SIZE:
         values["ssim"] = ssim(a, b)
     return values
@@ -56,8 +60,8 @@ def match_images(reconstruction: jax.Array, truth: jax.Array) -> jax.Array:
 
 
 def psnr_from_error(error: jax.Array) -> jax.Array:
-    """PSNR in dB from a mean squared error of images in [-1, 1] (the trace's `x0_error`), whose range is 2."""
-    return 10 * jnp.log10(4.0 / error)
+    """PSNR in dB from a mean squared error of images in [-1, 1] (the trace's `x0_error`), whose range is 2; it ends at 200."""
+    return jnp.minimum(10 * jnp.log10(4.0 / error), EXACT)
 
 
 def others(candidates: np.ndarray, truth: np.ndarray) -> np.ndarray:

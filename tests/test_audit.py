@@ -42,6 +42,17 @@ def make():
         "out": {"kernel": 0.3 * jax.random.normal(k[1], (96, 10)), "bias": jnp.zeros(10)},
     }
 
+def mlp():
+    k = jax.random.split(jax.random.key(4), 2)
+    mean = jnp.array([0.4, 0.5, 0.6]).reshape(1, 1, 3)
+    def mlp_loss(params, x, y):
+        h = jnp.tanh(((x + 1) / 2 - mean).reshape(-1) / 0.25 @ params["a"]["w"] + params["a"]["b"])
+        return -jax.nn.log_softmax(h @ params["z"]["w"] + params["z"]["b"])[y]
+    return mlp_loss, {
+        "a": {"w": 0.03 * jax.random.normal(k[0], (768, 20)), "b": jnp.zeros(20)},
+        "z": {"w": 0.3 * jax.random.normal(k[1], (20, 10)), "b": jnp.zeros(10)},
+    }
+
 def no_pair(): return 3
 def fails(): raise RuntimeError("no such checkpoint")
 def vector(): return (lambda p, x, y: p["w"] * x.sum(), {"w": jnp.ones(3)})
@@ -180,6 +191,17 @@ def test_groups_are_scored_image_by_image(tiny_prior, model, tmp_path):
     found.report(tmp_path / "out")
     assert "4 images" not in found.verdict()
     assert "2 groups of 2 images" in found.verdict()
+
+
+def test_a_first_dense_layer_is_found_and_read_off(tiny_prior, model, tmp_path):
+    """Behind a normalisation of the user's own; it gives the image away exactly, which no default may overlook."""
+    few = dict(num_images=2, seeds=1, spectra=0)
+    found = command.run(config(tiny_prior, model, tmp_path / "out", victim=f"{model}:mlp", **few), True)
+    assert found.methods == ["dsg", "dps", "analytic", "analytic-dsg"]
+    assert min(r["psnr"] for r in found.at(0.0) if r["method"] == "analytic") > 60
+    assert found.levels()[0].methods == "analytic 2"  # and the attacker chooses it
+    without = command.run(config(tiny_prior, model, tmp_path / "conv", **few), True)
+    assert without.methods == ["dsg", "dps"]
 
 
 def torch_layout(tree):
