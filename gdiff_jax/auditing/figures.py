@@ -235,7 +235,9 @@ def steps(audit: Audit) -> Figure:
         axes[1].set_ylabel("PSNR of x0hat, dB")
     for ax in axes:
         ax.set_xlabel("reverse step")
-    axes[0].legend(fontsize=8)
+    labelled = [ax for ax in axes if ax.get_legend_handles_labels()[0]]
+    if labelled:
+        labelled[-1].legend(fontsize=8)
     return figure
 
 
@@ -265,8 +267,9 @@ def spectrum(audit: Audit) -> Figure:
         ax.axhline(sigma**2, color="0.6", lw=0.8, ls=":")
         ax.annotate(f"σ² at σ = {sigma:.3g}", (1, sigma**2), fontsize=7, ha="right", va="bottom", color="0.35")
     top = max(row["lambda_max"] for row in theory["spectra"])
+    low = min(min(row["eigenvalues"]) for row in theory["spectra"])
     ax.set_yscale("log")
-    ax.set_ylim(max(top * 1e-14, 1e-20), top * 5)
+    ax.set_ylim(max(top * 1e-14, 0.1 * low, 1e-20), top * 5)
     ax.xaxis.set_major_formatter(lambda v, _: f"{v:.0%}")
     ax.set_xlabel("directions of the image, from the best seen to the worst")
     ax.set_ylabel("eigenvalue of JᵀJ")

@@ -41,7 +41,7 @@ class Interval(NamedTuple):
     def percent(self) -> str:
         if math.isnan(self.value):
             return "-"
-        return f"{self.value:.0%} [{self.low:.0%}, {self.high:.0%}]"
+        return f"{self.value:.0%} [{100 * self.low:.0f}, {100 * self.high:.0f}]"
 
 
 def resampled(groups: Sequence[np.ndarray]) -> Iterable[np.ndarray]:
@@ -243,9 +243,11 @@ def verdict(audit: Audit) -> list[str]:
         )
     else:
         lines.append(
-            share + f"from noise of sigma {noise_text(audit, chosen)} on (an oracle who picks iterates by the truth: "
+            share
+            + f"from noise of sigma {noise_text(audit, chosen)} on, interpolated between two levels (an oracle who picks iterates by the truth: "
             f"{noise_text(audit, best)}){_epsilon_text(audit, chosen.value)}."
         )
+    lines += _recognised(audit, found, chosen.value)
     last = found[-1]
     if last.recovered.value < about["share"] <= last.recovered.high:
         lines.append(
@@ -258,6 +260,18 @@ def verdict(audit: Audit) -> list[str]:
     else:
         lines.append("Attacks show what is possible today; the guarantees below hold against every attack.")
     return lines
+
+
+def _recognised(audit: Audit, found: list[Level], noise: float) -> list[str]:
+    """What a picture below the threshold still gives away, at the first level with that noise."""
+    at = next((level for level in found if level.sigma >= noise), found[-1])
+    kappa = 1 / audit.candidates
+    if at.identified.low <= kappa:
+        return []
+    return [
+        f"But a poor picture can tell enough: at sigma {at.sigma:.3g} {at.identified.percent()} are still recognised, "
+        f"at sigma {found[-1].sigma:.3g} {found[-1].identified.percent()}."
+    ]
 
 
 def _epsilon_text(audit: Audit, sigma: float) -> str:
