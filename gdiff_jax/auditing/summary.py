@@ -243,9 +243,8 @@ def verdict(audit: Audit) -> list[str]:
         )
     else:
         lines.append(
-            share
-            + f"from noise of sigma {noise_text(audit, chosen)} on, interpolated between two levels (an oracle who picks iterates by the truth: "
-            f"{noise_text(audit, best)}){_epsilon_text(audit, chosen.value)}."
+            share + f"from noise of sigma {noise_text(audit, chosen)} on, interpolated between two levels (an oracle who "
+            f"picks iterates by the truth: {noise_text(audit, best)}){_epsilon_text(audit, chosen.value)}."
         )
     lines += _recognised(audit, found, chosen.value)
     last = found[-1]
