@@ -1,7 +1,9 @@
 """Trials over devices and processes: the same numbers, no collective, and a clear state when one of them dies."""
 
 import dataclasses
+import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -76,6 +78,15 @@ def test_a_sweep_on_four_devices_is_that_on_one(tiny_prior, tmp_path, monkeypatc
         assert all(one[k] == four[k] for k in ("method", "sigma", "image", "seed", "chunk", "row"))
         for name in ("psnr", "mse", "distance", "noise_norm"):
             assert one.get(name, np.nan) == pytest.approx(four.get(name, np.nan), rel=1e-4, nan_ok=True)
+
+
+def test_batched_linear_algebra_does_not_wait_for_ever(tiny_prior, tmp_path):
+    """Two devices of a CPU that both call LAPACK with a batch from within XLA's pool of two threads would."""
+    c = config(tiny_prior, tmp_path / "out", methods=("analytic",), num_images=6, batch=6)
+    env = os.environ | {"JAX_NUM_CPU_DEVICES": "2"}
+    for _ in range(2):
+        subprocess.run(command(c), check=True, capture_output=True, timeout=120, env=env)
+        shutil.rmtree(tmp_path / "out")
 
 
 def two_processes(*configs):

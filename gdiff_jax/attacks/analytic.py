@@ -11,6 +11,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from gdiff_jax.attacks.base import eigh_alone
+
 
 class LayerInput(NamedTuple):
     """What the gradient of a dense layer tells of its input.
@@ -43,7 +45,6 @@ def dense_layer_input(kernel_gradient: jax.Array, bias_gradient: jax.Array) -> L
     if kernel_gradient.shape[1:] != bias_gradient.shape:
         raise ValueError(f"a kernel (inputs, neurons) {kernel_gradient.shape} does not go with a bias {bias_gradient.shape}")
     rows = jnp.concatenate([kernel_gradient, bias_gradient[None]])
-    _, vectors = jnp.linalg.eigh(rows.T @ rows)
-    direction = vectors[:, -1]  # delta / ||delta||, up to its sign
+    direction = eigh_alone(rows.T @ rows)[1][:, -1]  # delta / ||delta||, up to its sign
     delta_norm = bias_gradient @ direction
     return LayerInput(kernel_gradient @ direction / delta_norm, 1 / jnp.abs(delta_norm))

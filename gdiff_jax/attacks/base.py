@@ -26,6 +26,17 @@ class Descent(NamedTuple):
     trace: StepInfo
 
 
+@jax.custom_batching.sequential_vmap
+def eigh_alone(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Eigenvalues and eigenvectors of a symmetric matrix; of a batch, one after the other.
+
+    A batch given to LAPACK waits for threads of XLA:CPU's pool (jaxlib 0.10's ParallelBatchMap). Two devices of a CPU that do
+    so from within the pool wait for ever.
+    """
+    values, vectors = jnp.linalg.eigh(matrix)
+    return values, vectors
+
+
 def image_of(candidate: Any) -> jax.Array:
     """The image of a candidate that is an image, or (image, label logits)."""
     return candidate[0] if isinstance(candidate, tuple) else candidate

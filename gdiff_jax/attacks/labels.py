@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from gdiff_jax.attacks.base import eigh_alone
 from gdiff_jax.matching import GradientMatching, Loss, at_full_precision
 
 
@@ -48,7 +49,7 @@ def infer_label(kernel_gradient: jax.Array, bias_gradient: jax.Array, features: 
     largest = jnp.abs(rows).max()
     rows = rows / jnp.where(largest > 0, largest, 1.0)  # confident victims leak numbers whose squares underflow
     kernel, bias, classes = rows[:-1], rows[-1], bias_gradient.size
-    values, vectors = jnp.linalg.eigh(rows.T @ rows)
+    values, vectors = eigh_alone(rows.T @ rows)
     top, line = values[-1], vectors[:, -1]
     # What v does not explain is noise: its energy in one class's direction, and (1 + classes / rows) of it hide in v's own.
     noise = (jnp.vdot(rows, rows) - top) / (classes - 1) * (1 + (classes - 1) / len(rows))
