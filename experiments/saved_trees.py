@@ -83,13 +83,8 @@ def fit(flag: str, path: str, expected: Params, orders: Orders) -> dict[str, np.
             problems["not finite"].append(name)
         tree[name] = np.ascontiguousarray(value.astype(np.float32))
     problems["not of the victim"] = sorted(found)
-    texts = [
-        f"{what}: {', '.join(names[:6])}{f' and {len(names) - 6} more' if len(names) > 6 else ''}"
-        for what, names in problems.items()
-        if names
-    ]
-    if texts:
-        raise ConfigError(f"--{flag} {path} does not fit the victim; " + "; ".join(texts))
+    if any(problems.values()):
+        raise ConfigError(f"--{flag} {path} does not fit the victim; {weights.listed(problems)}")
     return tree
 
 

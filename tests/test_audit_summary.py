@@ -91,19 +91,22 @@ def test_the_bootstrap_covers_the_median():
 
 
 def test_crossing_is_linear_in_log_sigma():
-    assert summary.crossing([0.01, 0.1, 1.0], [1.0, 0.5, 0.0], 0.25) == pytest.approx(10**-0.5)
-    assert summary.crossing([0.0, 0.1], [1.0, 0.0], 0.25) == pytest.approx(0.075)
-    assert summary.crossing([0.01, 0.1], [0.1, 0.0], 0.25) == 0
-    assert summary.crossing([0.01, 0.1], [1.0, 0.3], 0.25) == math.inf
-    # Where the share rises again it is the last crossing that protects.
-    assert summary.crossing([0.01, 0.1, 1.0, 10.0], [1.0, 0.0, 0.5, 0.0], 0.25) == pytest.approx(10**0.5)
+    assert summary.crossing([0.01, 0.1, 1.0], [40.0, 25.0, 15.0], 20) == pytest.approx(10**-0.5)
+    assert summary.crossing([0.0, 0.1], [40.0, 0.0], 10) == pytest.approx(0.075)
+    assert summary.crossing([0.01, 0.1], [15.0, 10.0], 20) == 0
+    assert summary.crossing([0.01, 0.1], [40.0, 25.0], 20) == math.inf
+    # Where quality rises again it is the last crossing that protects; a trial that failed is below.
+    assert summary.crossing([0.01, 0.1, 1.0, 10.0], [40.0, 0.0, 25.0, 15.0], 20) == pytest.approx(10**0.5)
+    assert summary.crossing([0.01, 0.1], [40.0, -math.inf], 20) == pytest.approx(0.01)
 
 
 def test_the_smallest_noise_and_its_words():
-    audit = make()  # 20 dB: all images at 0.1, none at 1
+    # Image i has 20 + i / 10 dB at 0.1 and 10 dB less at 1, so it passes 20 dB at 0.1 * 10^(i / 100). Fewer than a quarter of
+    # 24 are 5: those of images 11, 10 and one seed of 9.
+    audit = make()
     noise = audit.smallest_noise()
-    assert noise.value == pytest.approx(0.1 * 10**0.75)
-    assert noise.low <= noise.value <= noise.high
+    assert noise.value == pytest.approx(0.1 * 10**0.09)
+    assert noise.low < noise.value < noise.high
     assert f"sigma {noise.value:.2g}" in audit.verdict()
     all_low = make([{**r, "psnr": 5.0, "psnr_of_best_step": 5.0} for r in audit.trials])
     assert all_low.smallest_noise().value == 0

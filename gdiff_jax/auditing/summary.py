@@ -175,34 +175,48 @@ def _hits(audit: Audit, sigma: float, hit: dict[tuple[int, int], bool]) -> list[
     return by_leak(trials.values(), lambda r: float(hit.get((r["image"], r["seed"]), False)))
 
 
-def crossing(sigmas: Sequence[float], shares: Sequence[float], share: float) -> float:
-    """The noise from which on fewer than `share` are recovered: between the last level that has as many and the next.
+def crossing(sigmas: Sequence[float], psnr: Sequence[float], threshold: float) -> float:
+    """The noise from which on an image stays below the threshold: between the last level where it is not, and the next.
 
-    Linear in log sigma (in sigma, next to 0). 0.0 if the first level already has fewer, inf if the last one has not.
+    Linear in log sigma (in sigma, next to 0). 0.0 if it is below at the first level already, inf if it is not at the last.
     """
-    above = [j for j, s in enumerate(shares) if s >= share]
+    above = [j for j, value in enumerate(psnr) if value >= threshold]
     if not above:
         return 0.0
     j = above[-1]
     if j == len(sigmas) - 1:
         return math.inf
-    part = (shares[j] - share) / (shares[j] - shares[j + 1])
+    part = (psnr[j] - threshold) / (psnr[j] - psnr[j + 1])
     low, high = sigmas[j], sigmas[j + 1]
     return low + part * (high - low) if low == 0 else math.exp(math.log(low) + part * math.log(high / low))
 
 
 def smallest_noise(audit: Audit, oracle: bool = False) -> Interval:
-    """`crossing` at the audit's share, and its interval by bootstrap over the images; 0 and inf are ends of the grid."""
-    groups = [[np.asarray(g) for g in recovered_groups(audit, s, oracle)] for s in audit.sigmas]
-    share = audit.about["share"]
-    at = lambda draw: crossing(audit.sigmas, [float(np.mean([g[i].mean() for i in draw])) for g in groups], share)
-    n = len(groups[0])
-    value = at(range(n))
-    if n < 3:
+    """The noise from which on fewer than the audit's share of images is recovered, and its interval by bootstrap over images.
+
+    Each image and seed has a `crossing` of its own; of these it is the one that leaves fewer than the share above it. 0 and inf
+    are the ends of the grid.
+    """
+    scores = []
+    for sigma in audit.sigmas:
+        rows = audit.at(sigma)
+        scores.append(oracle_psnr(rows) if oracle else {(r["image"], r["seed"]): r["psnr"] for r in attacker_picks(rows)})
+    units = {(r["image"], r["seed"]): r for r in audit.at(audit.sigmas[0])}
+
+    def of(row: Row) -> float:
+        found = [s.get((row["image"], row["seed"])) for s in scores]
+        return crossing(audit.sigmas, [-math.inf if v is None else v for v in found], audit.about["threshold"])
+
+    groups = [np.array(g) for g in by_leak(units.values(), of)]
+
+    def enough(crossings: np.ndarray) -> float:
+        allowed = math.ceil(audit.about["share"] * len(crossings)) - 1  # so many may still be recovered
+        return float(np.sort(crossings)[::-1][allowed])
+
+    value = enough(np.concatenate(groups))
+    if len(groups) < 3:
         return Interval(value, math.nan, math.nan)
-    means = np.array([[a.mean() for a in g] for g in groups])  # (levels, leaks)
-    draws = np.random.default_rng(0).integers(0, n, (RESAMPLES, n))
-    found = sorted(crossing(audit.sigmas, means[:, draw].mean(1).tolist(), share) for draw in draws)
+    found = sorted(enough(sample) for sample in resampled(groups))
     return Interval(value, found[int(0.025 * RESAMPLES)], found[int(0.975 * RESAMPLES) - 1])
 
 
@@ -243,7 +257,7 @@ def verdict(audit: Audit) -> list[str]:
         )
     else:
         lines.append(
-            share + f"from noise of sigma {noise_text(audit, chosen)} on, interpolated between two levels (an oracle who "
+            share + f"from noise of sigma {noise_text(audit, chosen)} on, interpolated between levels (an oracle who "
             f"picks iterates by the truth: {noise_text(audit, best)}){_epsilon_text(audit, chosen.value)}."
         )
     lines += _recognised(audit, found, chosen.value)

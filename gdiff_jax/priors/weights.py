@@ -191,14 +191,15 @@ def to_params(spec: modules.Spec, tensors: Tensors, source: str) -> Params:
             else:
                 problems["not finite"].append(key)
     problems["unexpected"] = sorted(found)
-    texts = [
-        f"{title}: {', '.join(names[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''}"
-        for title, names in problems.items()
-        if names
-    ]
-    if texts:
-        raise ValueError(f"the weights in {source} do not fit its config; " + "; ".join(texts))
+    if any(problems.values()):
+        raise ValueError(f"the weights in {source} do not fit its config; {listed(problems)}")
     return params
+
+
+def listed(problems: dict[str, list[str]]) -> str:
+    """What is wrong with the arrays of a file, the first of each kind by name."""
+    more = lambda names: f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return "; ".join(f"{title}: {', '.join(names[:5])}{more(names)}" for title, names in problems.items() if names)
 
 
 def to_torch(params: Params, dtype: Any = np.float16) -> Tensors:
