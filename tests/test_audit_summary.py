@@ -127,7 +127,7 @@ def test_epsilon_of_the_smallest_noise():
     from gdiff_jax.theory import privacy
 
     epsilon = privacy.gaussian_epsilon(clipped.smallest_noise().value, 1e-5)
-    assert f"epsilon {epsilon:.3g} at delta 1e-05" in clipped.verdict()
+    assert f"epsilon {epsilon:.4g} at delta 1e-05" in clipped.verdict()
 
 
 def _plateau(audit):

@@ -47,7 +47,7 @@ def _levels_axis(ax: Axes, audit: Audit) -> np.ndarray:
     """Even places for the noise levels, which are about logarithmic and may begin with 0."""
     x = np.arange(len(audit.sigmas))
     epsilon = {g["sigma"]: g["epsilon"] for g in audit.guarantees}
-    tick = lambda s: f"{s:.3g}" + (f"\n(ε {epsilon[s]:.3g})" if epsilon.get(s) is not None else "")
+    tick = lambda s: f"{s:.3g}" + (f"\n(ε {epsilon[s]:.5g})" if epsilon.get(s) is not None else "")
     ax.set_xticks(x, [tick(s) for s in audit.sigmas])
     ax.set_xlabel("σ, standard deviation of the noise on the gradient")
     return x

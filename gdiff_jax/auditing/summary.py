@@ -294,7 +294,7 @@ def _epsilon_text(audit: Audit, sigma: float) -> str:
     from gdiff_jax.theory import privacy
 
     epsilon = privacy.gaussian_epsilon(sigma / clip_norm, audit.about["delta"])
-    return f", which guarantees epsilon {epsilon:.3g} at delta {audit.about['delta']:g} for one release"
+    return f", which guarantees epsilon {epsilon:.4g} at delta {audit.about['delta']:g} for one release"
 
 
 def _verdict_without_truth(audit: Audit) -> list[str]:
