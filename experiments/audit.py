@@ -137,7 +137,8 @@ def check(c: AuditConfig, images_given: bool) -> None:
 
 def load(c: AuditConfig, config: SweepConfig, images_given: bool) -> Inputs:
     """The sweep's inputs, with the weights and the gradient of the user's files in place."""
-    inputs = load_inputs(config)
+    known = images_given or not c.gradient
+    inputs = load_inputs(config, known)
     orders = saved_trees.parse_orders(c.flattened)
     key = (c.victim, c.training_steps)
     if c.weights:
@@ -145,20 +146,19 @@ def load(c: AuditConfig, config: SweepConfig, images_given: bool) -> Inputs:
         params = {name: jnp.asarray(value) for name, value in tree.items()}
         hashes = {**inputs.hashes, "weights": modules.digest(params)}
         inputs = dataclasses.replace(inputs, params={key: params}, hashes=hashes)
-        if victim_files.is_own(c.victim):
+        if victim_files.is_own(c.victim) and known:
             victim_files.check_own(c.victim, inputs.victims[c.victim], params, inputs.images[0], inputs.labels[0])
     if c.gradient:
         leak = saved_trees.fit("gradient", c.gradient, inputs.params[key], orders)
         if not any(np.any(value) for value in leak.values()):
             raise ConfigError(f"--gradient {c.gradient} is zero everywhere: there is nothing to attack")
         hashes = {**inputs.hashes, "gradient": modules.digest(leak), "truth": images_given}
-        images = inputs.images if images_given else np.full_like(inputs.images, np.nan)
-        if not images_given and inputs.victims[c.victim].has_batch_norm and config.statistics == "known":
+        if not known and inputs.victims[c.victim].has_batch_norm and config.statistics == "known":
             raise ConfigError(
                 f"--gradient of {c.victim} without --images: its BatchNorms' statistics are not known; --attacker=server"
             )
         leak = {name: jnp.asarray(value) for name, value in leak.items()}
-        inputs = dataclasses.replace(inputs, leak=leak, hashes=hashes, images=images)
+        inputs = dataclasses.replace(inputs, leak=leak, hashes=hashes)
     return inputs
 
 
@@ -260,7 +260,9 @@ def run(c: AuditConfig, images_given: bool) -> Audit:
     config = sweep_config(c)
     inputs = load(c, config, images_given)
     shape, known = inputs.prior.image_shape, bool(np.isfinite(inputs.images).all())
-    others = image_files.to_model(_images("candidates", c.candidates or c.images, shape, "test"))
+    others = np.zeros((0, *shape), np.float32)
+    if known:
+        others = image_files.to_model(_images("candidates", c.candidates or c.images, shape, "test"))
     information = None
     if c.data:
         if math.prod(shape) > LARGEST_GRAM:

@@ -223,8 +223,14 @@ def _load_images(c: SweepConfig, shape: tuple[int, int, int]) -> image_files.Ima
     return data
 
 
-def load_inputs(c: SweepConfig) -> Inputs:
-    """Loads and checks what `c` names.
+def _unknown_image(c: SweepConfig, shape: tuple[int, int, int]) -> image_files.ImageSet:
+    """Grey, to check a loss with."""
+    _need(0 <= c.label < c.num_classes, f"--label {c.label} is outside 0..{c.num_classes - 1}; change it or --num_classes")
+    return image_files.ImageSet(np.full((1, *shape), 128, np.uint8), np.array([c.label], np.int32), ("unknown",))
+
+
+def load_inputs(c: SweepConfig, images_known: bool = True) -> Inputs:
+    """Loads and checks what `c` names; without `images_known` one image of unknown pixels, nan, takes the place of --images.
 
     Raises:
       ConfigError: with the value and the remedy, for the first thing that cannot be used.
@@ -237,7 +243,7 @@ def load_inputs(c: SweepConfig) -> Inputs:
     except (OSError, ValueError) as error:
         raise ConfigError(f"--prior: {error}") from None
     _need(c.steps <= len(prior.betas), f"--steps {c.steps}: prior {c.prior} was trained with {len(prior.betas)}; ask for fewer")
-    data = _load_images(c, prior.image_shape)
+    data = _load_images(c, prior.image_shape) if images_known else _unknown_image(c, prior.image_shape)
     victims, params, trained = {}, {}, {}
     for name in c.victims:
         if victim_files.is_own(name):
@@ -274,6 +280,8 @@ def load_inputs(c: SweepConfig) -> Inputs:
         "trained_victims": trained,
     }
     images = image_files.to_model(data.images)
+    if not images_known:
+        images = np.full_like(images, np.nan)
     schedule = prior.schedule(c.steps, c.spacing)
     proxy = _proxy(c, prior, any(victim.has_batch_norm for victim in victims.values()))
     return Inputs(prior, schedule, images, data.labels, data.names, mechanisms, sigmas, victims, params, proxy, hashes)

@@ -121,6 +121,8 @@ def test_the_call_and_the_command_find_the_same(small, tiny_prior, model):
         if a["method"] != "prior-only":
             assert a["distance"] == pytest.approx(b["distance"], rel=2e-3)
     assert found.guarantees == theirs.guarantees
+    assert found.about["clip_norm"] == theirs.about["clip_norm"] == 1
+    assert "Clip(norm=1.0), GaussianNoise(sigma=sigma)" in found.about["mechanism"]
     assert found.guarantees[1]["epsilon"] > 0
     assert found.theory["rv"] == pytest.approx(theirs.theory["rv"], rel=1e-4)
     assert "<table>" in found._repr_html_()
@@ -245,6 +247,7 @@ def test_a_saved_gradient_is_attacked_whichever_layout_it_has(tiny_prior, model,
 
 def test_a_saved_gradient_of_an_unknown_image(tiny_prior, model, saved):
     c = config(tiny_prior, model, saved / "out", gradient=str(saved / "flax.npz"), sigma_grid=(0.0,), label=0, seeds=3)
+    c = dataclasses.replace(c, images="cifar10-test-64")  # the default, of another size than the prior's: not looked at
     found = command.run(c, False)
     assert not found.has_truth
     assert all(r["psnr"] is None and r["distance"] > 0 for r in found.attacks)
@@ -337,6 +340,7 @@ WRONG = [
     (dict(gradient="{d}/zero.npz", **G), True, ["zero everywhere"]),
     (dict(gradient="{d}/missing.npz", **G), True, ["--gradient", "missing: out.bias"]),
     (dict(gradient="{d}/zero.npz", sigma_grid=(0.0,)), False, ["--label"]),
+    (dict(gradient="{d}/zero.npz", sigma_grid=(0.0,), label=99), False, ["--label 99", "0..9"]),
     (dict(gradient="{d}/zero.npz", label=0), True, ["--sigma_grid names 2", "--sigma_grid=0"]),
     (dict(gradient="{d}/zero.npz", group=3, **G), True, ["--group 3"]),
 ]  # fmt: skip

@@ -19,7 +19,7 @@ from gdiff_jax.auditing.film import film, film_steps
 from gdiff_jax.auditing.result import Audit, assemble
 from gdiff_jax.auditing.summary import PRIOR_ONLY
 from gdiff_jax.matching import GradientMatching, Loss, cosine, l2, victim_gradient
-from gdiff_jax.mechanisms import GaussianNoise, Mechanism
+from gdiff_jax.mechanisms import Chain, Clip, GaussianNoise, Mechanism
 from gdiff_jax.metrics import candidate_count, image_metrics
 from gdiff_jax.priors import Prior, load_prior
 from gdiff_jax.provenance import this_run
@@ -140,7 +140,8 @@ def audit(
         "steps": steps,
         "methods": list(methods),
         "attacks": ", ".join(m.upper() for m in methods),
-        "mechanism": str(mechanism(1.0)).replace("1.0", "sigma"),
+        "mechanism": str(mechanism(0.123456789)).replace("0.123456789", "sigma"),
+        "clip_norm": _clip_norm(mechanism(1.0)),
         "threat_model": "The attacker knows the model's weights and loss, the labels, the mechanism and the prior.",
         "threshold": threshold,
         "share": share,
@@ -153,6 +154,14 @@ def audit(
     return assemble(
         about, rows, found, traces, x, candidates=others, mean_image=mean, guarantees=told, theory=theory, film=frames
     )
+
+
+def _clip_norm(mechanism: Mechanism) -> float | None:
+    """C of the Gaussian mechanism, whose epsilon follows from sigma / C; else None."""
+    stages = mechanism.stages if isinstance(mechanism, Chain) else ()
+    if len(stages) == 2 and isinstance(stages[0], Clip) and isinstance(stages[1], GaussianNoise):
+        return float(stages[0].norm)
+    return None
 
 
 def _trial(method: str, loss: Loss, mechanism: Callable[[Any], Mechanism], prior: Prior) -> Callable[..., dict[str, Any]]:
