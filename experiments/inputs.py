@@ -65,6 +65,8 @@ class SweepConfig:
     )
     zeta: float = option(8.0, "step size of dps, on the un-squared gradient distance")
     guidance_rate: float = option(0.2, "guidance rate of dsg, 0 to 1")
+    calibrated_rate: float = option(0.4, "guidance rate of calibrated-dsg where all is signal, 0 to 1")
+    chains: int = option(4, "reconstructions of a leak that calibrated-mean combines, 2 or more")
     interval: int = option(1, "dsg guides every so many steps")
     through_prior: bool = option(
         True,
@@ -135,7 +137,14 @@ def _check_numbers(c: SweepConfig) -> None:
         _need(getattr(c, name) >= 1, f"--{name} {getattr(c, name)} must be at least 1")
     _need(min(c.training_steps) >= 0, f"--training_steps {min(c.training_steps)} must not be negative; 0 is untrained")
     _need(math.isfinite(c.zeta) and c.zeta >= 0, f"--zeta {c.zeta} must be finite and >= 0; 0 is unguided")
-    _need(0 <= c.guidance_rate <= 1, f"--guidance_rate {c.guidance_rate} must lie in 0..1")
+    for name in ("guidance_rate", "calibrated_rate"):
+        _need(0 <= getattr(c, name) <= 1, f"--{name} {getattr(c, name)} must lie in 0..1")
+    _need(c.chains >= 2, f"--chains {c.chains} must be at least 2: how far they agree is what is used")
+    for method in filter(lambda m: METHODS[m].needs_mechanism, c.methods):
+        _need(c.adaptive, f"--methods {method} draws from the mechanism, which --noadaptive does not know")
+        ok = c.distance == "l2" and c.local_steps == 1
+        other = f"--distance={c.distance} and --local_steps={c.local_steps}"
+        _need(ok, f"--methods {method} compares one gradient by l2, not with {other}; leave these away")
     for name in ("red_diff_weight", "tv"):
         _need(math.isfinite(getattr(c, name)) and getattr(c, name) >= 0, f"--{name} {getattr(c, name)} must be finite and >= 0")
     _check_choice("spacing", c.spacing, ("uniform", "quadratic"))
@@ -311,5 +320,7 @@ def for_victims(c: SweepConfig) -> SweepConfig:
     if c.methods != ("all",):
         return c
     victims = [victim_files.VICTIMS[name]() for name in c.victims if name in victim_files.VICTIMS]
-    fits = lambda method: not METHODS[method].dense or any(applies(method, victim, c.group) for victim in victims)
+    drawn = c.adaptive and c.distance == "l2" and c.local_steps == 1  # what `needs_mechanism` asks for
+    dense = lambda method: not METHODS[method].dense or any(applies(method, victim, c.group) for victim in victims)
+    fits = lambda method: dense(method) and (drawn or not METHODS[method].needs_mechanism)
     return dataclasses.replace(c, methods=tuple(filter(fits, METHODS)))

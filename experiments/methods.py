@@ -35,6 +35,8 @@ class Task(NamedTuple):
     shape: tuple[int, ...]
     clip: bool
     truth: jax.Array | None  # for the trace alone
+    mean: jax.Array  # (H, W, C), of images like the private ones
+    mechanism: Any  # what happened to the gradient; a method takes it only where `needs_mechanism` says so
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,20 +48,34 @@ class Method:
       strength: the number of the configuration that steers it, traced.
       colour: in plots.
       dense: needs a victim that begins with a dense layer, and a leak of one image.
+      needs_mechanism: draws from the mechanism, which the attacker must know, and compares one gradient by l2.
     """
 
     run: Callable[[Task, SweepConfig], tuple[Any, StepInfo]]
     strength: Callable[[SweepConfig], float]
     colour: str
     dense: bool = False
+    needs_mechanism: bool = False
 
 
-def _dsg(task: Task, c: SweepConfig, start: samplers.Start | None = None) -> tuple[Any, StepInfo]:
+def _dsg(task: Task, c: SweepConfig, start: samplers.Start | None = None, signal: Any = None) -> tuple[Any, StepInfo]:
     options: dict[str, Any] = dict(
         guidance_rate=task.strength, interval=c.interval, clip=task.clip, truth=task.truth, start=start,
-        through_prior=c.through_prior,
+        through_prior=c.through_prior, signal=signal,
     )  # fmt: skip
     return gd.dsg_sample(task.key, task.denoise, task.match, task.schedule, task.shape, **options)
+
+
+def _calibrated_dsg(task: Task, c: SweepConfig) -> tuple[Any, StepInfo]:
+    return _dsg(task, c, signal=gd.NoiseCalibration(task.match, task.mechanism))
+
+
+def _calibrated_mean(task: Task, c: SweepConfig) -> tuple[Any, StepInfo]:
+    """Several chains on one leak, combined; the trace is the mean of theirs."""
+    chain = lambda key: _calibrated_dsg(task._replace(key=key), c)
+    found, trace = jax.vmap(chain)(jax.random.split(task.key, c.chains))
+    image, _ = samplers.posterior_mean(jnp.clip(found, -1.0, 1.0), jnp.broadcast_to(task.mean, task.shape))
+    return image, jax.tree.map(lambda a: a.mean(0), trace)
 
 
 def _dps(task: Task, c: SweepConfig) -> tuple[Any, StepInfo]:
@@ -101,7 +117,7 @@ def _layer_input(task: Task) -> attacks.LayerInput:
 def _analytic(task: Task, c: SweepConfig) -> tuple[Any, StepInfo]:
     x = _layer_input(task).x
     info = StepInfo(task.match(x), jnp.full((), jnp.nan), x0_error(jnp.clip(x, -1.0, 1.0), task.truth))
-    return x, jax.tree.map(lambda a: a[None], info)
+    return x, jax.tree.map(lambda a: jnp.asarray(a)[None], info)
 
 
 def _analytic_dsg(task: Task, c: SweepConfig) -> tuple[Any, StepInfo]:
@@ -113,6 +129,8 @@ def _analytic_dsg(task: Task, c: SweepConfig) -> tuple[Any, StepInfo]:
 
 METHODS = {
     "dsg": Method(_dsg, lambda c: c.guidance_rate, "#0b6e99"),
+    "calibrated-dsg": Method(_calibrated_dsg, lambda c: c.calibrated_rate, "#56b4e9", needs_mechanism=True),
+    "calibrated-mean": Method(_calibrated_mean, lambda c: c.calibrated_rate, "#009e73", needs_mechanism=True),
     "dps": Method(_dps, lambda c: c.zeta, "#d1601f"),
     "red-diff": Method(_red_diff, lambda c: c.red_diff_weight, "#8c6d31"),
     "dlg": Method(_dlg, lambda c: 0.0, "#7b3294"),

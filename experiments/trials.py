@@ -138,6 +138,8 @@ def make_runner(
             shape if alone else (c.group, *shape),
             clip,
             x if alone else None,
+            proxy.mean(0),
+            mechanism,
         )
         found, trace = methods.METHODS[method].run(task, c)
         if isinstance(found, tuple):

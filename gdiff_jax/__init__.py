@@ -17,6 +17,7 @@ from gdiff_jax.metrics import image_metrics
 from gdiff_jax.priors import Denoiser, Prior, load_prior
 from gdiff_jax.samplers import StepInfo, dps_sample, dsg_sample, unguided_sample
 from gdiff_jax.schedule import Schedule
+from gdiff_jax.signal import NoiseCalibration
 from gdiff_jax.victims import Victim
 
 __version__ = "0.1.0"
@@ -27,6 +28,7 @@ __all__ = [
     "GaussianNoise",
     "GradientMatching",
     "LocalSGD",
+    "NoiseCalibration",
     "Prior",
     "Schedule",
     "StepInfo",

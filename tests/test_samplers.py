@@ -153,8 +153,8 @@ def test_trajectory_is_that_of_a_plain_loop(gaussian, residual, name: str, stren
         expected, expected_trace = loop(prior, residual, **guidance, variance=variance, **common)
         assert image.shape == SHAPE
         np.testing.assert_allclose(image, expected, atol=2e-3)
-        assert [leaf.shape for leaf in trace] == [(STEPS,)] * 3
-        np.testing.assert_allclose(np.stack(trace), expected_trace, atol=2e-3, rtol=2e-3)  # nan equals nan, and only nan
+        assert [leaf.shape for leaf in trace] == [(STEPS,)] * 4
+        np.testing.assert_allclose(np.stack(trace[:3]), expected_trace, atol=2e-3, rtol=2e-3)  # nan equals nan, and only nan
 
 
 @pytest.mark.parametrize("sample", [dps_sample, dsg_sample])

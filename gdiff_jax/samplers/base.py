@@ -26,6 +26,16 @@ class StepInfo(NamedTuple):
     distance: jax.Array  # objective(x0hat); nan where the step was not guided
     guidance_norm: jax.Array  # || grad_{x_t} objective(x0hat(x_t)) ||; nan where the step was not guided
     x0_error: jax.Array  # mean over pixels of (x0hat - truth)^2, images in [-1, 1]; nan without a truth
+    signal: jax.Array | float = float("nan")  # share of signal in the guidance, in [0, 1]; nan where it was not asked for
+
+
+class Signal(Protocol):
+    """A pytree that says which share of a guidance is signal, in [0, 1].
+
+    Of a key of its own, x0hat, the objective's value and its gradient there.
+    """
+
+    def __call__(self, key: Any, x0: jax.Array, distance: jax.Array, gradient: jax.Array) -> jax.Array: ...
 
 
 class Posterior(NamedTuple):
@@ -94,21 +104,25 @@ def guided_posterior(
     i: jax.Array,
     clip: bool = True,
     through_prior: bool = True,
-) -> tuple[Posterior, jax.Array, jax.Array]:
-    """The reverse step with distance = objective(x0hat(x_t)) and its gradient G with respect to x_t.
+    signal: Signal | None = None,
+    key: jax.Array | None = None,
+) -> tuple[Posterior, jax.Array, jax.Array, jax.Array]:
+    """The reverse step with distance = objective(x0hat(x_t)), its gradient G with respect to x_t, and the signal's share.
 
     With `clip` G passes through the clip, so a saturated pixel gets no guidance (as in the public DPS code). Without
     `through_prior` G is the gradient with respect to x0hat, as MPGD takes it (He et al., ICLR 2024, arXiv 2311.16424, without
-    its projection onto the data's manifold): the prior is not differentiated.
+    its projection onto the data's manifold): the prior is not differentiated. Without a `signal`, which
+    draws from `key`, the share is 1.
     """
     if through_prior:
         x0, pull, v = jax.vjp(lambda x: _predict_x0(denoise, schedule, x, i, clip), x, has_aux=True)
     else:
         x0, v = _predict_x0(denoise, schedule, x, i, clip)
     distance, grad = jax.value_and_grad(objective)(x0)
+    share = jnp.ones_like(distance) if signal is None else signal(key, x0, distance, grad)
     if through_prior:
         (grad,) = pull(grad)
-    return _posterior(schedule, x0, v, x, i), distance, grad
+    return _posterior(schedule, x0, v, x, i), distance, grad, share
 
 
 def x0_error(x0: jax.Array, truth: jax.Array | None) -> jax.Array:
@@ -139,6 +153,6 @@ def reverse(
         return i - 1, x, jax.tree.map(lambda all_steps, value: all_steps.at[last - i].set(value), trace, info)
 
     # A loop of as many steps as there are: under vmap as many as the earliest start of the trials needs.
-    untold = StepInfo(*[jnp.full((schedule.num_steps,), jnp.nan, start.x.dtype)] * 3)
+    untold = StepInfo(*[jnp.full((schedule.num_steps,), jnp.nan, start.x.dtype)] * 4)
     _, x, trace = jax.lax.while_loop(lambda carry: carry[0] >= 0, below, (jnp.asarray(start.step), start.x, untold))
     return x, trace

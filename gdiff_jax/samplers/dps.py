@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from gdiff_jax.samplers import base
-from gdiff_jax.samplers.base import Denoise, Objective, Start, StepInfo
+from gdiff_jax.samplers.base import Denoise, Objective, Signal, Start, StepInfo
 from gdiff_jax.schedule import Schedule
 
 
@@ -26,13 +26,16 @@ def dps_step(
     zeta: jax.Array | float,
     clip: bool = True,
     through_prior: bool = True,
+    signal: Signal | None = None,
     truth: jax.Array | None = None,
 ) -> tuple[jax.Array, StepInfo]:
     """x_{t-1} = mu + sigma z - zeta G. Arguments as in `dps_sample`; x is x_t, i the index of the step."""
-    p, distance, grad = base.guided_posterior(denoise, objective, schedule, x, i, clip, through_prior)
+    k_signal = None if signal is None else jax.random.fold_in(key, 1)
+    p, distance, grad, share = base.guided_posterior(denoise, objective, schedule, x, i, clip, through_prior, signal, k_signal)
     z = jax.random.normal(key, x.shape)
-    info = StepInfo(distance, jnp.linalg.norm(grad), base.x0_error(p.x0, truth))
-    return p.mean + p.std * z - zeta * grad, info
+    told = share if signal is not None else jnp.full_like(distance, jnp.nan)
+    info = StepInfo(distance, jnp.linalg.norm(grad), base.x0_error(p.x0, truth), told)
+    return p.mean + p.std * z - zeta * share * grad, info
 
 
 def dps_sample(
@@ -45,6 +48,7 @@ def dps_sample(
     zeta: jax.Array | float = 8.0,
     clip: bool = True,
     through_prior: bool = True,
+    signal: Signal | None = None,
     start: Start | None = None,
     truth: jax.Array | None = None,
 ) -> tuple[jax.Array, StepInfo]:
@@ -62,6 +66,7 @@ def dps_sample(
       clip: clip x0hat to [-1, 1] and differentiate through the clip, so a saturated pixel gets no guidance.
       through_prior: False guides by the objective's gradient at x0hat in place of its pull-back to x_t (see
         `samplers.base.guided_posterior`): the prior's backward pass is saved, some quality is lost.
+      signal: scales zeta in each step by the share of signal in the guidance, such as `gdiff_jax.NoiseCalibration`.
       start: where to begin, `start_from` an estimate of the image; pure noise at the last index if None.
       truth: (H, W, C); only fills `x0_error` of the trace, the sampler does not use it.
 
@@ -70,7 +75,7 @@ def dps_sample(
     """
 
     def step(key: jax.Array, x: jax.Array, i: jax.Array) -> tuple[jax.Array, StepInfo]:
-        options: dict[str, Any] = dict(clip=clip, through_prior=through_prior, truth=truth)
+        options: dict[str, Any] = dict(clip=clip, through_prior=through_prior, signal=signal, truth=truth)
         return dps_step(key, x, i, denoise, objective, schedule, zeta=zeta, **options)
 
     return base.reverse(key, step, schedule, shape, start)

@@ -1,0 +1,48 @@
+"""How much of a guidance is signal, and how much the mechanism's noise: what a sampler scales its guidance by.
+
+In image space the residual pulls by h = J^T (grad_W L(x0hat) - g~), J the derivative of the gradient in the pixels. If nothing
+but noise were left in the residual its pull would be like h_n = J^T n', n' a fresh draw of the mechanism's noise, which costs
+one more mixed partial. E|| h_n ||^2 = sigma^2 || J ||_F^2: the reconstruction vulnerability, put to work [our choice].
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from gdiff_jax.matching import GradientMatching, at_full_precision, l2, mixed_partial, victim_gradient
+from gdiff_jax.mechanisms import Mechanism
+from gdiff_jax.mechanisms.base import pytree
+
+
+@pytree
+class NoiseCalibration:
+    """s = clip(1 - || h_n ||^2 / || h ||^2, 0, 1) by one draw: about 1 where the leak is clean, 0 where noise is all.
+
+    Attributes:
+      match: the attacker's objective, with the distance `l2`, of one gradient (no `client`).
+      mechanism: what the noise is drawn from; the attacker knows it.
+    """
+
+    match: GradientMatching
+    mechanism: Mechanism
+
+    def __post_init__(self) -> None:
+        if isinstance(self.match, GradientMatching) and (self.match.distance is not l2 or self.match.client is not None):
+            raise ValueError("NoiseCalibration is of an l2 distance to one gradient: give a match with distance=l2, no client")
+
+    def __call__(self, key: jax.Array, x0: jax.Array, distance: jax.Array, gradient: jax.Array) -> jax.Array:
+        pull = jnp.square(distance) * jnp.vdot(gradient, gradient)  # of the root, whose derivative is J^T r / || r ||
+        noise = self.noise_pull(key, x0)
+        return jnp.clip(1 - jnp.vdot(noise, noise) / jnp.where(pull > 0, pull, 1.0), 0.0, 1.0)
+
+    @at_full_precision
+    def noise_pull(self, key: jax.Array, x0: jax.Array) -> jax.Array:
+        """h_n at an image: a draw of what the mechanism adds to a gradient there, pulled back to the pixels."""
+        m = self.match
+        gradient = victim_gradient(m.loss, m.params, x0, m.label)
+        expected, back = jax.vjp(lambda g: self.mechanism.simulate(g, m.leak), gradient)
+        drawn = jax.tree.map(jnp.subtract, self.mechanism(key, gradient), expected)
+        if m.weights is not None:  # the match compares weighted gradients
+            drawn = jax.tree.map(lambda n, w: n * jnp.square(w), drawn, m.weights)
+        return mixed_partial(m.loss, m.params, x0, m.label, back(drawn)[0])

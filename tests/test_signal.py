@@ -1,0 +1,139 @@
+"""The share of signal in a guidance: closed forms on a victim whose gradient is linear in the image."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import gdiff_jax as gd
+from gdiff_jax.mechanisms import Chain, Clip, GaussianNoise, LaplaceNoise
+from gdiff_jax.samplers import dps_sample, dsg_sample, posterior_mean
+from gdiff_jax.schedule import Schedule
+from gdiff_jax.theory import jacobian
+
+SHAPE, P = (2, 3, 1), 40
+A = jnp.asarray(np.random.default_rng(0).normal(size=(P, 6)), jnp.float32)
+
+
+def loss(w, x, y):
+    """<w, A x>: its gradient in w is A x, so J = A."""
+    return w @ (A @ x.ravel())
+
+
+def matched(x, mechanism, key):
+    w = jnp.ones(P)
+    leak = mechanism(key, gd.victim_gradient(loss, w, x, 0))
+    return gd.GradientMatching(w, 0, leak, loss)
+
+
+def image(seed):
+    return jnp.asarray(np.random.default_rng(seed).uniform(-1, 1, SHAPE), jnp.float32)
+
+
+def share(match, mechanism, x0, seed=5):
+    distance, gradient = jax.value_and_grad(match)(x0)
+    return gd.NoiseCalibration(match, mechanism)(jax.random.key(seed), x0, distance, gradient)
+
+
+def test_it_is_the_ratio_of_two_pulls():
+    mechanism = GaussianNoise(0.7)
+    match, x0 = matched(image(0), mechanism, jax.random.key(1)), image(1)
+    noise = mechanism(jax.random.key(5), jnp.zeros(P))
+    pull, drawn = A.T @ (A @ x0.ravel() - match.leak), A.T @ noise
+    expected = 1 - (drawn @ drawn) / (pull @ pull)
+    assert 0 < expected < 1
+    np.testing.assert_allclose(share(match, mechanism, x0), expected, rtol=1e-4)
+
+
+def test_the_pull_of_noise_has_the_energy_that_the_vulnerability_says():
+    mechanism = GaussianNoise(0.3)
+    match = matched(image(0), mechanism, jax.random.key(1))
+    pulls = jax.vmap(lambda k: gd.NoiseCalibration(match, mechanism).noise_pull(k, image(1)))(
+        jax.random.split(jax.random.key(2), 4000)
+    )
+    rv, _ = jacobian.frobenius_exact(loss, match.params, image(1), 0)
+    np.testing.assert_allclose(jnp.square(pulls).sum((1, 2, 3)).mean(), 0.3**2 * rv**2, rtol=0.05)
+
+
+def test_it_is_one_for_a_clean_leak_and_falls_with_the_noise_and_near_the_truth():
+    shares = []
+    for sigma in (0.0, 0.3, 3.0):
+        mechanism = GaussianNoise(sigma)
+        draws = [share(matched(image(0), mechanism, jax.random.key(k)), mechanism, image(1), seed=k + 100) for k in range(40)]
+        shares.append(np.mean(draws))
+    assert shares[0] == 1
+    assert 1 > shares[1] > shares[2]
+    mechanism = GaussianNoise(0.3)
+    at_truth = [share(matched(image(0), mechanism, jax.random.key(k)), mechanism, image(0), seed=k + 100) for k in range(100)]
+    assert np.mean(at_truth) < 0.4  # where nothing but noise is left
+
+
+@pytest.mark.parametrize("noise", [GaussianNoise, LaplaceNoise])
+def test_what_happened_before_the_noise_is_passed_through(noise):
+    mechanism = Chain((Clip(0.5), noise(0.1)))
+    match, x0 = matched(image(0), mechanism, jax.random.key(1)), image(1)
+    found = gd.NoiseCalibration(match, mechanism).noise_pull(jax.random.key(3), x0)
+    drawn = mechanism(jax.random.key(3), A @ x0.ravel()) - Clip(0.5)(jax.random.key(0), A @ x0.ravel())
+
+    def clipped(x):
+        g = A @ x.ravel()
+        return g * jnp.minimum(1.0, 0.5 / jnp.linalg.norm(g))
+
+    expected = jax.grad(lambda x: clipped(x) @ drawn)(x0)
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5)
+
+
+@jax.tree_util.register_static
+class Whole:
+    def __call__(self, key, x0, distance, gradient):
+        return jnp.ones_like(distance)
+
+
+@pytest.mark.parametrize("sample", [dsg_sample, dps_sample])
+def test_a_whole_signal_changes_nothing_and_a_share_is_told(sample, gaussian):
+    schedule = Schedule.create(num_steps=10)
+    mechanism = GaussianNoise(0.5)
+    match = matched(image(0), mechanism, jax.random.key(1))
+    run = lambda signal: sample(jax.random.key(4), gaussian, match, schedule, SHAPE, signal=signal)
+    plain, whole = run(None), run(Whole())
+    np.testing.assert_array_equal(plain[0], whole[0])
+    assert np.isnan(plain[1].signal).all()
+    assert (whole[1].signal == 1).all()
+    _, trace = run(gd.NoiseCalibration(match, mechanism))
+    assert ((trace.signal >= 0) & (trace.signal <= 1)).all()
+    assert 0 < trace.signal.mean() < 1
+
+
+def test_other_distances_and_clients_are_refused():
+    match = matched(image(0), GaussianNoise(0.1), jax.random.key(0))
+    for wrong in (dict(distance=gd.cosine), dict(client=gd.LocalSGD(0.1, 2))):
+        with pytest.raises(ValueError, match="l2 distance to one gradient"):
+            gd.NoiseCalibration(dataclasses.replace(match, **wrong), GaussianNoise(0.1))
+
+
+def test_the_combined_image_has_the_least_error():
+    """Of exchangeable samples and truth m + z + e: the closed form of the best linear weight, and its error."""
+    d, k, shared, own = 4000, 4, 0.6, 0.8
+    rng = np.random.default_rng(0)
+    m, z = rng.normal(size=d), shared * rng.normal(size=d)
+    truth, *samples = (m + z + own * rng.normal(size=d) for _ in range(1 + k))
+    image, weight = posterior_mean(jnp.asarray(samples), jnp.asarray(m))
+    best = shared**2 / (shared**2 + own**2 / k)
+    np.testing.assert_allclose(weight, best, atol=0.03)
+    error = lambda a: np.square(np.asarray(a) - truth).mean()
+    np.testing.assert_allclose(error(image), own**2 + shared**2 * (1 - best), rtol=0.05)
+    assert error(image) < min(error(m), error(np.mean(samples, 0)), *map(error, samples))
+
+
+def test_samples_that_agree_are_kept_and_others_are_not_believed():
+    same = jnp.broadcast_to(image(0), (3, *SHAPE))
+    kept, weight = posterior_mean(same, jnp.zeros(SHAPE))
+    np.testing.assert_allclose(kept, image(0), rtol=1e-5)
+    assert weight == pytest.approx(1, abs=1e-5)
+    opposed, weight = posterior_mean(jnp.stack([image(0), -image(0)]), jnp.full(SHAPE, 0.0))
+    assert weight == 0
+    np.testing.assert_array_equal(opposed, jnp.zeros(SHAPE))
+    with pytest.raises(ValueError, match="two or more"):
+        posterior_mean(same[:1], jnp.zeros(SHAPE))
