@@ -1,5 +1,7 @@
 """Every method, attacker and kind of client in the sweep, and the table that compares methods."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ from test_sweep import config, run_in_process
 
 import gdiff_jax as gd
 from experiments import attackers, compare, report, trials
+from experiments.cli import ConfigError
 from experiments.inputs import SweepConfig, for_victims, load_inputs
 from experiments.methods import METHODS
 from gdiff_jax.matching import released
@@ -247,3 +250,18 @@ def test_the_legend_names_every_method_and_an_exact_image_does_not_flatten_the_p
     assert {text.get_text() for text in figure.legends[0].get_texts()} == {"DSG", "ANALYTIC"}
     assert [ax.get_ylim()[1] for ax in figure.axes] == [report.EXACT] * 2
     assert "cut at 60" in figure.axes[0].get_ylabel()
+
+
+def test_calibrated_methods_take_groups_and_are_left_to_those_who_know_the_mechanism(tiny_prior, tmp_path):
+    c = config(tiny_prior, tmp_path / "o", methods=("calibrated-dsg", "calibrated-mean"), num_images=4, group=2, chains=2)
+    rows = run_in_process(c)
+    assert not any(r["failed"] for r in rows)
+    every = dataclasses.replace(c, methods=("all",))
+    assert "calibrated-dsg" in for_victims(every).methods
+    assert "calibrated-dsg" not in for_victims(dataclasses.replace(every, adaptive=False)).methods
+    with pytest.raises(ConfigError, match="--noadaptive does not know"):
+        load_inputs(dataclasses.replace(c, adaptive=False))
+    with pytest.raises(ConfigError, match="--distance=cosine"):
+        load_inputs(dataclasses.replace(c, distance="cosine"))
+    with pytest.raises(ConfigError, match="--chains 1"):
+        load_inputs(dataclasses.replace(c, chains=1))
