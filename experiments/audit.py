@@ -30,7 +30,7 @@ import numpy as np
 import gdiff_jax as gd
 from experiments import attackers, cli, mechanism_specs, report, saved_trees, sweep, trials, victim_files
 from experiments.cli import ConfigError, option
-from experiments.inputs import DEFAULT_SIGMAS, Inputs, SweepConfig, for_victims, load_inputs
+from experiments.inputs import DEFAULT_SIGMAS, Inputs, SweepConfig, for_victims, load_inputs, read_images
 from experiments.methods import METHODS, applies
 from experiments.records import Row, Store
 from gdiff_jax import images as image_files
@@ -162,17 +162,7 @@ def load(c: AuditConfig, config: SweepConfig, images_given: bool) -> Inputs:
     return inputs
 
 
-def _images(flag: str, source: str, shape: tuple[int, ...], split: Any) -> np.ndarray:
-    try:
-        found = image_files.load_images(source, split, size=shape[0]).images
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"--{flag}: {error}") from None
-    if found.shape[1:] != shape:
-        raise ConfigError(f"--{flag} {source}: images are {found.shape[1:]}, those of the prior are {shape}")
-    return found
-
-
-def _theory(c: AuditConfig, config: SweepConfig, inputs: Inputs, information: np.ndarray | None) -> dict[str, Any] | None:
+def _theory(c: AuditConfig, inputs: Inputs, information: np.ndarray | None) -> dict[str, Any] | None:
     """None where theory does not speak of the case: of batches, and where nothing is known of the image."""
     if c.group > 1 or not np.isfinite(inputs.images).all() or inputs.victims[c.victim].has_batch_norm:
         return None
@@ -262,14 +252,14 @@ def run(c: AuditConfig, images_given: bool) -> Audit:
     shape, known = inputs.prior.image_shape, bool(np.isfinite(inputs.images).all())
     others = np.zeros((0, *shape), np.float32)
     if known:
-        others = image_files.to_model(_images("candidates", c.candidates or c.images, shape, "test"))
+        others = image_files.to_model(read_images("candidates", c.candidates or c.images, "test", c.prior, shape).images)
     information = None
     if c.data:
         if math.prod(shape) > LARGEST_GRAM:
             raise ConfigError(
                 f"--data: images of {math.prod(shape)} numbers are too large for the van Trees limit; leave it away"
             )
-        information = prior_information(_images("data", c.data, shape, "train"))
+        information = prior_information(read_images("data", c.data, "train", c.prior, shape).images)
     count = candidate_count(others, inputs.images) if known else 0
     if known and count < 2:
         raise ConfigError(f"--candidates {c.candidates or c.images} holds nothing but the private images; give more images")
@@ -283,7 +273,7 @@ def run(c: AuditConfig, images_given: bool) -> Audit:
         guarantee_row(sigma, report.guarantee(config, inputs, c.victim, c.mechanism, sigma), 1 / count if known else 1e-4)
         for sigma in inputs.sigmas[c.mechanism]
     ]
-    theory, frames = _theory(c, config, inputs, information), _film(c, config, inputs)
+    theory, frames = _theory(c, inputs, information), _film(c, config, inputs)
     about = _about(c, config, inputs, about_run(inputs.prior), time.time() - started)
     truth = inputs.images if known else None
     return assemble(

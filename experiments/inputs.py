@@ -209,16 +209,24 @@ def _sigmas(c: SweepConfig, spec: mechanism_specs.Spec) -> tuple[float, ...]:
     return tuple(sorted({*c.sigma_grid, *found}))
 
 
-def _load_images(c: SweepConfig, shape: tuple[int, int, int]) -> image_files.ImageSet:
+def read_images(
+    flag: str, source: str, split: image_files.Split, prior: str, shape: tuple[int, int, int]
+) -> image_files.ImageSet:
+    """The images that a flag names, of the shape that the prior takes; ConfigError where they cannot be had."""
     try:
-        data = image_files.load_images(c.images, "test", size=shape[0])
+        data = image_files.load_images(source, split, size=shape[0])
     except (OSError, ValueError) as error:
-        raise ConfigError(f"--images: {error}") from None
+        raise ConfigError(f"--{flag}: {error}") from None
     _need(
         data.images.shape[1:] == shape,
-        f"--images {c.images}: images are {data.images.shape[1:]}, prior {c.prior} takes {shape}; "
+        f"--{flag} {source}: images are {data.images.shape[1:]}, prior {prior} takes {shape}; "
         "use images of that shape or another --prior",
     )
+    return data
+
+
+def _load_images(c: SweepConfig, shape: tuple[int, int, int]) -> image_files.ImageSet:
+    data = read_images("images", c.images, "test", c.prior, shape)
     _need(c.num_images <= len(data), f"--num_images {c.num_images}: {c.images} holds {len(data)}; ask for fewer")
     data = data.take(slice(0, c.num_images))
     if c.label >= 0:

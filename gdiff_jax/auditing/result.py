@@ -91,6 +91,10 @@ class Audit:
 
     def levels(self) -> list[summary.Level]:
         """What came of each noise level, ascending."""
+        return self._levels
+
+    @functools.cached_property
+    def _levels(self) -> list[summary.Level]:  # once: verdict, warnings, page and figures all ask, and each bootstraps
         return summary.levels(self)
 
     def smallest_noise(self, oracle: bool = False) -> summary.Interval:

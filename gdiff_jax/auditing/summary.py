@@ -236,7 +236,7 @@ def verdict(audit: Audit) -> list[str]:
     """The audit's answer, a few sentences with intervals: how bad, and how much noise."""
     if not audit.has_truth:
         return _verdict_without_truth(audit)
-    found, about = levels(audit), audit.about
+    found, about = audit.levels(), audit.about
     first, images = found[0], len({r["leak"] for r in audit.attacks})
     noise = "without noise" if first.sigma == 0 else f"at the smallest noise tried, sigma {first.sigma:.3g}"
     what = "images" if about["group"] == 1 else f"groups of {about['group']} images"
@@ -321,7 +321,7 @@ def warnings(audit: Audit) -> list[str]:
     found += _rank_warnings(audit) + _curve_warnings(audit)
     if not audit.has_truth:
         return found
-    all_levels, leaks = levels(audit), len({r["leak"] for r in audit.attacks})
+    all_levels, leaks = audit.levels(), len({r["leak"] for r in audit.attacks})
     if leaks < FEW_IMAGES:
         found.append(f"Only {leaks} leaks: intervals over images are wide, and rest on the images chosen.")
     first = all_levels[0]
