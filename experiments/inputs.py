@@ -66,7 +66,7 @@ class SweepConfig:
     zeta: float = option(8.0, "step size of dps, on the un-squared gradient distance")
     guidance_rate: float = option(0.2, "guidance rate of dsg, 0 to 1")
     calibrated_rate: float = option(0.4, "guidance rate of calibrated-dsg where all is signal, 0 to 1")
-    chains: int = option(4, "reconstructions of a leak that calibrated-mean combines, 2 or more")
+    chains: int = option(4, "reconstructions of a leak that dsg-mean and calibrated-mean combine, 2 or more")
     interval: int = option(1, "dsg guides every so many steps")
     through_prior: bool = option(
         True,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -70,10 +71,9 @@ def _calibrated_dsg(task: Task, c: SweepConfig) -> tuple[Any, StepInfo]:
     return _dsg(task, c, signal=gd.NoiseCalibration(task.match, task.mechanism))
 
 
-def _calibrated_mean(task: Task, c: SweepConfig) -> tuple[Any, StepInfo]:
+def _mean_of(chain: Callable[[Task, SweepConfig], tuple[Any, StepInfo]], task: Task, c: SweepConfig) -> tuple[Any, StepInfo]:
     """Several chains on one leak, combined; the trace is the mean of theirs."""
-    chain = lambda key: _calibrated_dsg(task._replace(key=key), c)
-    found, trace = jax.vmap(chain)(jax.random.split(task.key, c.chains))
+    found, trace = jax.vmap(lambda key: chain(task._replace(key=key), c))(jax.random.split(task.key, c.chains))
     image, _ = samplers.posterior_mean(jnp.clip(found, -1.0, 1.0), jnp.broadcast_to(task.mean, task.shape))
     return image, jax.tree.map(lambda a: a.mean(0), trace)
 
@@ -130,7 +130,8 @@ def _analytic_dsg(task: Task, c: SweepConfig) -> tuple[Any, StepInfo]:
 METHODS = {
     "dsg": Method(_dsg, lambda c: c.guidance_rate, "#0b6e99"),
     "calibrated-dsg": Method(_calibrated_dsg, lambda c: c.calibrated_rate, "#56b4e9", needs_mechanism=True),
-    "calibrated-mean": Method(_calibrated_mean, lambda c: c.calibrated_rate, "#009e73", needs_mechanism=True),
+    "dsg-mean": Method(partial(_mean_of, _dsg), lambda c: c.guidance_rate, "#e69f00"),
+    "calibrated-mean": Method(partial(_mean_of, _calibrated_dsg), lambda c: c.calibrated_rate, "#009e73", needs_mechanism=True),
     "dps": Method(_dps, lambda c: c.zeta, "#d1601f"),
     "red-diff": Method(_red_diff, lambda c: c.red_diff_weight, "#8c6d31"),
     "dlg": Method(_dlg, lambda c: 0.0, "#7b3294"),

@@ -2,7 +2,8 @@
 
 In image space the residual pulls by h = J^T (grad_W L(x0hat) - g~), J the derivative of the gradient in the pixels. If nothing
 but noise were left in the residual its pull would be like h_n = J^T n', n' a fresh draw of the mechanism's noise, which costs
-one more mixed partial. E|| h_n ||^2 = sigma^2 || J ||_F^2: the reconstruction vulnerability, put to work [our choice].
+one more mixed partial. E|| h_n ||^2 = sigma^2 || J ||_F^2: the reconstruction vulnerability, put to work [our choice]. It
+changes slowly along a run, so a draw serves several steps.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import jax.numpy as jnp
 
 from gdiff_jax.matching import GradientMatching, at_full_precision, l2, mixed_partial, victim_gradient
 from gdiff_jax.mechanisms import Mechanism
-from gdiff_jax.mechanisms.base import pytree
+from gdiff_jax.mechanisms.base import pytree, static
+from gdiff_jax.samplers.base import Share
 
 
 @pytree
@@ -22,19 +24,26 @@ class NoiseCalibration:
     Attributes:
       match: the attacker's objective, with the distance `l2`, of one gradient (no `client`).
       mechanism: what the noise is drawn from; the attacker knows it.
+      every: guided steps that share a draw.
     """
 
     match: GradientMatching
     mechanism: Mechanism
+    every: int = static(default=8)
 
     def __post_init__(self) -> None:
         if isinstance(self.match, GradientMatching) and (self.match.distance is not l2 or self.match.client is not None):
             raise ValueError("NoiseCalibration is of an l2 distance to one gradient: give a match with distance=l2, no client")
+        if self.every < 1:
+            raise ValueError(f"every {self.every} must be at least 1; 1 draws in each guided step")
 
-    def __call__(self, key: jax.Array, x0: jax.Array, distance: jax.Array, gradient: jax.Array) -> jax.Array:
-        pull = jnp.square(distance) * jnp.vdot(gradient, gradient)  # of the root, whose derivative is J^T r / || r ||
-        noise = self.noise_pull(key, x0)
-        return jnp.clip(1 - jnp.vdot(noise, noise) / jnp.where(pull > 0, pull, 1.0), 0.0, 1.0)
+    def __call__(
+        self, key: jax.Array, n: jax.Array, held: jax.Array, x0: jax.Array, distance: jax.Array, gradient: jax.Array
+    ) -> Share:
+        noise_pull = jax.lax.cond(n % self.every == 0, lambda: jnp.linalg.norm(self.noise_pull(key, x0)), lambda: held)
+        pull = distance * jnp.linalg.norm(gradient)  # of the root, whose derivative is J^T r / || r ||
+        signal = jnp.clip(1 - jnp.square(noise_pull / jnp.where(pull > 0, pull, 1.0)), 0.0, 1.0)
+        return Share(signal, pull, noise_pull)
 
     @at_full_precision
     def noise_pull(self, key: jax.Array, x0: jax.Array) -> jax.Array:

@@ -9,7 +9,9 @@ import pytest
 
 import gdiff_jax as gd
 from gdiff_jax.mechanisms import Chain, Clip, GaussianNoise, LaplaceNoise
-from gdiff_jax.samplers import dps_sample, dsg_sample, posterior_mean
+from gdiff_jax.mechanisms.base import pytree
+from gdiff_jax.samplers import Start, dps_sample, dsg_sample, posterior_mean
+from gdiff_jax.samplers.base import Share
 from gdiff_jax.schedule import Schedule
 from gdiff_jax.theory import jacobian
 
@@ -34,7 +36,7 @@ def image(seed):
 
 def share(match, mechanism, x0, seed=5):
     distance, gradient = jax.value_and_grad(match)(x0)
-    return gd.NoiseCalibration(match, mechanism)(jax.random.key(seed), x0, distance, gradient)
+    return gd.NoiseCalibration(match, mechanism)(jax.random.key(seed), 0, jnp.nan, x0, distance, gradient)
 
 
 def test_it_is_the_ratio_of_two_pulls():
@@ -44,7 +46,9 @@ def test_it_is_the_ratio_of_two_pulls():
     pull, drawn = A.T @ (A @ x0.ravel() - match.leak), A.T @ noise
     expected = 1 - (drawn @ drawn) / (pull @ pull)
     assert 0 < expected < 1
-    np.testing.assert_allclose(share(match, mechanism, x0), expected, rtol=1e-4)
+    signal, *parts = share(match, mechanism, x0)
+    np.testing.assert_allclose(signal, expected, rtol=1e-4)
+    np.testing.assert_allclose(parts, [jnp.linalg.norm(pull), jnp.linalg.norm(drawn)], rtol=1e-4)
 
 
 def test_the_pull_of_noise_has_the_energy_that_the_vulnerability_says():
@@ -61,12 +65,12 @@ def test_it_is_one_for_a_clean_leak_and_falls_with_the_noise_and_near_the_truth(
     shares = []
     for sigma in (0.0, 0.3, 3.0):
         mechanism = GaussianNoise(sigma)
-        draws = [share(matched(image(0), mechanism, jax.random.key(k)), mechanism, image(1), seed=k + 100) for k in range(40)]
+        draws = [share(matched(image(0), mechanism, jax.random.key(k)), mechanism, image(1), k + 100)[0] for k in range(40)]
         shares.append(np.mean(draws))
     assert shares[0] == 1
     assert 1 > shares[1] > shares[2]
     mechanism = GaussianNoise(0.3)
-    at_truth = [share(matched(image(0), mechanism, jax.random.key(k)), mechanism, image(0), seed=k + 100) for k in range(100)]
+    at_truth = [share(matched(image(0), mechanism, jax.random.key(k)), mechanism, image(0), k + 100)[0] for k in range(100)]
     assert np.mean(at_truth) < 0.4  # where nothing but noise is left
 
 
@@ -85,25 +89,45 @@ def test_what_happened_before_the_noise_is_passed_through(noise):
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5)
 
 
-@jax.tree_util.register_static
-class Whole:
-    def __call__(self, key, x0, distance, gradient):
-        return jnp.ones_like(distance)
+def test_a_draw_serves_several_steps(gaussian):
+    schedule, mechanism = Schedule.create(num_steps=10), GaussianNoise(0.5)
+    match = matched(image(0), mechanism, jax.random.key(1))
+
+    def changes(every, **options):
+        signal = gd.NoiseCalibration(match, mechanism, every)
+        _, trace = dsg_sample(jax.random.key(4), gaussian, match, schedule, SHAPE, signal=signal, **options)
+        told = np.asarray(trace.noise_pull)[~np.isnan(trace.noise_pull)]
+        np.testing.assert_allclose(trace.signal, np.clip(1 - np.square(trace.noise_pull / trace.pull), 0, 1), rtol=1e-5)
+        return [0, *(np.flatnonzero(np.diff(told)) + 1)], len(told)
+
+    assert changes(1) == (list(range(10)), 10)
+    assert changes(4) == ([0, 4, 8], 10)
+    assert changes(2, interval=3) == ([0, 2], 4)  # the guided steps are 9, 6, 3 and 0
+    assert changes(2, start=Start(jnp.zeros(SHAPE), jnp.array(6))) == ([0, 2, 4, 6], 7)
+    with pytest.raises(ValueError, match="every 0 must be at least 1"):
+        gd.NoiseCalibration(match, mechanism, 0)
+
+
+@pytree
+class Fixed:
+    signal: float
+
+    def __call__(self, key, n, held, x0, distance, gradient):
+        return Share(jnp.float32(self.signal), jnp.float32(1.0), jnp.float32(0.5))
 
 
 @pytest.mark.parametrize("sample", [dsg_sample, dps_sample])
-def test_a_whole_signal_changes_nothing_and_a_share_is_told(sample, gaussian):
+def test_the_strength_is_scaled_by_the_root_of_the_share(sample, gaussian):
     schedule = Schedule.create(num_steps=10)
-    mechanism = GaussianNoise(0.5)
-    match = matched(image(0), mechanism, jax.random.key(1))
-    run = lambda signal: sample(jax.random.key(4), gaussian, match, schedule, SHAPE, signal=signal)
-    plain, whole = run(None), run(Whole())
+    match = matched(image(0), GaussianNoise(0.5), jax.random.key(1))
+    name, strength = ("guidance_rate", 0.4) if sample is dsg_sample else ("zeta", 0.2)
+    run = lambda signal, s=strength: sample(jax.random.key(4), gaussian, match, schedule, SHAPE, signal=signal, **{name: s})
+    plain, whole, quarter = run(None), run(Fixed(1.0)), run(Fixed(0.25))
     np.testing.assert_array_equal(plain[0], whole[0])
-    assert np.isnan(plain[1].signal).all()
-    assert (whole[1].signal == 1).all()
-    _, trace = run(gd.NoiseCalibration(match, mechanism))
-    assert ((trace.signal >= 0) & (trace.signal <= 1)).all()
-    assert 0 < trace.signal.mean() < 1
+    np.testing.assert_array_equal(quarter[0], run(None, strength / 2)[0])
+    assert np.abs(quarter[0] - plain[0]).max() > 1e-3
+    assert np.isnan([plain[1].signal, plain[1].pull, plain[1].noise_pull]).all()
+    assert (quarter[1].signal == 0.25).all()
 
 
 def test_other_distances_and_clients_are_refused():

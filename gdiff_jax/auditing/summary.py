@@ -64,6 +64,16 @@ def median_interval(groups: Iterable[Iterable[float]]) -> Interval:
     return Interval(median, float(low), float(high))
 
 
+def paired_difference(ours: np.ndarray, theirs: np.ndarray) -> Interval:
+    """How far the median of `ours` lies above that of `theirs`, of the same groups (N,); interval by bootstrap over them."""
+    pairs = np.stack([ours, theirs], 1).astype(np.float64)
+    above = lambda sample: float(np.median(sample[:, 0]) - np.median(sample[:, 1]))
+    if len(pairs) < 3:
+        return Interval(above(pairs), math.nan, math.nan)
+    low, high = np.percentile([above(sample) for sample in resampled(list(pairs[:, None]))], [2.5, 97.5])
+    return Interval(above(pairs), float(low), float(high))
+
+
 def share_interval(groups: Iterable[Iterable[float]]) -> Interval:
     """Share of ones among zeros and ones, with Clopper and Pearson's interval for as many draws as there are groups.
 

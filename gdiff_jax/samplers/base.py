@@ -8,6 +8,7 @@ trials is a `jax.vmap` over keys and objectives. Nothing here knows of victims o
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
@@ -26,16 +27,36 @@ class StepInfo(NamedTuple):
     distance: jax.Array  # objective(x0hat); nan where the step was not guided
     guidance_norm: jax.Array  # || grad_{x_t} objective(x0hat(x_t)) ||; nan where the step was not guided
     x0_error: jax.Array  # mean over pixels of (x0hat - truth)^2, images in [-1, 1]; nan without a truth
-    signal: jax.Array | float = float("nan")  # share of signal in the guidance, in [0, 1]; nan where it was not asked for
+    # Share of signal in the guidance and its parts, see `Share`; nan where a sampler was given no signal.
+    signal: jax.Array | float = float("nan")
+    pull: jax.Array | float = float("nan")
+    noise_pull: jax.Array | float = float("nan")
+
+
+class Share(NamedTuple):
+    """Which share of a guidance is signal, scalars: signal = clip(1 - noise_pull^2 / pull^2, 0, 1).
+
+    The expected cosine between the guidance and what it would be without noise is sqrt(signal): that scales a sampler's step.
+    """
+
+    signal: jax.Array
+    pull: jax.Array  # norm of the residual's pull on the pixels of x0hat
+    noise_pull: jax.Array  # norm of what noise alone would pull by
 
 
 class Signal(Protocol):
-    """A pytree that says which share of a guidance is signal, in [0, 1].
+    """A pytree that says which share of a guidance is signal.
 
-    Of a key of its own, x0hat, the objective's value and its gradient there.
+    Of a key of its own, the number of guided steps before this one, the noise_pull of the one before (nan in the first), x0hat,
+    the objective's value and its gradient there.
     """
 
-    def __call__(self, key: Any, x0: jax.Array, distance: jax.Array, gradient: jax.Array) -> jax.Array: ...
+    def __call__(
+        self, key: jax.Array, n: jax.Array, held: jax.Array, x0: jax.Array, distance: jax.Array, gradient: jax.Array
+    ) -> Share: ...
+
+
+ShareOf = Callable[[jax.Array, jax.Array, jax.Array], Share]  # of x0hat, the objective's value and its gradient
 
 
 class Posterior(NamedTuple):
@@ -104,25 +125,27 @@ def guided_posterior(
     i: jax.Array,
     clip: bool = True,
     through_prior: bool = True,
-    signal: Signal | None = None,
-    key: jax.Array | None = None,
-) -> tuple[Posterior, jax.Array, jax.Array, jax.Array]:
-    """The reverse step with distance = objective(x0hat(x_t)), its gradient G with respect to x_t, and the signal's share.
+    share: ShareOf | None = None,
+    truth: jax.Array | None = None,
+) -> tuple[Posterior, jax.Array, jax.Array | float, StepInfo]:
+    """The reverse step, the gradient G of objective(x0hat(x_t)) with respect to x_t, how much to trust G, and what to report.
 
     With `clip` G passes through the clip, so a saturated pixel gets no guidance (as in the public DPS code). Without
     `through_prior` G is the gradient with respect to x0hat, as MPGD takes it (He et al., ICLR 2024, arXiv 2311.16424, without
-    its projection onto the data's manifold): the prior is not differentiated. Without a `signal`, which
-    draws from `key`, the share is 1.
+    its projection onto the data's manifold): the prior is not differentiated. The trust is the root of the share of
+    signal, 1 without a `share`.
     """
     if through_prior:
         x0, pull, v = jax.vjp(lambda x: _predict_x0(denoise, schedule, x, i, clip), x, has_aux=True)
     else:
         x0, v = _predict_x0(denoise, schedule, x, i, clip)
     distance, grad = jax.value_and_grad(objective)(x0)
-    share = jnp.ones_like(distance) if signal is None else signal(key, x0, distance, grad)
+    told: tuple[Any, ...] = () if share is None else share(x0, distance, grad)
+    trust = 1.0 if share is None else jnp.sqrt(told[0])
     if through_prior:
         (grad,) = pull(grad)
-    return _posterior(schedule, x0, v, x, i), distance, grad, share
+    info = StepInfo(distance, jnp.linalg.norm(grad), x0_error(x0, truth), *told)
+    return _posterior(schedule, x0, v, x, i), grad, trust, info
 
 
 def x0_error(x0: jax.Array, truth: jax.Array | None) -> jax.Array:
@@ -138,21 +161,58 @@ def reverse(
     Step i draws from fold_in(key, i), so what a step draws depends on neither the other steps nor the other trials. The trace
     has an entry for every kept step; those above a start are nan. From a start it cannot be differentiated in reverse.
     """
+
+    def alone(key: jax.Array, state: tuple[jax.Array], i: jax.Array) -> tuple[tuple[jax.Array], StepInfo]:
+        x, info = step(key, state[0], i)
+        return (x,), info
+
+    return _reverse(key, alone, schedule, shape, start)
+
+
+def reverse_guided(
+    key: jax.Array,
+    step: Callable[[jax.Array, jax.Array, jax.Array, ShareOf | None], tuple[jax.Array, StepInfo]],
+    schedule: Schedule,
+    shape: tuple[int, ...],
+    start: Start | None = None,
+    signal: Signal | None = None,
+    interval: int = 1,
+) -> tuple[jax.Array, StepInfo]:
+    """`reverse` of a step(key, x, i, share), guided where i is a multiple of `interval`, with the share of signal in it."""
+    if signal is None:
+        return reverse(key, lambda key, x, i: step(key, x, i, None), schedule, shape, start)
+    first = (schedule.num_steps - 1 if start is None else start.step) // interval
+
+    def remembering(key: jax.Array, state: Any, i: jax.Array) -> tuple[Any, StepInfo]:
+        x, held = state
+        x, info = step(key, x, i, functools.partial(signal, jax.random.fold_in(key, 1), first - i // interval, held))
+        return (x, jnp.where(jnp.isnan(info.noise_pull), held, info.noise_pull)), info
+
+    return _reverse(key, remembering, schedule, shape, start, jnp.nan)
+
+
+def _reverse(
+    key: jax.Array, step: Any, schedule: Schedule, shape: tuple[int, ...], start: Start | None, *memory: float
+) -> tuple[jax.Array, StepInfo]:
+    """Of a step whose state is (x, *memory)."""
     key_init, key_steps = jax.random.split(key)
-
-    def run(x: jax.Array, i: jax.Array) -> tuple[jax.Array, StepInfo]:
-        return step(jax.random.fold_in(key_steps, i), x, i)
-
     last = schedule.num_steps - 1
-    if start is None:
-        return jax.lax.scan(run, jax.random.normal(key_init, shape), jnp.arange(last, -1, -1))
+    x = jax.random.normal(key_init, shape) if start is None else start.x
+    state: Any = (x, *(jnp.asarray(m, x.dtype) for m in memory))
 
-    def below(carry: tuple[jax.Array, jax.Array, StepInfo]) -> tuple[jax.Array, jax.Array, StepInfo]:
-        i, x, trace = carry
-        x, info = run(x, i)
-        return i - 1, x, jax.tree.map(lambda all_steps, value: all_steps.at[last - i].set(value), trace, info)
+    def run(state: Any, i: jax.Array) -> tuple[Any, StepInfo]:
+        return step(jax.random.fold_in(key_steps, i), state, i)
+
+    if start is None:
+        (x, *_), trace = jax.lax.scan(run, state, jnp.arange(last, -1, -1))
+        return x, trace
+
+    def below(carry: tuple[jax.Array, Any, StepInfo]) -> tuple[jax.Array, Any, StepInfo]:
+        i, state, trace = carry
+        state, info = run(state, i)
+        return i - 1, state, jax.tree.map(lambda all_steps, value: all_steps.at[last - i].set(value), trace, info)
 
     # A loop of as many steps as there are: under vmap as many as the earliest start of the trials needs.
-    untold = StepInfo(*[jnp.full((schedule.num_steps,), jnp.nan, start.x.dtype)] * 4)
-    _, x, trace = jax.lax.while_loop(lambda carry: carry[0] >= 0, below, (jnp.asarray(start.step), start.x, untold))
+    untold = StepInfo(*[jnp.full((schedule.num_steps,), jnp.nan, x.dtype)] * len(StepInfo._fields))
+    _, (x, *_), trace = jax.lax.while_loop(lambda carry: carry[0] >= 0, below, (jnp.asarray(start.step), state, untold))
     return x, trace

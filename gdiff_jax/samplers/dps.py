@@ -8,10 +8,9 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from gdiff_jax.samplers import base
-from gdiff_jax.samplers.base import Denoise, Objective, Signal, Start, StepInfo
+from gdiff_jax.samplers.base import Denoise, Objective, ShareOf, Signal, Start, StepInfo
 from gdiff_jax.schedule import Schedule
 
 
@@ -26,16 +25,13 @@ def dps_step(
     zeta: jax.Array | float,
     clip: bool = True,
     through_prior: bool = True,
-    signal: Signal | None = None,
+    share: ShareOf | None = None,
     truth: jax.Array | None = None,
 ) -> tuple[jax.Array, StepInfo]:
     """x_{t-1} = mu + sigma z - zeta G. Arguments as in `dps_sample`; x is x_t, i the index of the step."""
-    k_signal = None if signal is None else jax.random.fold_in(key, 1)
-    p, distance, grad, share = base.guided_posterior(denoise, objective, schedule, x, i, clip, through_prior, signal, k_signal)
+    p, grad, trust, info = base.guided_posterior(denoise, objective, schedule, x, i, clip, through_prior, share, truth)
     z = jax.random.normal(key, x.shape)
-    told = share if signal is not None else jnp.full_like(distance, jnp.nan)
-    info = StepInfo(distance, jnp.linalg.norm(grad), base.x0_error(p.x0, truth), told)
-    return p.mean + p.std * z - zeta * share * grad, info
+    return p.mean + p.std * z - zeta * trust * grad, info
 
 
 def dps_sample(
@@ -66,7 +62,7 @@ def dps_sample(
       clip: clip x0hat to [-1, 1] and differentiate through the clip, so a saturated pixel gets no guidance.
       through_prior: False guides by the objective's gradient at x0hat in place of its pull-back to x_t (see
         `samplers.base.guided_posterior`): the prior's backward pass is saved, some quality is lost.
-      signal: scales zeta in each step by the share of signal in the guidance, such as `gdiff_jax.NoiseCalibration`.
+      signal: scales zeta in each step by the root of the share of signal in the guidance, such as `gdiff_jax.NoiseCalibration`.
       start: where to begin, `start_from` an estimate of the image; pure noise at the last index if None.
       truth: (H, W, C); only fills `x0_error` of the trace, the sampler does not use it.
 
@@ -74,8 +70,8 @@ def dps_sample(
       image (H, W, C), about [-1, 1], and the trace. The last step, at t = 0, is guided too.
     """
 
-    def step(key: jax.Array, x: jax.Array, i: jax.Array) -> tuple[jax.Array, StepInfo]:
-        options: dict[str, Any] = dict(clip=clip, through_prior=through_prior, signal=signal, truth=truth)
+    def step(key: jax.Array, x: jax.Array, i: jax.Array, share: ShareOf | None) -> tuple[jax.Array, StepInfo]:
+        options: dict[str, Any] = dict(clip=clip, through_prior=through_prior, share=share, truth=truth)
         return dps_step(key, x, i, denoise, objective, schedule, zeta=zeta, **options)
 
-    return base.reverse(key, step, schedule, shape, start)
+    return base.reverse_guided(key, step, schedule, shape, start, signal)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from gdiff_jax.samplers import base
-from gdiff_jax.samplers.base import Denoise, Objective, Signal, Start, StepInfo
+from gdiff_jax.samplers.base import Denoise, Objective, ShareOf, Signal, Start, StepInfo
 from gdiff_jax.schedule import Schedule
 
 
@@ -32,30 +32,26 @@ def dsg_step(
     interval: int = 1,
     clip: bool = True,
     through_prior: bool = True,
-    signal: Signal | None = None,
+    share: ShareOf | None = None,
     truth: jax.Array | None = None,
 ) -> tuple[jax.Array, StepInfo]:
     """x_{t-1} = mu + r dm / ||dm||. Arguments as in `dsg_sample`; x is x_t, i the index of the step."""
-    k_signal = None if signal is None else jax.random.fold_in(key, 1)
     z = jax.random.normal(key, x.shape)
     root_n = x.size**0.5
 
     def guided(x: jax.Array) -> tuple[jax.Array, StepInfo]:
-        p, distance, grad, share = base.guided_posterior(
-            denoise, objective, schedule, x, i, clip, through_prior, signal, k_signal
-        )
+        p, grad, trust, info = base.guided_posterior(denoise, objective, schedule, x, i, clip, through_prior, share, truth)
         # The paper's r = sqrt(n) sigma, d* = -r G/||G||, ds = sigma z, dm = ds + rate (d* - ds), all divided by sigma, which
         # is 0 in the last step; a learned sigma then scales each pixel, and the sphere becomes an ellipsoid [inferred].
         toward = -root_n * _unit(grad)
-        mixed = z + share * guidance_rate * (toward - z)
-        told = share if signal is not None else jnp.full_like(distance, jnp.nan)
-        info = StepInfo(distance, jnp.linalg.norm(grad), base.x0_error(p.x0, truth), told)
+        mixed = z + trust * guidance_rate * (toward - z)
         return p.mean + p.std * root_n * _unit(mixed), info
 
     def skipped(x: jax.Array) -> tuple[jax.Array, StepInfo]:
         p = base.posterior(denoise, schedule, x, i, clip)
         nan = jnp.full((), jnp.nan, x.dtype)
-        return p.mean + p.std * z, StepInfo(nan, nan, base.x0_error(p.x0, truth), nan)
+        told = () if share is None else (nan, nan, nan)
+        return p.mean + p.std * z, StepInfo(nan, nan, base.x0_error(p.x0, truth), *told)
 
     if interval == 1:
         return guided(x)
@@ -92,7 +88,8 @@ def dsg_sample(
       clip: clip x0hat to [-1, 1] and differentiate through the clip, so a saturated pixel gets no guidance.
       through_prior: False guides by the objective's gradient at x0hat in place of its pull-back to x_t (see
         `samplers.base.guided_posterior`): the prior's backward pass is saved, some quality is lost.
-      signal: scales guidance_rate in each step by the share of signal in the guidance, such as `gdiff_jax.NoiseCalibration`.
+      signal: scales guidance_rate in each step by the root of the share of signal in the guidance, such as
+        `gdiff_jax.NoiseCalibration`.
       start: where to begin, `start_from` an estimate of the image; pure noise at the last index if None.
       truth: (H, W, C); only fills `x0_error` of the trace, the sampler does not use it.
 
@@ -102,10 +99,10 @@ def dsg_sample(
     if interval < 1:
         raise ValueError(f"interval {interval} must be at least 1; 1 guides every step")
 
-    def step(key: jax.Array, x: jax.Array, i: jax.Array) -> tuple[jax.Array, StepInfo]:
+    def step(key: jax.Array, x: jax.Array, i: jax.Array, share: ShareOf | None) -> tuple[jax.Array, StepInfo]:
         return dsg_step(
             key, x, i, denoise, objective, schedule,
-            guidance_rate=guidance_rate, interval=interval, clip=clip, through_prior=through_prior, signal=signal, truth=truth,
+            guidance_rate=guidance_rate, interval=interval, clip=clip, through_prior=through_prior, share=share, truth=truth,
         )  # fmt: skip
 
-    return base.reverse(key, step, schedule, shape, start)
+    return base.reverse_guided(key, step, schedule, shape, start, signal, interval)
