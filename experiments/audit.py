@@ -239,7 +239,7 @@ def gather(rows: list[Row], store: Store) -> tuple[list[Row], list[np.ndarray], 
         per_leak = len(found["images"]) // len(found["trace_distance"])
         kept.append({**row, "leak": row["image"] - row["row"] % per_leak})
         images.append(found["images"][row["row"]])
-        traces.append({k: found[f"trace_{k}"][row["trial"]] for k in ("distance", "x0_error")})
+        traces.append({k: found[f"trace_{k}"][row["trial"]] for k in ("distance", "x0_error", "signal")})
     return kept, images, traces
 
 

@@ -37,7 +37,7 @@ from experiments.methods import METHODS
 from experiments.records import Store
 from gdiff_jax import images as image_files
 from gdiff_jax import parallel
-from gdiff_jax.auditing.summary import Interval, paired_difference
+from gdiff_jax.auditing.intervals import Interval, paired_difference
 from gdiff_jax.priors import BUNDLED
 
 STRENGTHS = {"dsg": "guidance_rate", "dps": "zeta"}  # the flag that is tuned for the oracle
@@ -152,7 +152,7 @@ def read_csv(path: Path) -> list[Score]:
 
 
 def by_victim(found: Sequence[Score]) -> dict[str, Cells]:
-    """By victim and prior. A failed trial counts as PSNR -inf: it recovered nothing."""
+    """By victim and prior. A failed trial counts as 0 dB, less than noise: it recovered nothing."""
     cells: dict[str, dict[Setting, dict[float, dict[int, float]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(dict)))
     untuned: dict[str, Setting] = {}  # one object a method: nan is not equal to nan
     for s in found:
@@ -161,7 +161,7 @@ def by_victim(found: Sequence[Score]) -> dict[str, Cells]:
             if np.isnan(s.strength)
             else Setting(s.method, s.strength)
         )
-        cells[f"{s.victim}, {s.prior}"][of][s.sigma][s.image] = -np.inf if np.isnan(s.psnr) else s.psnr
+        cells[f"{s.victim}, {s.prior}"][of][s.sigma][s.image] = 0.0 if np.isnan(s.psnr) else s.psnr
     in_order = lambda images: np.array([images[i] for i in sorted(images)])
     return {v: {of: {s: in_order(i) for s, i in at.items()} for of, at in c.items()} for v, c in cells.items()}
 

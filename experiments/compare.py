@@ -15,8 +15,8 @@ from experiments import report
 from experiments.cli import write_atomic
 from experiments.methods import METHODS
 from experiments.records import Row
-from gdiff_jax.auditing import summary
-from gdiff_jax.auditing.summary import Interval
+from gdiff_jax.auditing import intervals
+from gdiff_jax.auditing.intervals import Interval
 
 Panel = tuple[str, int, str]  # victim, training steps, mechanism
 Cells = dict[tuple[float, str], list[Row]]  # by sigma and method
@@ -37,7 +37,7 @@ def median_interval(rows: list[Row], name: str = "psnr") -> Interval:
     for row in rows:
         if not row["failed"] and row.get(name) is not None:
             by_leak[row["image"] - row["row"] % _group(rows)].append(row[name])
-    return summary.median_interval(by_leak.values())
+    return intervals.median_interval(by_leak.values())
 
 
 def _group(rows: list[Row]) -> int:

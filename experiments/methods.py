@@ -72,10 +72,7 @@ def _calibrated_dsg(task: Task, c: SweepConfig) -> tuple[Any, StepInfo]:
 
 
 def _mean_of(chain: Callable[[Task, SweepConfig], tuple[Any, StepInfo]], task: Task, c: SweepConfig) -> tuple[Any, StepInfo]:
-    """Several chains on one leak, combined; the trace is the mean of theirs."""
-    found, trace = jax.vmap(lambda key: chain(task._replace(key=key), c))(jax.random.split(task.key, c.chains))
-    image, _ = samplers.posterior_mean(jnp.clip(found, -1.0, 1.0), jnp.broadcast_to(task.mean, task.shape))
-    return image, jax.tree.map(lambda a: a.mean(0), trace)
+    return samplers.mean_of_chains(task.key, lambda key: chain(task._replace(key=key), c), task.mean, c.chains)
 
 
 def _dps(task: Task, c: SweepConfig) -> tuple[Any, StepInfo]:

@@ -95,7 +95,8 @@ def config(tiny_prior, model, out, **changes):
 @pytest.fixture(scope="session")
 def small(tiny_prior, model, tmp_path_factory):
     """The folder of a small audit, made by its command."""
-    c = config(tiny_prior, model, tmp_path_factory.mktemp("audit") / "out", mechanism="clip:1+gaussian", sigma_grid=(0, 0.1, 1))
+    changes = dict(mechanism="clip:1+gaussian", sigma_grid=(0, 0.1, 1), methods=("dsg", "dps", "calibrated-mean"))
+    c = config(tiny_prior, model, tmp_path_factory.mktemp("audit") / "out", **changes)
     flags = [f"--{k}={','.join(map(str, v)) if isinstance(v, tuple) else v}" for k, v in dataclasses.asdict(c).items()]
     done = subprocess.run([*command_of("audit.py"), *flags], check=True, capture_output=True, text=True)
     assert "report.html" in done.stdout
@@ -109,12 +110,13 @@ def test_the_call_and_the_command_find_the_same(small, tiny_prior, model):
     prior = gd.load_prior(str(tiny_prior / "prior"))
     clipped = lambda sigma: Chain((Clip(1.0), GaussianNoise(sigma)))
     options = dict(prior=prior, sigmas=(0.1, 0, 1), mechanism=clipped, steps=4, batch=4, candidates=data["images"])
+    options["methods"] = ("dsg", "dps", "calibrated-mean")
     found = gd.audit(loss, params, data["images"][:3], data["labels"][:3], progress=False, **options)
     theirs = gd.Audit.load(small / "audit.json")
     key = lambda r: (r["method"], r["sigma"] or 0, r["image"], r["seed"])
     ours, other = (sorted(a.trials, key=key) for a in (found, theirs))
     assert [key(r) for r in ours] == [key(r) for r in other]
-    assert len(ours) == 3 * 2 * (1 + 2 * 3)
+    assert len(ours) == 3 * 2 * (1 + 3 * 3)
     for a, b in zip(ours, other, strict=True):
         for name in ("psnr", "ssim", "mse", "rank", "leak", "failed"):
             assert a[name] == pytest.approx(b[name], rel=2e-3), name
@@ -140,13 +142,16 @@ def test_every_figure_follows_from_the_json(small, tmp_path):
     audit = gd.Audit.load(small / "audit.json")
     drawn = {p.stem for p in (small / "figures").iterdir()}
     assert drawn == set(figures.drawings(audit))
-    assert {"reconstructions", "quality", "recovered", "epsilon", "steps", "film", "layers", "spectrum"} <= drawn
+    assert {"reconstructions", "quality", "recovered", "epsilon", "steps", "signal", "film", "layers", "spectrum"} <= drawn
     # And each of them answers to the data: other numbers, another figure.
     worse = lambda r: {**r, "psnr": r["psnr"] and r["psnr"] + 1, "rank": 1, "noise_norm": 2 * (r.get("noise_norm") or 0)}
     theory = {**audit.theory, "shares": {k: v / 2 for k, v in audit.theory["shares"].items()}}
     theory["spectra"] = [{**s, "eigenvalues": [2 * v for v in s["eigenvalues"]]} for s in theory["spectra"]]
     black = {k: pictures.png(np.zeros((16, 16, 3))) for k in audit.pictures}
-    other = dataclasses.replace(audit, trials=[worse(r) for r in audit.trials], theory=theory, pictures=black)
+    halved = {k: {**c, "signal": [v and v / 2 for v in c["signal"]]} if "signal" in c else c for k, c in audit.curves.items()}
+    other = dataclasses.replace(
+        audit, trials=[worse(r) for r in audit.trials], theory=theory, pictures=black, curves=halved
+    )  # fmt: skip
     before, after = figures.files(audit), figures.files(other)
     assert all(before[name] != after[name] for name in before)
 

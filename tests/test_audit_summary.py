@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 
 from gdiff_jax import metrics
-from gdiff_jax.auditing import summary
+from gdiff_jax.auditing import intervals, summary
 from gdiff_jax.auditing.result import Audit, curve_key
 
 SIGMAS = (0.0, 0.01, 0.1, 1.0)
@@ -69,13 +69,13 @@ def test_a_failed_trial_is_counted_and_recovers_nothing():
 
 
 def test_shares_have_clopper_and_pearsons_interval():
-    found = summary.share_interval([[1.0]] * 3 + [[0.0]] * 9)
+    found = intervals.share_interval([[1.0]] * 3 + [[0.0]] * 9)
     exact = stats.binomtest(3, 12).proportion_ci(0.95, "exact")
     assert found == pytest.approx((0.25, exact.low, exact.high))
-    assert summary.share_interval([[0.0]] * 12)[:2] == (0, 0)
-    assert summary.share_interval([[0.0]] * 12).high == pytest.approx(1 - 0.025 ** (1 / 12))
+    assert intervals.share_interval([[0.0]] * 12)[:2] == (0, 0)
+    assert intervals.share_interval([[0.0]] * 12).high == pytest.approx(1 - 0.025 ** (1 / 12))
     # Seeds are no draws of their own: doubling them changes nothing.
-    assert summary.share_interval([[1.0, 1.0]] * 3 + [[0.0, 0.0]] * 9) == pytest.approx(tuple(found))
+    assert intervals.share_interval([[1.0, 1.0]] * 3 + [[0.0, 0.0]] * 9) == pytest.approx(tuple(found))
 
 
 def test_the_bootstrap_covers_the_median():
@@ -83,11 +83,11 @@ def test_the_bootstrap_covers_the_median():
     rng = np.random.default_rng(0)
     missed = 0
     for _ in range(60):
-        found = summary.median_interval([[v] for v in rng.normal(size=12)])
+        found = intervals.median_interval([[v] for v in rng.normal(size=12)])
         missed += not found.low <= 0 <= found.high
     assert missed < 12
-    assert math.isnan(summary.median_interval([[1.0], [2.0]]).low)
-    assert math.isnan(summary.median_interval([]).value)
+    assert math.isnan(intervals.median_interval([[1.0], [2.0]]).low)
+    assert math.isnan(intervals.median_interval([]).value)
 
 
 def test_crossing_is_linear_in_log_sigma():

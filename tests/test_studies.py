@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from experiments import noise_study, records, vulnerability, vulnerability_report
+from experiments import calibration_study, noise_study, records, vulnerability, vulnerability_report
 from experiments.mechanism_specs import parse
 from experiments.vulnerability_theory import PriorKnowledge
 from gdiff_jax import victims
@@ -181,3 +181,68 @@ def test_the_report_of_singular_and_of_estimated_spectra(exact, tmp_path):
     assert cells == (
         ["0.1", "10", "15.1", "0 of 5", "-", "0 of 0", "5"] if exact else ["0.1", "10", "-", "0 of 0", "-", "0 of 0", "0"]
     )
+
+
+def test_the_study_of_calibration(tiny_prior, tmp_path):
+    flags = ("--victims=mlp-narrow", "--sigma_grid=0.1,1", "--rates=0.2", "--zetas=4", "--untuned=calibrated-mean")
+    result = run("calibration_study.py", tiny_prior, tmp_path / "out", *flags)
+    assert result.returncode == 0, result.stderr[-3000:]
+    scores = calibration_study.read_csv(tmp_path / "out" / "trials.csv")
+    methods = {s.method for s in scores}
+    assert {"dsg", "dps", "calibrated-mean"} <= methods <= {"dsg", "dps", "calibrated-mean", "mean image"}
+    assert len(scores) == len(methods) * 2 * 2
+    store = tmp_path / "out" / "mlp-narrow-0" / "dps-4" / "chunks"
+    rows = [json.loads(line) for file in sorted(store.glob("*.jsonl")) for line in file.read_text().splitlines()]
+    theirs = {(r["sigma"], r["image"]): r["psnr"] for r in rows if r.get("method") == "dps"}
+    ours = {(s.sigma, s.image): s.psnr for s in scores if s.method == "dps"}
+    assert ours == {k: pytest.approx(v, abs=1e-3) for k, v in theirs.items()}
+    summary = (tmp_path / "out" / "summary.md").read_text()
+    assert "calibrated-mean at its worst is within" in summary
+    again = ["--trials=" + str(tmp_path / "out" / "trials.csv"), f"--out={tmp_path}/again"]
+    command = [sys.executable, str(ROOT / "experiments" / "calibration_study.py"), *again]
+    assert subprocess.run(command, capture_output=True, check=False).returncode == 0
+    assert (tmp_path / "again" / "summary.md").read_text().split("\n\n", 1)[1] == summary.split("\n\n", 1)[1]
+    for name in ("trials.csv", "calibration.png"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
+
+
+def score(method, strength, sigma, psnrs, victim="net"):
+    return [calibration_study.Score("prior", victim, method, strength, sigma, i, p, 0.5, 1.0) for i, p in enumerate(psnrs)]
+
+
+def test_an_untuned_attack_is_compared_with_the_best_tuned_one_of_each_noise():
+    nan = float("nan")
+    found = [
+        *score("dsg", 0.2, 0.1, [20, 22, 24, 30]), *score("dsg", 0.4, 0.1, [23, 25, 27, 29]), *score("dps", 8.0, 0.1, [1] * 4),
+        *score("dsg", 0.2, 1.0, [9] * 4), *score("dsg", 0.4, 1.0, [8] * 4), *score("dps", 8.0, 1.0, [10, 11, 12, nan]),
+        *score("mine", nan, 0.1, [24, 26, 26, 28]), *score("mine", nan, 1.0, [12, 12, 12, 12]),
+        *score("mean image", nan, 0.1, [11, 12, 13, 14]), *score("mean image", nan, 1.0, [11, 12, 13, 14]),
+    ]  # fmt: skip
+    victims = calibration_study.by_victim(found)
+    cells = victims["net, prior"]
+    assert calibration_study.oracle(cells, 0.1) == ("dsg", 0.4)
+    assert calibration_study.oracle(cells, 1.0) == ("dps", 8.0)
+    gaps = calibration_study.gaps(victims, "mine")
+    assert [g.above.value for g in gaps["the oracle"]] == [0.0, 1.5]  # the failed trial of dps recovers nothing
+    assert [g.above.value for g in gaps["dsg"]] == [3.0, 3.0]
+    assert [g.above.value for g in gaps["mean image"]] == [13.5, -0.5]
+    assert gaps["dsg"][1].above[1:] == (3.0, 3.0)  # alike for all images
+    assert "the oracle (net, prior, sigma 0.1)" in calibration_study.verdict(victims, ["mine"])[0]
+    assert calibration_study.write_csv(found).count("\n") == 1 + len(found)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--untuned=magic"], "--untuned 'magic' is not known"),
+        (["--rates=0.2,0.2"], "must be non-empty, without repeats"),
+        (["--victims=mlp-narrow@x"], "after the @ comes a number"),
+        (["--rates=7"], "--guidance_rate 7.0 must lie in 0..1"),
+        (["--trials=nothing.csv"], "nothing.csv is no trials.csv"),
+    ],
+)
+def test_what_the_study_of_calibration_refuses(tiny_prior, tmp_path, flags, message):
+    result = run("calibration_study.py", tiny_prior, tmp_path / "out", *flags)
+    assert result.returncode != 0
+    assert message in result.stderr
+    assert not (tmp_path / "out").exists()

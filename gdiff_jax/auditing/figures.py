@@ -13,9 +13,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from gdiff_jax.auditing import pictures, summary
-from gdiff_jax.auditing.result import SHOWN, Audit
-from gdiff_jax.auditing.summary import Interval
+from gdiff_jax.auditing import intervals, pictures, summary
+from gdiff_jax.auditing.intervals import Interval
+from gdiff_jax.auditing.result import SHOWN, Audit, curve_key
 
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY, BLACK = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000"
 CYCLE = (BLUE, RED, GREEN, PURPLE, ORANGE, SKY, BLACK)
@@ -63,7 +63,7 @@ def _quality(ax: Axes, audit: Audit, name: str) -> None:
     levels, x = audit.levels(), _levels_axis(ax, audit)
     for i, method in enumerate(audit.methods):
         own = [[r for r in audit.at(s) if r["method"] == method and not r["failed"]] for s in audit.sigmas]
-        values = [summary.median_interval(summary.by_leak(found, lambda r: r.get(name))).value for found in own]
+        values = [intervals.median_interval(summary.by_leak(found, lambda r: r.get(name))).value for found in own]
         ax.plot(x, values, "--", color=CYCLE[1 + i % 6], lw=1.2, label=method.upper())
     _line(ax, x, [getattr(v, name) for v in levels], BLUE, "attacker's choice [95 %]")
     if name == "psnr":
@@ -214,30 +214,57 @@ def film(audit: Audit) -> Figure:
     return figure
 
 
+def _over_steps(ax: Axes, audit: Audit, method: str, name: str) -> None:
+    """A curve of `Audit.curve` a noise level, its median over the trials of a method."""
+    colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(audit.sigmas)))
+    for sigma, colour in zip(audit.sigmas, colours, strict=True):
+        rows = [r for r in audit.at(sigma) if r["method"] == method and not r["failed"]]
+        curves = np.array([audit.curve(r)[name] for r in rows])
+        if curves.size and np.isfinite(curves).any():
+            median = np.array([np.median(c[np.isfinite(c)]) if np.isfinite(c).any() else math.nan for c in curves.T])
+            ax.plot(np.arange(len(median)), median, color=colour, lw=1.6, label=f"σ = {sigma:.3g}")
+        floor = np.median([r["noise_norm"] for r in rows if r["noise_norm"] is not None] or [0])
+        if name == "distance" and floor > 0:
+            ax.axhline(floor, color=colour, ls=":", lw=1)
+    ax.set_xlabel("reverse step")
+
+
+def _legend(axes: list[Axes]) -> None:
+    """Beside the last axes that show anything."""
+    labelled = [ax for ax in axes if ax.get_legend_handles_labels()[0]]
+    if labelled:
+        labelled[-1].legend(fontsize=8)
+
+
 def steps(audit: Audit) -> Figure:
     """Per reverse step: distance of the gradient over the distance that noise alone leaves, and PSNR of x0hat; medians."""
     method = audit.methods[0]
     figure, axes = _axes(9.2 if audit.has_truth else 5.2, 3.6, 2 if audit.has_truth else 1)
-    colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(audit.sigmas)))
-    for sigma, colour in zip(audit.sigmas, colours, strict=True):
-        rows = [r for r in audit.at(sigma) if r["method"] == method and not r["failed"]]
-        for ax, name in zip(axes, ("distance", "psnr"), strict=False):
-            curves = np.array([audit.curve(r)[name] for r in rows])
-            if curves.size and np.isfinite(curves).any():
-                median = np.array([np.median(c[np.isfinite(c)]) if np.isfinite(c).any() else math.nan for c in curves.T])
-                ax.plot(np.arange(len(median)), median, color=colour, lw=1.6, label=f"σ = {sigma:.3g}")
-        floor = np.median([r["noise_norm"] for r in rows if r["noise_norm"] is not None] or [0])
-        if floor > 0:
-            axes[0].axhline(floor, color=colour, ls=":", lw=1)
+    for ax, name in zip(axes, ("distance", "psnr"), strict=False):
+        _over_steps(ax, audit, method, name)
     axes[0].set_yscale("log")
-    axes[0].set_ylabel(f"{method.upper()}: distance of gradients\n(dotted: norm of the noise)")
+    axes[0].set_ylabel(f"{method}: distance of gradients\n(dotted: norm of the noise)")
     if audit.has_truth:
         axes[1].set_ylabel("PSNR of x0hat, dB")
-    for ax in axes:
-        ax.set_xlabel("reverse step")
-    labelled = [ax for ax in axes if ax.get_legend_handles_labels()[0]]
-    if labelled:
-        labelled[-1].legend(fontsize=8)
+    _legend(axes)
+    return figure
+
+
+def calibrated(audit: Audit) -> list[str]:
+    """The methods that measured the share of signal in their guidance."""
+    told = lambda row: any(v is not None for v in audit.curves[curve_key(row)].get("signal", ()))
+    return [m for m in audit.methods if any(told(row) for row in audit.attacks if row["method"] == m)]
+
+
+def signal(audit: Audit) -> Figure:
+    """Share of signal that is left in the guidance at each reverse step, of the methods that measure it; medians."""
+    methods = calibrated(audit)
+    figure, axes = _axes(4.6 * len(methods), 3.4, len(methods))
+    for ax, method in zip(axes, methods, strict=True):
+        _over_steps(ax, audit, method, "signal")
+        ax.set_ylim(-0.03, 1.03)
+        ax.set_ylabel(f"{method}:\nshare of signal in the guidance")
+    _legend(axes)
     return figure
 
 
@@ -287,13 +314,14 @@ def drawings(audit: Audit) -> dict[str, Callable[[Audit], Figure]]:
         "recovered": audit.has_truth,
         "epsilon": audit.has_truth and sum(g["epsilon"] is not None for g in audit.guarantees) > 1,
         "steps": True,
+        "signal": bool(calibrated(audit)),
         "film": any(n.startswith("film/") for n in audit.pictures),
         "layers": bool(theory.get("shares")),
         "spectrum": bool(theory.get("spectra")) and bool(theory.get("spectrum_is_exact")),
     }
     every: dict[str, Callable[[Audit], Figure]] = dict(
         reconstructions=reconstructions, attempts=attempts, quality=quality, recovered=recovered, epsilon=epsilon,
-        steps=steps, film=film, layers=layers, spectrum=spectrum,
+        steps=steps, signal=signal, film=film, layers=layers, spectrum=spectrum,
     )  # fmt: skip
     return {name: draw for name, draw in every.items() if has[name]}
 

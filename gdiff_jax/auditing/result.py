@@ -18,6 +18,7 @@ import numpy as np
 
 from gdiff_jax import metrics
 from gdiff_jax.auditing import pictures, summary
+from gdiff_jax.auditing.intervals import Interval
 from gdiff_jax.auditing.summary import PRIOR_ONLY, Row
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ class Audit:
         return [row for row in self.attacks if row["sigma"] == sigma]
 
     def curve(self, row: Row) -> dict[str, np.ndarray]:
-        """Gradient distance and PSNR of x0hat at each step of a trial, nan where there is none."""
+        """Gradient distance, PSNR of x0hat and, where measured, share of signal at each step of a trial; nan where none."""
         return {k: np.array(v, np.float64) for k, v in self.curves[curve_key(row)].items()}
 
     def levels(self) -> list[summary.Level]:
@@ -97,7 +98,7 @@ class Audit:
     def _levels(self) -> list[summary.Level]:  # once: verdict, warnings, page and figures all ask, and each bootstraps
         return summary.levels(self)
 
-    def smallest_noise(self, oracle: bool = False) -> summary.Interval:
+    def smallest_noise(self, oracle: bool = False) -> Interval:
         """Sigma from which on fewer than `about["share"]` of the images are recovered; 0 and inf are ends of the grid."""
         return summary.smallest_noise(self, oracle)
 
@@ -186,7 +187,7 @@ def assemble(
       about: see `Audit`; needs threshold, share, delta, group, victim, num_images, seeds.
       rows: of the trials, with method, sigma (None for prior-only), image, leak, seed, psnr, mse, distance, failed, ...
       images: the reconstruction of each row, (H, W, C) in [-1, 1].
-      traces: of each row, arrays "distance" and "x0_error" of its steps.
+      traces: of each row, arrays "distance", "x0_error" and "signal" of its steps.
       truth: private images (N, H, W, C) in [-1, 1], indexed by the rows' `image`; None where they are not known.
       candidates: (K, H, W, C) public or private images among which each truth is looked for; it is counted once.
       mean_image: (H, W, C), or None.
@@ -217,6 +218,8 @@ def assemble(
     for row, trace in zip(rows, traces, strict=True):
         psnr = 10 * np.log10(4 / np.maximum(np.asarray(trace["x0_error"], np.float64), 1e-12))
         curves[curve_key(row)] = {"distance": _rounded(trace["distance"]), "psnr": _rounded(psnr)}
+        if np.isfinite(trace["signal"]).any():
+            curves[curve_key(row)]["signal"] = _rounded(trace["signal"])
     by_place = {id(row): image for row, image in zip(rows, images, strict=True)}
     for sigma in {row["sigma"] for row in rows if row["method"] != PRIOR_ONLY}:
         for row in summary.attacker_picks([r for r in rows if r["sigma"] == sigma]):

@@ -23,14 +23,16 @@ from gdiff_jax.mechanisms import Chain, Clip, GaussianNoise, Mechanism
 from gdiff_jax.metrics import candidate_count, image_metrics
 from gdiff_jax.priors import Prior, load_prior
 from gdiff_jax.provenance import this_run
-from gdiff_jax.samplers import dps_sample, dsg_sample, unguided_sample
+from gdiff_jax.samplers import dps_sample, dsg_sample, mean_of_chains, unguided_sample
 from gdiff_jax.schedule import Schedule
+from gdiff_jax.signal import NoiseCalibration
 
 if TYPE_CHECKING:
     from gdiff_jax.theory.privacy import Guarantee
 
 SIGMAS = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0)
-METHODS: dict[str, Callable[..., Any]] = {"dsg": dsg_sample, "dps": dps_sample}
+METHODS = ("dsg", "dps", "calibrated-dsg", "calibrated-mean")
+CALIBRATED_RATE = 0.4  # of DSG, where all of the guidance is signal
 
 
 def audit(
@@ -67,7 +69,7 @@ def audit(
       prior: a name, folder or hub id for `load_prior`, or a `Prior`.
       sigmas: noise levels, the standard deviations that `mechanism` is made with, in units of the gradient.
       mechanism: what happens to the gradient at a level, such as `lambda s: Chain((Clip(1.0), GaussianNoise(s)))`.
-      methods: attacks, of "dsg" and "dps".
+      methods: attacks, of "dsg", "dps", "calibrated-dsg" and "calibrated-mean".
       seeds: leaks an image, each with noise of its own.
       seed: of all random numbers.
       steps: reverse steps.
@@ -166,6 +168,7 @@ def _clip_norm(mechanism: Mechanism) -> float | None:
 
 def _trial(method: str, loss: Loss, mechanism: Callable[[Any], Mechanism], prior: Prior) -> Callable[..., dict[str, Any]]:
     """One trial of a method, for `parallel.map_trials`."""
+    mean = jnp.zeros(prior.image_shape) if prior.mean_image is None else jnp.asarray(prior.mean_image)
 
     def one(denoise: Any, schedule: Schedule, params: Any, key: jax.Array, sigma: jax.Array, x: jax.Array, y: Any) -> Any:
         k_noise, k_sample = jax.random.split(key)
@@ -176,7 +179,7 @@ def _trial(method: str, loss: Loss, mechanism: Callable[[Any], Mechanism], prior
         gradient, how = victim_gradient(loss, params, x, y), mechanism(sigma)
         leak = how(k_noise, gradient)
         match = GradientMatching(params, y, leak, loss, mechanism=how)
-        image, trace = METHODS[method](k_sample, denoise, match, schedule, prior.image_shape, **options)
+        image, trace = _attack(method, how, mean, k_sample, denoise, match, schedule, prior.image_shape, **options)
         scalars = {
             "gradient_norm": l2(gradient, jax.tree.map(jnp.zeros_like, gradient)),
             "noise_norm": l2(leak, gradient),
@@ -186,6 +189,18 @@ def _trial(method: str, loss: Loss, mechanism: Callable[[Any], Mechanism], prior
         return {"image": image, "trace": trace._asdict(), "scalars": {**image_metrics(image, x), **scalars}}
 
     return one
+
+
+def _attack(method: str, mechanism: Mechanism, mean: Any, key: jax.Array, *task: Any, **options: Any) -> Any:
+    """Of denoiser, match, schedule and shape."""
+    if method == "dps":
+        return dps_sample(key, *task, **options)
+    if method == "dsg":
+        return dsg_sample(key, *task, **options)
+    _, match, *_ = task
+    options |= dict(guidance_rate=CALIBRATED_RATE, signal=NoiseCalibration(match, mechanism))
+    chain = lambda key: dsg_sample(key, *task, **options)
+    return chain(key) if method == "calibrated-dsg" else mean_of_chains(key, chain, mean)
 
 
 def _own(seed: int, grid: list[tuple[float | None, int, int]], x: np.ndarray, y: Any) -> tuple[Any, ...]:

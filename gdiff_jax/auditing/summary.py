@@ -1,8 +1,7 @@
 """What an audit's trials say: choices of attackers, intervals, the smallest noise that protects, warnings. Pure NumPy.
 
 A *leak* is one released gradient, of one image or of a group; the trials of one leak are the methods that were run on it. A
-seed is a leak of its own (other noise), so nobody can choose among seeds. Intervals are of 95 %: of medians by bootstrap
-over the images, an image's seeds kept together; of shares by Clopper and Pearson (1934) with as many draws as images.
+seed is a leak of its own (other noise), so nobody can choose among seeds.
 """
 
 from __future__ import annotations
@@ -11,83 +10,18 @@ import dataclasses
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from scipy.special import betaincinv
+
+from gdiff_jax.auditing.intervals import RESAMPLES, Interval, median_interval, resampled, share_interval
 
 if TYPE_CHECKING:
     from gdiff_jax.auditing.result import Audit
 
 Row = dict[str, Any]
 PRIOR_ONLY = "prior-only"
-RESAMPLES = 2000
 FEW_IMAGES = 10
-
-
-class Interval(NamedTuple):
-    """An estimate and its 95 % interval; the ends are nan where there is too little to tell."""
-
-    value: float
-    low: float
-    high: float
-
-    def text(self, digits: int = 1) -> str:
-        if math.isnan(self.value):
-            return "-"
-        bounds = "" if math.isnan(self.low) else f" [{self.low:.{digits}f}, {self.high:.{digits}f}]"
-        return f"{self.value:.{digits}f}{bounds}"
-
-    def percent(self) -> str:
-        if math.isnan(self.value):
-            return "-"
-        return f"{self.value:.0%} [{100 * self.low:.0f}, {100 * self.high:.0f}]"
-
-
-def resampled(groups: Sequence[np.ndarray]) -> Iterable[np.ndarray]:
-    """The values of bootstrap samples of the groups, each group whole."""
-    rng = np.random.default_rng(0)
-    for draw in rng.integers(0, len(groups), (RESAMPLES, len(groups))):
-        yield np.concatenate([groups[i] for i in draw])
-
-
-def median_interval(groups: Iterable[Iterable[float]]) -> Interval:
-    """Median of all values, and its interval by bootstrap over the groups; without one for fewer than three groups."""
-    arrays = [np.asarray(list(g), np.float64) for g in groups]
-    arrays = [a for a in arrays if a.size]
-    if not arrays:
-        return Interval(math.nan, math.nan, math.nan)
-    median = float(np.median(np.concatenate(arrays)))
-    if len(arrays) < 3:
-        return Interval(median, math.nan, math.nan)
-    low, high = np.percentile([np.median(sample) for sample in resampled(arrays)], [2.5, 97.5])
-    return Interval(median, float(low), float(high))
-
-
-def paired_difference(ours: np.ndarray, theirs: np.ndarray) -> Interval:
-    """How far the median of `ours` lies above that of `theirs`, of the same groups (N,); interval by bootstrap over them."""
-    pairs = np.stack([ours, theirs], 1).astype(np.float64)
-    above = lambda sample: float(np.median(sample[:, 0]) - np.median(sample[:, 1]))
-    if len(pairs) < 3:
-        return Interval(above(pairs), math.nan, math.nan)
-    low, high = np.percentile([above(sample) for sample in resampled(list(pairs[:, None]))], [2.5, 97.5])
-    return Interval(above(pairs), float(low), float(high))
-
-
-def share_interval(groups: Iterable[Iterable[float]]) -> Interval:
-    """Share of ones among zeros and ones, with Clopper and Pearson's interval for as many draws as there are groups.
-
-    An image's seeds are no draws of their own, so the interval is rather too wide than too narrow.
-    """
-    arrays = [np.asarray(list(g), np.float64) for g in groups]
-    arrays = [a for a in arrays if a.size]
-    if not arrays:
-        return Interval(math.nan, math.nan, math.nan)
-    n, share = len(arrays), float(np.mean([a.mean() for a in arrays]))
-    hits = share * n
-    low = float(betaincinv(hits, n - hits + 1, 0.025)) if hits > 0 else 0.0
-    high = float(betaincinv(hits + 1, n - hits, 0.975)) if hits < n else 1.0
-    return Interval(share, low, high)
 
 
 def attacker_picks(rows: list[Row]) -> list[Row]:
@@ -360,7 +294,7 @@ def warnings(audit: Audit) -> list[str]:
         sigmas = ", ".join(f"{s:.3g}" for s in over)
         found.append(
             f"At sigma {sigmas} the attack fits the noise: its gradient is closer to the leak than the true one. A "
-            "weaker guidance would do better there, so read these levels as a lower bound of the risk."
+            "guidance that knows the noise (calibrated-mean) does better there: read these levels as a lower bound of the risk."
         )
     accuracy = np.mean([r["label_accuracy"] for r in audit.attacks])
     if accuracy < 1:

@@ -3,7 +3,7 @@
 from gdiff_jax.samplers.base import Start, StepInfo, batched, start_from
 from gdiff_jax.samplers.dps import dps_sample, dps_step
 from gdiff_jax.samplers.dsg import dsg_sample, dsg_step
-from gdiff_jax.samplers.ensemble import posterior_mean
+from gdiff_jax.samplers.ensemble import mean_of_chains, posterior_mean
 from gdiff_jax.samplers.red_diff import red_diff_sample
 from gdiff_jax.samplers.unguided import unguided_sample, unguided_step
 
@@ -15,6 +15,7 @@ __all__ = [
     "dps_step",
     "dsg_sample",
     "dsg_step",
+    "mean_of_chains",
     "posterior_mean",
     "red_diff_sample",
     "start_from",

@@ -9,8 +9,12 @@ of a guided sampler are not exact, so this is a rule of thumb there [our choice]
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
+
+from gdiff_jax.samplers.base import StepInfo
 
 
 def posterior_mean(samples: jax.Array, mean: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -29,3 +33,22 @@ def posterior_mean(samples: jax.Array, mean: jax.Array) -> tuple[jax.Array, jax.
     agreement = (k**2 * energy - jnp.vdot(away, away)) / (k * (k - 1))
     weight = jnp.clip(agreement / jnp.where(energy > 0, energy, 1.0), 0.0, 1.0)
     return mean + weight * average, weight
+
+
+def mean_of_chains(
+    key: jax.Array, sample: Callable[[jax.Array], tuple[jax.Array, StepInfo]], mean: jax.Array, chains: int = 4
+) -> tuple[jax.Array, StepInfo]:
+    """`posterior_mean` of independent reconstructions of one leak, clipped to [-1, 1].
+
+    Args:
+      key: typed PRNG key of the trial.
+      sample: `image, trace = sample(key)`, such as `gdiff_jax.dsg_sample` with all but its key given.
+      mean: of the images one may expect, of the image's shape or one that broadcasts to it.
+      chains: how many, 2 or more; they run at once, in as many times the memory of one.
+
+    Returns:
+      The image, and the mean of the chains' traces.
+    """
+    found, trace = jax.vmap(sample)(jax.random.split(key, chains))
+    image, _ = posterior_mean(jnp.clip(found, -1.0, 1.0), jnp.broadcast_to(mean, found.shape[1:]))
+    return image, jax.tree.map(lambda a: a.mean(0), trace)

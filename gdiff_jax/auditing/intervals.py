@@ -1,0 +1,81 @@
+"""Estimates over images and their intervals, of 95 %.
+
+Of medians by bootstrap over the images, an image's seeds kept together; of shares by Clopper and Pearson (1934) with as many
+draws as images.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from scipy.special import betaincinv
+
+RESAMPLES = 2000
+
+
+class Interval(NamedTuple):
+    """An estimate and its 95 % interval; the ends are nan where there is too little to tell."""
+
+    value: float
+    low: float
+    high: float
+
+    def text(self, digits: int = 1) -> str:
+        if math.isnan(self.value):
+            return "-"
+        bounds = "" if math.isnan(self.low) else f" [{self.low:.{digits}f}, {self.high:.{digits}f}]"
+        return f"{self.value:.{digits}f}{bounds}"
+
+    def percent(self) -> str:
+        if math.isnan(self.value):
+            return "-"
+        return f"{self.value:.0%} [{100 * self.low:.0f}, {100 * self.high:.0f}]"
+
+
+def resampled(groups: Sequence[np.ndarray]) -> Iterable[np.ndarray]:
+    """The values of bootstrap samples of the groups, each group whole."""
+    rng = np.random.default_rng(0)
+    for draw in rng.integers(0, len(groups), (RESAMPLES, len(groups))):
+        yield np.concatenate([groups[i] for i in draw])
+
+
+def median_interval(groups: Iterable[Iterable[float]]) -> Interval:
+    """Median of all values, and its interval by bootstrap over the groups; without one for fewer than three groups."""
+    arrays = [np.asarray(list(g), np.float64) for g in groups]
+    arrays = [a for a in arrays if a.size]
+    if not arrays:
+        return Interval(math.nan, math.nan, math.nan)
+    median = float(np.median(np.concatenate(arrays)))
+    if len(arrays) < 3:
+        return Interval(median, math.nan, math.nan)
+    low, high = np.percentile([np.median(sample) for sample in resampled(arrays)], [2.5, 97.5])
+    return Interval(median, float(low), float(high))
+
+
+def paired_difference(ours: np.ndarray, theirs: np.ndarray) -> Interval:
+    """How far the median of `ours` lies above that of `theirs`, of the same groups (N,); interval by bootstrap over them."""
+    pairs = np.stack([ours, theirs], 1).astype(np.float64)
+    above = lambda sample: float(np.median(sample[:, 0]) - np.median(sample[:, 1]))
+    if len(pairs) < 3:
+        return Interval(above(pairs), math.nan, math.nan)
+    low, high = np.percentile([above(sample) for sample in resampled(list(pairs[:, None]))], [2.5, 97.5])
+    return Interval(above(pairs), float(low), float(high))
+
+
+def share_interval(groups: Iterable[Iterable[float]]) -> Interval:
+    """Share of ones among zeros and ones, with Clopper and Pearson's interval for as many draws as there are groups.
+
+    An image's seeds are no draws of their own, so the interval is rather too wide than too narrow.
+    """
+    arrays = [np.asarray(list(g), np.float64) for g in groups]
+    arrays = [a for a in arrays if a.size]
+    if not arrays:
+        return Interval(math.nan, math.nan, math.nan)
+    n, share = len(arrays), float(np.mean([a.mean() for a in arrays]))
+    hits = share * n
+    low = float(betaincinv(hits, n - hits + 1, 0.025)) if hits > 0 else 0.0
+    high = float(betaincinv(hits + 1, n - hits, 0.975)) if hits < n else 1.0
+    return Interval(share, low, high)
