@@ -8,10 +8,12 @@ changes slowly along a run, so a draw serves several steps.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
-from gdiff_jax.matching import GradientMatching, at_full_precision, l2, mixed_partial, victim_gradient
+from gdiff_jax.matching import GradientMatching, at_full_precision, l2, mixed_partial, squared_l2, victim_gradient
 from gdiff_jax.mechanisms import Mechanism
 from gdiff_jax.mechanisms.base import pytree, static
 from gdiff_jax.samplers.base import Share
@@ -41,9 +43,24 @@ class NoiseCalibration:
         self, key: jax.Array, n: jax.Array, held: jax.Array, x0: jax.Array, distance: jax.Array, gradient: jax.Array
     ) -> Share:
         noise_pull = jax.lax.cond(n % self.every == 0, lambda: jnp.linalg.norm(self.noise_pull(key, x0)), lambda: held)
-        pull = distance * jnp.linalg.norm(gradient)  # of the root, whose derivative is J^T r / || r ||
+        norm = jnp.linalg.norm(gradient)
+        pull = distance * norm  # of the root, whose derivative is J^T r / || r ||
         signal = jnp.clip(1 - jnp.square(noise_pull / jnp.where(pull > 0, pull, 1.0)), 0.0, 1.0)
-        return Share(signal, pull, noise_pull)
+        return Share(signal, pull, noise_pull, self.curvature(x0, gradient / jnp.where(norm > 0, norm, 1.0)))
+
+    @at_full_precision
+    def curvature(self, x0: jax.Array, direction: jax.Array) -> jax.Array:
+        """|| J u ||^2 of what the match compares, at an image x0 along a direction u, both (H, W, C)."""
+        m = self.match
+
+        def compared(x: jax.Array) -> Any:
+            gradient = victim_gradient(m.loss, m.params, x, m.label)
+            if m.mechanism is not None:
+                gradient = m.mechanism.simulate(gradient, m.leak)
+            return gradient if m.weights is None else jax.tree.map(jnp.multiply, gradient, m.weights)
+
+        change = jax.jvp(compared, (x0,), (direction,))[1]
+        return squared_l2(change, jax.tree.map(jnp.zeros_like, change))
 
     @at_full_precision
     def noise_pull(self, key: jax.Array, x0: jax.Array) -> jax.Array:

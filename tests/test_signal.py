@@ -1,6 +1,7 @@
 """The share of signal in a guidance: closed forms on a victim whose gradient is linear in the image."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import pytest
 import gdiff_jax as gd
 from gdiff_jax.mechanisms import Chain, Clip, GaussianNoise, LaplaceNoise
 from gdiff_jax.mechanisms.base import pytree
-from gdiff_jax.samplers import Start, dps_sample, dsg_sample, posterior_mean
+from gdiff_jax.samplers import Start, dsg_sample, dsg_step, posterior_mean
 from gdiff_jax.samplers.base import Share
 from gdiff_jax.schedule import Schedule
 from gdiff_jax.theory import jacobian
@@ -46,9 +47,10 @@ def test_it_is_the_ratio_of_two_pulls():
     pull, drawn = A.T @ (A @ x0.ravel() - match.leak), A.T @ noise
     expected = 1 - (drawn @ drawn) / (pull @ pull)
     assert 0 < expected < 1
-    signal, *parts = share(match, mechanism, x0)
+    signal, *parts, curvature = share(match, mechanism, x0)
     np.testing.assert_allclose(signal, expected, rtol=1e-4)
     np.testing.assert_allclose(parts, [jnp.linalg.norm(pull), jnp.linalg.norm(drawn)], rtol=1e-4)
+    np.testing.assert_allclose(curvature, jnp.square(A @ pull).sum() / (pull @ pull), rtol=1e-4)
 
 
 def test_the_pull_of_noise_has_the_energy_that_the_vulnerability_says():
@@ -111,23 +113,49 @@ def test_a_draw_serves_several_steps(gaussian):
 @pytree
 class Fixed:
     signal: float
+    curvature: float
 
     def __call__(self, key, n, held, x0, distance, gradient):
-        return Share(jnp.float32(self.signal), jnp.float32(1.0), jnp.float32(0.5))
+        return Share(jnp.float32(self.signal), jnp.float32(1.0), jnp.float32(0.5), jnp.float32(self.curvature))
 
 
-@pytest.mark.parametrize("sample", [dsg_sample, dps_sample])
-def test_the_strength_is_scaled_by_the_root_of_the_share(sample, gaussian):
+def test_a_step_turns_by_the_root_of_the_share_and_no_further_than_the_distance_falls(gaussian):
     schedule = Schedule.create(num_steps=10)
     match = matched(image(0), GaussianNoise(0.5), jax.random.key(1))
-    name, strength = ("guidance_rate", 0.4) if sample is dsg_sample else ("zeta", 0.2)
-    run = lambda signal, s=strength: sample(jax.random.key(4), gaussian, match, schedule, SHAPE, signal=signal, **{name: s})
-    plain, whole, quarter = run(None), run(Fixed(1.0)), run(Fixed(0.25))
-    np.testing.assert_array_equal(plain[0], whole[0])
-    np.testing.assert_array_equal(quarter[0], run(None, strength / 2)[0])
-    assert np.abs(quarter[0] - plain[0]).max() > 1e-3
-    assert np.isnan([plain[1].signal, plain[1].pull, plain[1].noise_pull]).all()
-    assert (quarter[1].signal == 0.25).all()
+    rest = (image(3), jnp.array(5), gaussian, match, schedule)
+    step = lambda rate, signal=None, curvature=1e-3: dsg_step(
+        jax.random.key(4), *rest, guidance_rate=rate, share=signal and functools.partial(Fixed(signal, curvature), None, 0, 0.0)
+    )
+    plain, told = step(0.4)
+    assert np.isnan([told.signal, told.pull, told.noise_pull, told.curvature]).all()
+    np.testing.assert_array_equal(step(0.4, 1.0)[0], plain)
+    quarter, told = step(0.4, 0.25)
+    np.testing.assert_allclose(quarter, step(0.2)[0], rtol=1e-5)
+    assert (told.signal, told.pull, told.noise_pull) == (0.25, 1.0, 0.5)
+    assert np.abs(quarter - plain).max() > 1e-3
+    # signal pull / curvature = 0.25 of length, on a sphere of radius sqrt(n) std
+    radius = float(schedule.posterior_std(5, None)) * 6**0.5
+    np.testing.assert_allclose(step(1.0, 0.25, 1.0 / (0.1 * radius))[0], step(0.25 * 0.1)[0], rtol=1e-4, atol=1e-6)
+
+
+def test_without_noise_the_length_is_that_of_an_exact_line_search():
+    match, x0 = matched(image(0), GaussianNoise(0.0), jax.random.key(1)), image(1)
+    away = jax.grad(lambda x: jnp.square(A @ x.ravel() - match.leak).sum())(x0)
+    along = lambda a: jnp.square(A @ (x0 - a * away / jnp.linalg.norm(away)).ravel() - match.leak).sum()
+    found = share(match, GaussianNoise(0.0), x0).length()
+    assert along(found) < min(along(0.98 * found), along(1.02 * found), along(0.0))
+    np.testing.assert_allclose(jax.grad(along)(found), 0, atol=1e-3)
+
+
+def test_the_curvature_is_of_what_is_compared():
+    clip, x0 = Clip(0.5), image(1)
+    weights = jnp.linspace(0.5, 2.0, P)
+    match = dataclasses.replace(matched(image(0), clip, jax.random.key(1)), mechanism=clip, weights=weights)
+    u = image(2) / jnp.linalg.norm(image(2))
+    small = 1e-2
+    seen = lambda x: weights * clip(jax.random.key(0), A @ x.ravel())
+    expected = jnp.square((seen(x0 + small * u) - seen(x0 - small * u)) / (2 * small)).sum()
+    np.testing.assert_allclose(gd.NoiseCalibration(match, clip).curvature(x0, u), expected, rtol=1e-2)
 
 
 def test_other_distances_and_clients_are_refused():

@@ -31,21 +31,30 @@ class StepInfo(NamedTuple):
     signal: jax.Array | float = float("nan")
     pull: jax.Array | float = float("nan")
     noise_pull: jax.Array | float = float("nan")
+    curvature: jax.Array | float = float("nan")
 
 
 class Share(NamedTuple):
-    """Which share of a guidance is signal, scalars: signal = clip(1 - noise_pull^2 / pull^2, 0, 1).
+    """What is known of a guidance besides its direction, scalars: signal = clip(1 - noise_pull^2 / pull^2, 0, 1).
 
-    The expected cosine between the guidance and what it would be without noise is sqrt(signal): that scales a sampler's step.
+    The expected cosine between the guidance and what it would be without noise is sqrt(signal).
     """
 
-    signal: jax.Array
-    pull: jax.Array  # norm of the residual's pull on the pixels of x0hat
-    noise_pull: jax.Array  # norm of what noise alone would pull by
+    signal: jax.Array  # share of signal in the pull's energy
+    pull: jax.Array  # || J^T r ||, the residual's pull on the pixels of x0hat
+    noise_pull: jax.Array  # the same of what noise alone would leave
+    curvature: jax.Array  # || J u ||^2, u the pull's direction
+
+    def length(self) -> jax.Array:
+        """How far to go along the pull until the distance *without* its noise is least, J taken as constant.
+
+        It falls by a signal pull - a^2 curvature / 2 for a step a, since signal and noise are orthogonal in expectation.
+        """
+        return self.signal * self.pull / jnp.where(self.curvature > 0, self.curvature, 1.0)
 
 
 class Signal(Protocol):
-    """A pytree that says which share of a guidance is signal.
+    """A pytree that says what a guidance is worth.
 
     Of a key of its own, the number of guided steps before this one, the noise_pull of the one before (nan in the first), x0hat,
     the objective's value and its gradient there.
@@ -127,25 +136,23 @@ def guided_posterior(
     through_prior: bool = True,
     share: ShareOf | None = None,
     truth: jax.Array | None = None,
-) -> tuple[Posterior, jax.Array, jax.Array | float, StepInfo]:
-    """The reverse step, the gradient G of objective(x0hat(x_t)) with respect to x_t, how much to trust G, and what to report.
+) -> tuple[Posterior, jax.Array, Share | None, StepInfo]:
+    """The reverse step, the gradient G of objective(x0hat(x_t)) with respect to x_t, what `share` says of it, what to report.
 
     With `clip` G passes through the clip, so a saturated pixel gets no guidance (as in the public DPS code). Without
     `through_prior` G is the gradient with respect to x0hat, as MPGD takes it (He et al., ICLR 2024, arXiv 2311.16424, without
-    its projection onto the data's manifold): the prior is not differentiated. The trust is the root of the share of
-    signal, 1 without a `share`.
+    its projection onto the data's manifold): the prior is not differentiated.
     """
     if through_prior:
         x0, pull, v = jax.vjp(lambda x: _predict_x0(denoise, schedule, x, i, clip), x, has_aux=True)
     else:
         x0, v = _predict_x0(denoise, schedule, x, i, clip)
     distance, grad = jax.value_and_grad(objective)(x0)
-    told: tuple[Any, ...] = () if share is None else share(x0, distance, grad)
-    trust = 1.0 if share is None else jnp.sqrt(told[0])
+    told = None if share is None else share(x0, distance, grad)
     if through_prior:
         (grad,) = pull(grad)
-    info = StepInfo(distance, jnp.linalg.norm(grad), x0_error(x0, truth), *told)
-    return _posterior(schedule, x0, v, x, i), grad, trust, info
+    info = StepInfo(distance, jnp.linalg.norm(grad), x0_error(x0, truth), *(told or ()))
+    return _posterior(schedule, x0, v, x, i), grad, told, info
 
 
 def x0_error(x0: jax.Array, truth: jax.Array | None) -> jax.Array:

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from gdiff_jax.samplers import base
-from gdiff_jax.samplers.base import Denoise, Objective, ShareOf, Signal, Start, StepInfo
+from gdiff_jax.samplers.base import Denoise, Objective, Start, StepInfo
 from gdiff_jax.schedule import Schedule
 
 
@@ -25,13 +25,12 @@ def dps_step(
     zeta: jax.Array | float,
     clip: bool = True,
     through_prior: bool = True,
-    share: ShareOf | None = None,
     truth: jax.Array | None = None,
 ) -> tuple[jax.Array, StepInfo]:
     """x_{t-1} = mu + sigma z - zeta G. Arguments as in `dps_sample`; x is x_t, i the index of the step."""
-    p, grad, trust, info = base.guided_posterior(denoise, objective, schedule, x, i, clip, through_prior, share, truth)
+    p, grad, _, info = base.guided_posterior(denoise, objective, schedule, x, i, clip, through_prior, truth=truth)
     z = jax.random.normal(key, x.shape)
-    return p.mean + p.std * z - zeta * trust * grad, info
+    return p.mean + p.std * z - zeta * grad, info
 
 
 def dps_sample(
@@ -44,7 +43,6 @@ def dps_sample(
     zeta: jax.Array | float = 8.0,
     clip: bool = True,
     through_prior: bool = True,
-    signal: Signal | None = None,
     start: Start | None = None,
     truth: jax.Array | None = None,
 ) -> tuple[jax.Array, StepInfo]:
@@ -62,7 +60,6 @@ def dps_sample(
       clip: clip x0hat to [-1, 1] and differentiate through the clip, so a saturated pixel gets no guidance.
       through_prior: False guides by the objective's gradient at x0hat in place of its pull-back to x_t (see
         `samplers.base.guided_posterior`): the prior's backward pass is saved, some quality is lost.
-      signal: scales zeta in each step by the root of the share of signal in the guidance, such as `gdiff_jax.NoiseCalibration`.
       start: where to begin, `start_from` an estimate of the image; pure noise at the last index if None.
       truth: (H, W, C); only fills `x0_error` of the trace, the sampler does not use it.
 
@@ -70,8 +67,8 @@ def dps_sample(
       image (H, W, C), about [-1, 1], and the trace. The last step, at t = 0, is guided too.
     """
 
-    def step(key: jax.Array, x: jax.Array, i: jax.Array, share: ShareOf | None) -> tuple[jax.Array, StepInfo]:
-        options: dict[str, Any] = dict(clip=clip, through_prior=through_prior, share=share, truth=truth)
+    def step(key: jax.Array, x: jax.Array, i: jax.Array) -> tuple[jax.Array, StepInfo]:
+        options: dict[str, Any] = dict(clip=clip, through_prior=through_prior, truth=truth)
         return dps_step(key, x, i, denoise, objective, schedule, zeta=zeta, **options)
 
-    return base.reverse_guided(key, step, schedule, shape, start, signal)
+    return base.reverse(key, step, schedule, shape, start)

@@ -40,17 +40,21 @@ def dsg_step(
     root_n = x.size**0.5
 
     def guided(x: jax.Array) -> tuple[jax.Array, StepInfo]:
-        p, grad, trust, info = base.guided_posterior(denoise, objective, schedule, x, i, clip, through_prior, share, truth)
+        p, grad, told, info = base.guided_posterior(denoise, objective, schedule, x, i, clip, through_prior, share, truth)
         # The paper's r = sqrt(n) sigma, d* = -r G/||G||, ds = sigma z, dm = ds + rate (d* - ds), all divided by sigma, which
         # is 0 in the last step; a learned sigma then scales each pixel, and the sphere becomes an ellipsoid [inferred].
         toward = -root_n * _unit(grad)
-        mixed = z + trust * guidance_rate * (toward - z)
+        turn = guidance_rate
+        if told is not None:  # no further than the cosine to the clean guidance allows, nor past its least distance
+            radius = jnp.linalg.norm(jnp.broadcast_to(p.std, x.shape))
+            turn = jnp.minimum(jnp.sqrt(told.signal) * turn, told.length() / jnp.where(radius > 0, radius, 1.0))
+        mixed = z + turn * (toward - z)
         return p.mean + p.std * root_n * _unit(mixed), info
 
     def skipped(x: jax.Array) -> tuple[jax.Array, StepInfo]:
         p = base.posterior(denoise, schedule, x, i, clip)
         nan = jnp.full((), jnp.nan, x.dtype)
-        told = () if share is None else (nan, nan, nan)
+        told = () if share is None else (nan, nan, nan, nan)
         return p.mean + p.std * z, StepInfo(nan, nan, base.x0_error(p.x0, truth), *told)
 
     if interval == 1:
@@ -88,8 +92,9 @@ def dsg_sample(
       clip: clip x0hat to [-1, 1] and differentiate through the clip, so a saturated pixel gets no guidance.
       through_prior: False guides by the objective's gradient at x0hat in place of its pull-back to x_t (see
         `samplers.base.guided_posterior`): the prior's backward pass is saved, some quality is lost.
-      signal: scales guidance_rate in each step by the root of the share of signal in the guidance, such as
-        `gdiff_jax.NoiseCalibration`.
+      signal: what the guidance is worth, such as `gdiff_jax.NoiseCalibration`. Then guidance_rate is the most: each step turns
+        by at most sqrt(signal) of it, the expected cosine to the guidance without noise, and no further than to where the
+        distance without noise is least along it, a step of x_{t-1} taken for one of x0hat [our choice].
       start: where to begin, `start_from` an estimate of the image; pure noise at the last index if None.
       truth: (H, W, C); only fills `x0_error` of the trace, the sampler does not use it.
 
