@@ -233,14 +233,16 @@ def verdict(victims: dict[str, Cells], untuned: Sequence[str]) -> list[str]:
 def plot(victims: dict[str, Cells], untuned: Sequence[str], path: Path) -> None:
     """A panel a victim: PSNR over sigma of each tuned setting, thin, and of the untuned attacks."""
     fig, axes = plt.subplots(1, len(victims), figsize=(4.6 * len(victims), 4.2), squeeze=False, layout="constrained")
-    styles = {"dsg": ("#0b6e99", "-"), "dps": ("#d1601f", ":")}
+    styles = {"dsg": ("Blues", "-"), "dps": ("Oranges", ":")}  # the stronger, the darker
     for ax, (victim, cells) in zip(axes[0], victims.items(), strict=True):
         for of, at in cells.items():
             sigmas = sorted(at)
             medians = [np.median(at[s]) for s in sigmas]
             if of.method in STRENGTHS:
-                colour, line = styles[of.method]
-                ax.plot(range(len(sigmas)), medians, line, color=colour, lw=1, alpha=0.6, label=f"{of.method} {of.strength:g}")
+                name, line = styles[of.method]
+                alike = sorted(other.strength for other in cells if other.method == of.method)
+                colour = matplotlib.colormaps[name](0.35 + 0.6 * alike.index(of.strength) / len(alike))
+                ax.plot(range(len(sigmas)), medians, line, color=colour, lw=1.2, label=f"{of.method} {of.strength:g}")
             elif of.method == MEAN_IMAGE:
                 ax.plot(range(len(sigmas)), medians, "--", color="0.35", lw=1, label=MEAN_IMAGE)
             elif of.method in untuned:
