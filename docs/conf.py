@@ -20,7 +20,7 @@ smartquotes = False  # flags and formulas hold -- and '
 myst_enable_extensions = ["deflist"]
 myst_heading_anchors = 3
 # Pages of benchmarks/results link to data files that lie beside them there; here such a link is the plain name.
-nitpick_ignore_regex = [("myst", r"breaching|[\w-]+\.jsonl?")]
+nitpick_ignore_regex = [("myst", r"breaching|[\w-]+\.(jsonl?|csv)")]
 
 default_role = "code"  # docstrings write `name` where RST wants ``name``
 add_module_names = False
