@@ -15,6 +15,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
+import itertools
 import os
 import sys
 from collections import defaultdict
@@ -32,7 +33,7 @@ import numpy as np
 
 from experiments import attackers, cli, report, sweep
 from experiments.cli import ConfigError, option
-from experiments.inputs import Inputs, SweepConfig, load_inputs
+from experiments.inputs import Inputs, SweepConfig, check_numbers, load_inputs
 from experiments.methods import METHODS
 from experiments.records import Store
 from gdiff_jax import images as image_files
@@ -108,11 +109,11 @@ def config_of(c: CalibrationConfig, victim: str, of: Setting) -> SweepConfig:
     return SweepConfig(**common) if np.isnan(of.strength) else SweepConfig(**common, **{STRENGTHS[of.method]: of.strength})
 
 
-def scores(c: CalibrationConfig, inputs: dict[tuple[str, Setting], Inputs]) -> list[Score]:
-    """Runs what is not done yet."""
+def scores(c: CalibrationConfig, inputs: dict[str, Inputs]) -> list[Score]:
+    """Runs what is not done yet; `inputs` by victim."""
     found = []
-    for (victim, of), loaded in inputs.items():
-        config = config_of(c, victim, of)
+    for victim, of in itertools.product(c.victims, settings(c)):
+        config, loaded = config_of(c, victim, of), inputs[victim]
         rows = sweep.run_trials(config, loaded, Store(Path(config.out), sweep.identity(config, loaded)))
         for r in rows:
             if r["method"] == of.method:
@@ -297,12 +298,16 @@ def main() -> None:
     parallel.use_every_core()
     c: CalibrationConfig = cli.read_flags(CalibrationConfig)
     if c.trials:
+        if (Path(c.out) / "manifest.json").exists():
+            raise ConfigError(f"--out {c.out} is the folder of a study, whose trials.csv --trials would replace; give another")
         write([score for path in c.trials for score in read_csv(Path(path))], c, f"Of {', '.join(c.trials)}.")
         return
     check(c)
-    inputs = {(v, of): load_inputs(config_of(c, v, of)) for v in c.victims for of in settings(c)}
+    for victim, of in itertools.product(c.victims, settings(c)):
+        check_numbers(config_of(c, victim, of))
+    inputs = {v: load_inputs(config_of(c, v, settings(c)[0])) for v in c.victims}  # which a setting does not change
     given = {k: v for k, v in dataclasses.asdict(c).items() if k not in ("out", "batch", "checkpoints", "trials")}
-    study = Store(Path(c.out), {**given, "sha256": {v: loaded.hashes for (v, _), loaded in inputs.items()}})
+    study = Store(Path(c.out), {**given, "sha256": {v: loaded.hashes for v, loaded in inputs.items()}})
     study.open()
     first = config_of(c, c.victims[0], settings(c)[0])
     about = f"{attackers.threat_model(first)} {c.steps} steps, {c.num_images} images, seed {c.seed}, prior {c.prior}."

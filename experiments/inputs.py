@@ -113,7 +113,8 @@ def _need(ok: bool, message: str) -> None:
         raise ConfigError(message)
 
 
-def _check_numbers(c: SweepConfig) -> None:
+def check_numbers(c: SweepConfig) -> None:
+    """What can be said against a configuration without loading what it names."""
     _need(len(c.sigma_grid + c.epsilon_grid) > 0, "--sigma_grid is empty; give standard deviations such as 0,1e-3,1e-2")
     for sigma in c.sigma_grid:
         _need(math.isfinite(sigma) and sigma >= 0, f"--sigma_grid holds {sigma}; a standard deviation is finite and >= 0")
@@ -252,7 +253,7 @@ def load_inputs(c: SweepConfig, images_known: bool = True) -> Inputs:
     Raises:
       ConfigError: with the value and the remedy, for the first thing that cannot be used.
     """
-    _check_numbers(c)
+    check_numbers(c)
     mechanisms = {text: mechanism_specs.parse(text) for text in c.mechanisms}
     sigmas = {text: _sigmas(c, spec) for text, spec in mechanisms.items()}
     try:

@@ -153,7 +153,8 @@ def test_trajectory_is_that_of_a_plain_loop(gaussian, residual, name: str, stren
         expected, expected_trace = loop(prior, residual, **guidance, variance=variance, **common)
         assert image.shape == SHAPE
         np.testing.assert_allclose(image, expected, atol=2e-3)
-        assert {leaf.shape for leaf in trace} == {(STEPS,)}
+        assert [leaf.shape for leaf in trace] == [(STEPS,)] * len(base.StepInfo._fields)
+        assert np.isnan(np.stack(trace[3:])).all()  # no signal was given
         np.testing.assert_allclose(np.stack(trace[:3]), expected_trace, atol=2e-3, rtol=2e-3)  # nan equals nan, and only nan
 
 

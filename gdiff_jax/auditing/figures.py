@@ -252,7 +252,7 @@ def steps(audit: Audit) -> Figure:
 
 def calibrated(audit: Audit) -> list[str]:
     """The methods that measured the share of signal in their guidance."""
-    told = lambda row: any(v is not None for v in audit.curves[curve_key(row)].get("signal", ()))
+    told = lambda row: "signal" in audit.curves[curve_key(row)]
     return [m for m in audit.methods if any(told(row) for row in audit.attacks if row["method"] == m)]
 
 
