@@ -221,7 +221,7 @@ def assemble(
         if np.isfinite(trace["signal"]).any():
             curves[curve_key(row)]["signal"] = _rounded(trace["signal"])
     by_place = {id(row): image for row, image in zip(rows, images, strict=True)}
-    for sigma in {row["sigma"] for row in rows if row["method"] != PRIOR_ONLY}:
+    for sigma in sorted({row["sigma"] for row in rows if row["method"] != PRIOR_ONLY}):
         for row in summary.attacker_picks([r for r in rows if r["sigma"] == sigma]):
             shown = row["seed"] == 0 and row["image"] < SHOWN if truth is not None else row["seed"] < 2 * SHOWN
             if shown:

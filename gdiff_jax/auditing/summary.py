@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -84,7 +84,6 @@ def _level(audit: Audit, sigma: float) -> Level:
     picks = attacker_picks(rows)
     epsilon = next((g["epsilon"] for g in audit.guarantees if g["sigma"] == sigma), None)
     chosen = [row["method"] for row in picks]
-    ordered = sorted(set(chosen), key=chosen.count, reverse=True)
     oracle: dict[int, list[float]] = defaultdict(list)
     leak_of = {row["image"]: row["leak"] for row in rows}
     for (image, _), psnr in oracle_psnr(rows).items():
@@ -95,7 +94,7 @@ def _level(audit: Audit, sigma: float) -> Level:
         epsilon=math.inf if epsilon is None else epsilon,
         trials=len(rows),
         failed=sum(row["failed"] for row in rows),
-        methods=", ".join(f"{m} {chosen.count(m)}" for m in ordered),
+        methods=", ".join(f"{m} {count}" for m, count in Counter(chosen).most_common()),  # ties in the order of the leaks
         psnr=median_interval(by_leak(picks, lambda r: r["psnr"])),
         ssim=median_interval(by_leak(picks, lambda r: r.get("ssim"))),
         lpips=median_interval(by_leak(picks, lambda r: r.get("lpips"))),
