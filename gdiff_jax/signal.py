@@ -64,11 +64,15 @@ class NoiseCalibration:
 
     @at_full_precision
     def noise_pull(self, key: jax.Array, x0: jax.Array) -> jax.Array:
-        """h_n at an image: a draw of what the mechanism adds to a gradient there, pulled back to the pixels."""
+        """h_n at an image: a draw of what the mechanism adds to a gradient there, pulled back to the pixels.
+
+        As seen by one who reads off that draw which coordinates it kept, as the attacker does of the leak: to keep some is no noise.
+        """
         m = self.match
         gradient = victim_gradient(m.loss, m.params, x0, m.label)
-        expected, back = jax.vjp(lambda g: self.mechanism.simulate(g, m.leak), gradient)
-        drawn = jax.tree.map(jnp.subtract, self.mechanism(key, gradient), expected)
+        drawn = self.mechanism(key, gradient)
+        expected, back = jax.vjp(lambda g: self.mechanism.simulate(g, drawn), gradient)
+        drawn = jax.tree.map(jnp.subtract, drawn, expected)
         if m.weights is not None:  # the match compares weighted gradients
             drawn = jax.tree.map(lambda n, w: n * jnp.square(w), drawn, m.weights)
         return mixed_partial(m.loss, m.params, x0, m.label, back(drawn)[0])

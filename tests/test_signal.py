@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import gdiff_jax as gd
-from gdiff_jax.mechanisms import Chain, Clip, GaussianNoise, LaplaceNoise
+from gdiff_jax.mechanisms import Chain, Clip, GaussianNoise, LaplaceNoise, RandomSparsification, Sign, TopK
 from gdiff_jax.mechanisms.base import pytree
 from gdiff_jax.samplers import Start, dsg_sample, dsg_step, posterior_mean
 from gdiff_jax.samplers.base import Share
@@ -89,6 +89,26 @@ def test_what_happened_before_the_noise_is_passed_through(noise):
 
     expected = jax.grad(lambda x: clipped(x) @ drawn)(x0)
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("mechanism", [TopK(0.3), RandomSparsification(0.3), Sign(), Chain((Clip(0.5), TopK(0.3)))], ids=str)
+def test_what_is_kept_back_is_no_noise(mechanism):
+    """The attacker reads off the leak what was kept, here other coordinates than of a draw at the candidate."""
+    for seed in range(3):
+        match = matched(image(0), mechanism, jax.random.key(seed))
+        match = dataclasses.replace(match, mechanism=mechanism)
+        assert share(match, mechanism, image(1))[0] == 1
+
+
+def test_noise_under_a_mask_is_noise():
+    def mean_share(sigma):
+        mechanism = Chain((GaussianNoise(sigma), TopK(0.3)))
+        matches = [dataclasses.replace(matched(image(0), mechanism, jax.random.key(k)), mechanism=mechanism) for k in range(20)]
+        return np.mean([share(match, mechanism, image(1), k + 100)[0] for k, match in enumerate(matches)])
+
+    shares = [mean_share(sigma) for sigma in (0.0, 1.0, 30.0)]
+    assert shares[0] == 1
+    assert shares[0] > shares[1] > shares[2] + 0.1, shares
 
 
 def test_a_draw_serves_several_steps(gaussian):
