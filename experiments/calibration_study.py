@@ -12,37 +12,37 @@ truth, as no attacker does. Beside it stand the attacks that are run with one se
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
 import itertools
 import os
 import sys
-from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 
 from experiments import attackers, cli, report, sweep
+from experiments.calibration_report import (
+    MEAN_IMAGE,
+    STRENGTHS,
+    Score,
+    Setting,
+    by_victim,
+    check_complete,
+    plot,
+    read_csv,
+    summary,
+    write_csv,
+)
 from experiments.cli import ConfigError, option
 from experiments.inputs import Inputs, SweepConfig, check_numbers, load_inputs
 from experiments.methods import METHODS
 from experiments.records import Store
 from gdiff_jax import images as image_files
 from gdiff_jax import parallel
-from gdiff_jax.auditing.intervals import Interval, paired_difference
 from gdiff_jax.priors import BUNDLED
-
-STRENGTHS = {"dsg": "guidance_rate", "dps": "zeta"}  # the flag that is tuned for the oracle
-MEAN_IMAGE = "mean image"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,32 +64,6 @@ class CalibrationConfig:
     batch: int = option(8, "trials at a time")
     trials: tuple[str, ...] = option((), "trials.csv of finished studies: their table and figure, nothing is run")
     out: str = option("runs/calibration", "output folder")
-
-
-class Setting(NamedTuple):
-    method: str
-    strength: float  # nan where the method has its default
-
-    @property
-    def title(self) -> str:
-        return self.method if np.isnan(self.strength) else f"{self.method}-{self.strength:g}"
-
-
-class Score(NamedTuple):
-    """One trial; a line of trials.csv."""
-
-    prior: str
-    victim: str
-    method: str
-    strength: float
-    sigma: float
-    image: int
-    psnr: float
-    ssim: float
-    seconds: float
-
-
-Cells = dict[Setting, dict[float, np.ndarray]]  # of one victim: PSNR by image, at each sigma
 
 
 def settings(c: CalibrationConfig) -> list[Setting]:
@@ -129,149 +103,6 @@ def scores(c: CalibrationConfig, inputs: dict[str, Inputs]) -> list[Score]:
     return found
 
 
-def write_csv(found: Sequence[Score]) -> str:
-    text = io.StringIO()
-    lines = csv.writer(text, lineterminator="\n")
-    lines.writerow(Score._fields)
-    lines.writerows(["" if v != v else v for v in score] for score in found)
-    return text.getvalue()
-
-
-def read_csv(path: Path) -> list[Score]:
-    """The scores of a trials.csv; ConfigError where it is none."""
-    number = lambda text: float(text) if text else float("nan")
-    try:
-        with path.open() as file:
-            lines = list(csv.DictReader(file))
-        return [
-            Score(r["prior"], r["victim"], r["method"], number(r["strength"]), number(r["sigma"]), int(r["image"]),
-                  *(number(r[k]) for k in ("psnr", "ssim", "seconds")))
-            for r in lines
-        ]  # fmt: skip
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"--trials {path} is no trials.csv of this study: {error!r}") from None
-
-
-def by_victim(found: Sequence[Score]) -> dict[str, Cells]:
-    """By victim and prior. A failed trial counts as 0 dB, less than noise: it recovered nothing."""
-    cells: dict[str, dict[Setting, dict[float, dict[int, float]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(dict)))
-    untuned: dict[str, Setting] = {}  # one object a method: nan is not equal to nan
-    for s in found:
-        of = (
-            untuned.setdefault(s.method, Setting(s.method, s.strength))
-            if np.isnan(s.strength)
-            else Setting(s.method, s.strength)
-        )
-        cells[f"{s.victim}, {s.prior}"][of][s.sigma][s.image] = 0.0 if np.isnan(s.psnr) else s.psnr
-    in_order = lambda images: np.array([images[i] for i in sorted(images)])
-    return {v: {of: {s: in_order(i) for s, i in at.items()} for of, at in c.items()} for v, c in cells.items()}
-
-
-def pick(cells: Cells, method: str, strength: float = float("nan")) -> dict[float, np.ndarray]:
-    return next(at for of, at in cells.items() if of.title == Setting(method, strength).title)
-
-
-def oracle(cells: Cells, sigma: float, method: str = "") -> Setting:
-    """The tuned setting with the highest median at this noise level, of one method or of all."""
-    tuned = [of for of in cells if of.method in STRENGTHS and not np.isnan(of.strength) and method in ("", of.method)]
-    return max(tuned, key=lambda of: float(np.median(cells[of][sigma])))
-
-
-class Gap(NamedTuple):
-    """How far an attack's median lies above another's, with its interval over images."""
-
-    victim: str
-    sigma: float
-    above: Interval
-
-
-def gaps(victims: dict[str, Cells], method: str) -> dict[str, list[Gap]]:
-    """Of an untuned attack to the oracle, to DSG's default, and to the mean image where the prior has one."""
-    found: dict[str, list[Gap]] = {"the oracle": [], "dsg": [], MEAN_IMAGE: []}
-    for victim, cells in victims.items():
-        for sigma, own in pick(cells, method).items():
-            others = {"the oracle": cells[oracle(cells, sigma)], "dsg": pick(cells, "dsg", SweepConfig().guidance_rate)}
-            if any(of.method == MEAN_IMAGE for of in cells):
-                others[MEAN_IMAGE] = pick(cells, MEAN_IMAGE)
-            for name, other in others.items():
-                found[name].append(Gap(victim, sigma, paired_difference(own, other[sigma])))
-    return found
-
-
-def table(victims: dict[str, Cells], untuned: Sequence[str]) -> str:
-    """Median PSNR, a line a victim and noise level."""
-    default = SweepConfig().guidance_rate
-    means = any(of.method == MEAN_IMAGE for cells in victims.values() for of in cells)
-    shown = [*untuned, *([MEAN_IMAGE] if means else [])]
-    body = []
-    for victim, cells in victims.items():
-        for sigma in sorted(pick(cells, "dsg", default)):
-            best = [oracle(cells, sigma, method) for method in STRENGTHS]
-            chosen = [f"{np.median(cells[of][sigma]):.1f} ({of.strength:g})" for of in best]
-            plain = [f"{np.median(at[sigma]):.1f}" for at in (pick(cells, "dsg", default), *(pick(cells, m) for m in shown))]
-            body.append([victim, f"{sigma:g}", *chosen, *plain])
-    return report.markdown(["victim", "sigma", "DSG tuned (rate)", "DPS tuned (zeta)", f"DSG {default:g}", *shown], body)
-
-
-def gap_table(victims: dict[str, Cells], untuned: Sequence[str]) -> str:
-    """Medians' differences in dB with 95 % intervals, a line a victim and noise level."""
-    columns = {(m, other): g for m in untuned for other, g in gaps(victims, m).items() if g}
-    first = next(iter(columns.values()))
-    body = [[gap.victim, f"{gap.sigma:g}", *(g[i].above.text() for g in columns.values())] for i, gap in enumerate(first)]
-    return report.markdown(["victim", "sigma", *(f"{m} - {other}" for m, other in columns)], body)
-
-
-def verdict(victims: dict[str, Cells], untuned: Sequence[str]) -> list[str]:
-    """The worst of each attack: how far below the oracle, DSG's default and the mean image it falls, and where."""
-    lines = []
-    for method in untuned:
-        worst = {name: min(found, key=lambda g: g.above.value) for name, found in gaps(victims, method).items() if found}
-        parts = [f"{g.above.text()} dB of {name} ({g.victim}, sigma {g.sigma:g})" for name, g in worst.items()]
-        lines.append(f"{method} at its worst is within {', '.join(parts)}.")
-    return lines
-
-
-def plot(victims: dict[str, Cells], untuned: Sequence[str], path: Path) -> None:
-    """A panel a victim: PSNR over sigma of each tuned setting, thin, and of the untuned attacks."""
-    fig, axes = plt.subplots(1, len(victims), figsize=(4.6 * len(victims), 4.2), squeeze=False, layout="constrained")
-    styles = {"dsg": ("Blues", "-"), "dps": ("Oranges", ":")}  # the stronger, the darker
-    for ax, (victim, cells) in zip(axes[0], victims.items(), strict=True):
-        for of, at in cells.items():
-            sigmas = sorted(at)
-            medians = [np.median(at[s]) for s in sigmas]
-            if of.method in STRENGTHS:
-                name, line = styles[of.method]
-                alike = sorted(other.strength for other in cells if other.method == of.method)
-                colour = matplotlib.colormaps[name](0.35 + 0.6 * alike.index(of.strength) / len(alike))
-                ax.plot(range(len(sigmas)), medians, line, color=colour, lw=1.2, label=f"{of.method} {of.strength:g}")
-            elif of.method == MEAN_IMAGE:
-                ax.plot(range(len(sigmas)), medians, "--", color="0.35", lw=1, label=MEAN_IMAGE)
-            elif of.method in untuned:
-                ax.plot(range(len(sigmas)), medians, "o-", color=METHODS[of.method].colour, lw=2, ms=5, label=of.method)
-        ax.set_xticks(range(len(sigmas)), [f"{s:g}" for s in sigmas])
-        ax.set_xlabel("sigma: standard deviation of the noise")
-        ax.set_title(victim, fontsize=10)
-        ax.grid(alpha=0.25)
-    axes[0][0].set_ylabel("PSNR (dB), median over images")
-    axes[0][-1].legend(fontsize=7.5, frameon=False, ncols=2)
-    fig.savefig(path, dpi=130)
-    plt.close(fig)
-
-
-def summary(victims: dict[str, Cells], untuned: Sequence[str]) -> str:
-    """The two tables and what they come to, from the scores alone."""
-    return "\n\n".join(
-        [
-            "Median PSNR in dB over images; each untuned attack has one setting over all of it:",
-            table(victims, untuned),
-            "How far the medians lie above the best tuned setting of DSG and DPS at that noise (chosen by the truth), above "
-            "DSG with its default rate, and above the mean image; paired bootstrap over images, 95 %:",
-            gap_table(victims, untuned),
-            *verdict(victims, untuned),
-        ]
-    )
-
-
 def check(c: CalibrationConfig) -> None:
     for name in ("victims", "rates", "zetas", "untuned"):
         values = getattr(c, name)
@@ -285,6 +116,7 @@ def check(c: CalibrationConfig) -> None:
 
 def write(found: Sequence[Score], c: CalibrationConfig, about: str) -> None:
     victims, folder = by_victim(found), Path(c.out)
+    check_complete(victims)
     untuned = tuple(dict.fromkeys(s.method for s in found if np.isnan(s.strength) and s.method != MEAN_IMAGE))
     text = f"{about}\n\n{summary(victims, untuned)}"
     folder.mkdir(parents=True, exist_ok=True)

@@ -12,10 +12,11 @@ import numpy as np
 import gdiff_jax as gd
 from experiments import attackers, mechanism_specs, victim_files
 from experiments.cli import ConfigError, option
-from experiments.methods import DEFAULT, DISTANCES, METHODS, applies
+from experiments.methods import DEFAULT, DISTANCES, METHODS, applies, uncalibrated
 from gdiff_jax import images as image_files
 from gdiff_jax import modules
 from gdiff_jax.priors import BUNDLED
+from gdiff_jax.signal import CALIBRATED_RATE
 from gdiff_jax.theory import privacy
 
 DEFAULT_SIGMAS = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0)
@@ -65,7 +66,7 @@ class SweepConfig:
     )
     zeta: float = option(8.0, "step size of dps, on the un-squared gradient distance")
     guidance_rate: float = option(0.2, "guidance rate of dsg, 0 to 1")
-    calibrated_rate: float = option(0.4, "guidance rate of calibrated-dsg where all is signal, 0 to 1")
+    calibrated_rate: float = option(CALIBRATED_RATE, "guidance rate of calibrated-dsg where all is signal, 0 to 1")
     chains: int = option(4, "reconstructions of a leak that dsg-mean and calibrated-mean combine, 2 or more")
     interval: int = option(1, "dsg guides every so many steps")
     through_prior: bool = option(
@@ -142,10 +143,12 @@ def check_numbers(c: SweepConfig) -> None:
         _need(0 <= getattr(c, name) <= 1, f"--{name} {getattr(c, name)} must lie in 0..1")
     _need(c.chains >= 2, f"--chains {c.chains} must be at least 2: how far they agree is what is used")
     for method in filter(lambda m: METHODS[m].needs_mechanism, c.methods):
-        _need(c.adaptive, f"--methods {method} draws from the mechanism, which --noadaptive does not know")
-        ok = c.distance == "l2" and c.local_steps == 1
-        other = f"--distance={c.distance} and --local_steps={c.local_steps}"
-        _need(ok, f"--methods {method} compares one gradient by l2, not with {other}; leave these away")
+        against = " ".join(uncalibrated(c))
+        _need(
+            not against,
+            f"--methods {method} draws from the mechanism, and compares one gradient by l2: it cannot be run with {against}; "
+            "leave that away",
+        )
     for name in ("red_diff_weight", "tv"):
         _need(math.isfinite(getattr(c, name)) and getattr(c, name) >= 0, f"--{name} {getattr(c, name)} must be finite and >= 0")
     _check_choice("spacing", c.spacing, ("uniform", "quadratic"))
@@ -329,7 +332,7 @@ def for_victims(c: SweepConfig) -> SweepConfig:
     if c.methods != ("all",):
         return c
     victims = [victim_files.VICTIMS[name]() for name in c.victims if name in victim_files.VICTIMS]
-    drawn = c.adaptive and c.distance == "l2" and c.local_steps == 1  # what `needs_mechanism` asks for
+    drawn = not uncalibrated(c)
     dense = lambda method: not METHODS[method].dense or any(applies(method, victim, c.group) for victim in victims)
     fits = lambda method: dense(method) and (drawn or not METHODS[method].needs_mechanism)
     return dataclasses.replace(c, methods=tuple(filter(fits, METHODS)))

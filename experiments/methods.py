@@ -142,3 +142,13 @@ DEFAULT = ("dsg", "dps")
 def applies(method: str, victim: gd.Victim, images: int) -> bool:
     """Whether the method can be run against this victim and a leak of so many images."""
     return not METHODS[method].dense or (victim.first_dense is not None and images == 1)
+
+
+def uncalibrated(c: SweepConfig) -> list[str]:
+    """The flags of `c` under which a method that `needs_mechanism` cannot be run."""
+    flags = {
+        "--noadaptive": not c.adaptive,
+        f"--distance={c.distance}": c.distance != "l2",
+        f"--local_steps={c.local_steps}": c.local_steps > 1,
+    }
+    return [flag for flag, given in flags.items() if given]

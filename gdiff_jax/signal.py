@@ -18,6 +18,8 @@ from gdiff_jax.mechanisms import Mechanism
 from gdiff_jax.mechanisms.base import pytree, static
 from gdiff_jax.samplers.base import Share
 
+CALIBRATED_RATE = 0.4  # guidance rate of DSG under `NoiseCalibration`, where all of the guidance is signal [our choice]
+
 
 @pytree
 class NoiseCalibration:
@@ -66,7 +68,7 @@ class NoiseCalibration:
     def noise_pull(self, key: jax.Array, x0: jax.Array) -> jax.Array:
         """h_n at an image: a draw of what the mechanism adds to a gradient there, pulled back to the pixels.
 
-        As seen by one who reads off that draw which coordinates it kept, as the attacker does of the leak: to keep some is no noise.
+        As seen by one who reads off that draw which coordinates it kept, as of the leak: to keep some back is no noise.
         """
         m = self.match
         gradient = victim_gradient(m.loss, m.params, x0, m.label)

@@ -11,7 +11,7 @@ import pytest
 import gdiff_jax as gd
 from gdiff_jax.mechanisms import Chain, Clip, GaussianNoise, LaplaceNoise, RandomSparsification, Sign, TopK
 from gdiff_jax.mechanisms.base import pytree
-from gdiff_jax.samplers import Start, dsg_sample, dsg_step, posterior_mean
+from gdiff_jax.samplers import Start, dsg_sample, dsg_step, mean_of_chains, posterior_mean
 from gdiff_jax.samplers.base import Share
 from gdiff_jax.schedule import Schedule
 from gdiff_jax.theory import jacobian
@@ -197,6 +197,20 @@ def test_the_combined_image_has_the_least_error():
     error = lambda a: np.square(np.asarray(a) - truth).mean()
     np.testing.assert_allclose(error(image), own**2 + shared**2 * (1 - best), rtol=0.05)
     assert error(image) < min(error(m), error(np.mean(samples, 0)), *map(error, samples))
+
+
+def test_the_images_of_a_group_are_combined_each_with_itself():
+    """A chain may find them in any order."""
+    group = jnp.stack([image(k) for k in range(3)])
+    trace = jnp.zeros(1)
+
+    def chain(key):
+        return jax.random.permutation(key, group), trace
+
+    found, _ = mean_of_chains(jax.random.key(0), chain, jnp.zeros(SHAPE), chains=6)
+    gap = jnp.abs(found[:, None] - group[None]).max((2, 3, 4))
+    np.testing.assert_allclose(gap.min(1), 0, atol=1e-5)
+    assert sorted(gap.argmin(1).tolist()) == [0, 1, 2]
 
 
 def test_samples_that_agree_are_kept_and_others_are_not_believed():

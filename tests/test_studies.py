@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from experiments import calibration_study, noise_study, records, vulnerability, vulnerability_report
+from experiments import calibration_report, noise_study, records, vulnerability, vulnerability_report
+from experiments.cli import ConfigError
 from experiments.mechanism_specs import parse
 from experiments.vulnerability_theory import PriorKnowledge
 from gdiff_jax import victims
@@ -187,7 +188,7 @@ def test_the_study_of_calibration(tiny_prior, tmp_path):
     flags = ("--victims=mlp-narrow", "--sigma_grid=0.1,1", "--rates=0.2", "--zetas=4", "--untuned=calibrated-mean")
     result = run("calibration_study.py", tiny_prior, tmp_path / "out", *flags)
     assert result.returncode == 0, result.stderr[-3000:]
-    scores = calibration_study.read_csv(tmp_path / "out" / "trials.csv")
+    scores = calibration_report.read_csv(tmp_path / "out" / "trials.csv")
     methods = {s.method for s in scores}
     assert {"dsg", "dps", "calibrated-mean"} <= methods <= {"dsg", "dps", "calibrated-mean", "mean image"}
     assert len(scores) == len(methods) * 2 * 2
@@ -207,7 +208,7 @@ def test_the_study_of_calibration(tiny_prior, tmp_path):
 
 
 def score(method, strength, sigma, psnrs, victim="net"):
-    return [calibration_study.Score("prior", victim, method, strength, sigma, i, p, 0.5, 1.0) for i, p in enumerate(psnrs)]
+    return [calibration_report.Score("prior", victim, method, strength, sigma, i, p, 0.5, 1.0) for i, p in enumerate(psnrs)]
 
 
 def test_an_untuned_attack_is_compared_with_the_best_tuned_one_of_each_noise():
@@ -218,17 +219,30 @@ def test_an_untuned_attack_is_compared_with_the_best_tuned_one_of_each_noise():
         *score("mine", nan, 0.1, [24, 26, 26, 28]), *score("mine", nan, 1.0, [12, 12, 12, 12]),
         *score("mean image", nan, 0.1, [11, 12, 13, 14]), *score("mean image", nan, 1.0, [11, 12, 13, 14]),
     ]  # fmt: skip
-    victims = calibration_study.by_victim(found)
+    victims = calibration_report.by_victim(found)
     cells = victims["net, prior"]
-    assert calibration_study.oracle(cells, 0.1) == ("dsg", 0.4)
-    assert calibration_study.oracle(cells, 1.0) == ("dps", 8.0)
-    gaps = calibration_study.gaps(victims, "mine")
+    assert calibration_report.oracle(cells, 0.1) == ("dsg", 0.4)
+    assert calibration_report.oracle(cells, 1.0) == ("dps", 8.0)
+    gaps = calibration_report.gaps(victims, "mine")
     assert [g.above.value for g in gaps["the oracle"]] == [0.0, 1.5]  # the failed trial of dps recovers nothing
     assert [g.above.value for g in gaps["dsg"]] == [3.0, 3.0]
     assert [g.above.value for g in gaps["mean image"]] == [13.5, -0.5]
     assert gaps["dsg"][1].above[1:] == (3.0, 3.0)  # alike for all images
-    assert "the oracle (net, prior, sigma 0.1)" in calibration_study.verdict(victims, ["mine"])[0]
-    assert calibration_study.write_csv(found).count("\n") == 1 + len(found)
+    assert "the oracle (net, prior, sigma 0.1)" in calibration_report.verdict(victims, ["mine"])[0]
+    assert calibration_report.write_csv(found).count("\n") == 1 + len(found)
+
+
+def test_trials_of_unlike_studies_are_refused():
+    whole = [*score("dsg", 0.2, 0.1, [20, 22]), *score("mine", float("nan"), 0.1, [24, 26])]
+    calibration_report.check_complete(calibration_report.by_victim(whole))
+    for more, message in [
+        (score("dsg", 0.2, 0.1, [20, 22], victim="other"), "other, prior lacks mine"),
+        (score("mine", float("nan"), 0.1, [20, 22], victim="other"), "other, prior lacks dsg-0.2"),
+        (score("dsg", 0.4, 0.1, [20]), "images for dsg-0.4 than for dsg-0.2"),
+        (score("dsg", 0.4, 0.3, [20, 22]), "images for dsg-0.4 than for dsg-0.2"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            calibration_report.check_complete(calibration_report.by_victim([*whole, *more]))
 
 
 @pytest.mark.parametrize(

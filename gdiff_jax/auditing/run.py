@@ -25,14 +25,13 @@ from gdiff_jax.priors import Prior, load_prior
 from gdiff_jax.provenance import this_run
 from gdiff_jax.samplers import dps_sample, dsg_sample, mean_of_chains, unguided_sample
 from gdiff_jax.schedule import Schedule
-from gdiff_jax.signal import NoiseCalibration
+from gdiff_jax.signal import CALIBRATED_RATE, NoiseCalibration
 
 if TYPE_CHECKING:
     from gdiff_jax.theory.privacy import Guarantee
 
 SIGMAS = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0)
 METHODS = ("dsg", "dps", "calibrated-dsg", "calibrated-mean")
-CALIBRATED_RATE = 0.4  # of DSG, where all of the guidance is signal
 
 
 def audit(

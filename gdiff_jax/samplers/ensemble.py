@@ -14,6 +14,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from gdiff_jax.metrics import match_images
 from gdiff_jax.samplers.base import StepInfo
 
 
@@ -43,12 +44,17 @@ def mean_of_chains(
     Args:
       key: typed PRNG key of the trial.
       sample: `image, trace = sample(key)`, such as `gdiff_jax.dsg_sample` with all but its key given.
-      mean: of the images one may expect, of the image's shape or one that broadcasts to it.
+      mean: of the images one may expect, (H, W, C) or what broadcasts to it.
       chains: how many, 2 or more; they run at once, in as many times the memory of one.
 
     Returns:
-      The image, and the mean of the chains' traces.
+      The image (H, W, C), or for a leak of several (B, H, W, C), and the mean of the chains' traces.
     """
     found, trace = jax.vmap(sample)(jax.random.split(key, chains))
-    image, _ = posterior_mean(jnp.clip(found, -1.0, 1.0), jnp.broadcast_to(mean, found.shape[1:]))
+    found, mean = jnp.clip(found, -1.0, 1.0), jnp.broadcast_to(mean, found.shape[-3:])
+    if found.ndim == 4:
+        image, _ = posterior_mean(found, mean)
+    else:  # a chain has the images of a group in an order of its own: they are combined in the first chain's
+        found = jax.vmap(lambda images: images[match_images(images, found[0])])(found)
+        image, _ = jax.vmap(posterior_mean, (1, None))(found, mean)
     return image, jax.tree.map(lambda a: a.mean(0), trace)
