@@ -31,7 +31,7 @@ import gdiff_jax as gd
 from experiments import attackers, cli, mechanism_specs, report, saved_trees, sweep, trials, victim_files
 from experiments.cli import ConfigError, option
 from experiments.inputs import DEFAULT_SIGMAS, Inputs, SweepConfig, for_victims, load_inputs, read_images
-from experiments.methods import METHODS, applies
+from experiments.methods import METHODS, applies, uncalibrated
 from experiments.records import Row, Store
 from gdiff_jax import images as image_files
 from gdiff_jax import modules, parallel
@@ -68,7 +68,8 @@ class AuditConfig:
     attacker: str = option("informed", f"threat model: {', '.join(attackers.ATTACKERS)}")
     methods: tuple[str, ...] = option(
         (),
-        f"attacks: {', '.join(METHODS)}, or all; without, dsg, dps and, where a first layer is dense, analytic, analytic-dsg",
+        f"attacks: {', '.join(METHODS)}, or all; without, calibrated-mean (dsg and dps for an attacker who does not know the "
+        "mechanism) and, where a first layer is dense, analytic and analytic-dsg",
     )
     images: str = option(image_files.BUNDLED, "private images: the bundled set, a folder, a .zip, a .npz or CIFAR-10's archive")
     num_images: int = option(12, "the first so many images of the set")
@@ -99,10 +100,12 @@ def sweep_config(c: AuditConfig) -> SweepConfig:
         given["sigma_grid"] = ()
     if c.gradient:
         given["num_images"] = 1
+    found = SweepConfig(**{**same, **given})
+    if c.attacker in attackers.ATTACKERS:
+        found = attackers.with_attacker(found, set())
     if not c.methods:
-        given["methods"] = ("dsg", "dps")
-    found = attackers.with_attacker(SweepConfig(**{**same, **given}), set()) if c.attacker in attackers.ATTACKERS else None
-    return for_victims(found or SweepConfig(**{**same, **given}))
+        found = dataclasses.replace(found, methods=("dsg", "dps") if uncalibrated(found) else ("calibrated-mean",))
+    return for_victims(found)
 
 
 def _sweep_folder(c: AuditConfig) -> Path:
@@ -265,7 +268,7 @@ def run(c: AuditConfig, images_given: bool) -> Audit:
         raise ConfigError(f"--candidates {c.candidates or c.images} holds nothing but the private images; give more images")
     if not c.methods:
         fits = applies("analytic", inputs.victims[c.victim], c.group)
-        config = dataclasses.replace(config, methods=("dsg", "dps", *(("analytic", "analytic-dsg") if fits else ())))
+        config = dataclasses.replace(config, methods=(*config.methods, *(("analytic", "analytic-dsg") if fits else ())))
     store = Store(_sweep_folder(c), sweep.identity(config, inputs))
     rows, images, traces = gather(sweep.run_trials(config, inputs, store), store)
     print("theory, film and report ...")

@@ -64,25 +64,37 @@ def psnr_from_error(error: jax.Array) -> jax.Array:
     return jnp.minimum(10 * jnp.log10(4.0 / error), EXACT)
 
 
-def others(candidates: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """The candidates (K, H, W, C) that are not the truth (H, W, C) itself, pixel by pixel."""
-    return candidates[(candidates != truth[None]).reshape(len(candidates), -1).any(1)]
+def _unlike(candidates: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """Which of the candidates (K, H, W, C) are not the truth (H, W, C) itself, pixel by pixel."""
+    return (candidates != truth[None]).reshape(len(candidates), -1).any(1)
 
 
 def candidate_count(candidates: np.ndarray, truths: np.ndarray) -> int:
     """Among how many images each truth (N, H, W, C) is looked for at least, itself included."""
-    return 1 + min(len(others(candidates, truth)) for truth in truths)
+    return 1 + min(int(_unlike(candidates, truth).sum()) for truth in truths)
 
 
-def identification_rank(reconstruction: np.ndarray, truth: np.ndarray, others: np.ndarray) -> int:
-    """How many of the other candidates (K, H, W, C) are at least as close to the reconstruction as the truth, by MSE.
+def identification_ranks(reconstructions: np.ndarray, truth: np.ndarray, candidates: np.ndarray) -> np.ndarray:
+    """How many other candidates are at least as close to each reconstruction as the truth, by MSE of pixels in [0, 1].
 
     0 means that the private image is recognised among K + 1. A blind guess does so with probability kappa = 1 / (K + 1), so
     a mechanism's gamma(kappa) (`theory.privacy.Guarantee.reconstruction_bound`) bounds how often any attack can.
+
+    Args:
+      reconstructions: (N, H, W, C) in [-1, 1], all of one truth.
+      truth: (H, W, C) in [-1, 1].
+      candidates: (K, H, W, C) in [-1, 1]; those that are the truth itself are passed over.
+
+    Returns:
+      (N,) integers.
     """
-    image = to_unit(reconstruction)[None]
-    distance = lambda images: np.square(to_unit(images) - image, dtype=np.float64).mean((1, 2, 3))
-    return int((distance(others) <= distance(truth[None])).sum())
+    other, images = _unlike(candidates, truth), to_unit(candidates)
+
+    def rank(image: np.ndarray) -> int:
+        distance = lambda of: np.square(of - image[None]).mean((1, 2, 3), dtype=np.float64)
+        return int((distance(images)[other] <= distance(to_unit(truth)[None])).sum())
+
+    return np.array([rank(image) for image in to_unit(reconstructions)], int)
 
 
 def lpips_is_installed() -> bool:

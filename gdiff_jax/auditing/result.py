@@ -199,12 +199,12 @@ def assemble(
     kept: dict[str, str] = {}
     mean_rows: list[Row] = []
     if truth is not None:
-        others = [metrics.others(candidates, x) for x in truth]
         has_lpips = metrics.lpips_is_installed()
-        for row, image in zip(rows, images, strict=True):
-            if not row["failed"]:
-                x = truth[row["image"]]
-                row["rank"] = int(metrics.identification_rank(image, x, others[row["image"]]))
+        for i, x in enumerate(truth):
+            scored = [(row, image) for row, image in zip(rows, images, strict=True) if row["image"] == i and not row["failed"]]
+            found = np.array([image for _, image in scored]).reshape(-1, *x.shape)
+            for (row, image), rank in zip(scored, metrics.identification_ranks(found, x, candidates), strict=True):
+                row["rank"] = int(rank)
                 if has_lpips:
                     row["lpips"] = float(metrics.lpips(image, x))
         about = {**about, "candidates": metrics.candidate_count(candidates, truth), "has_lpips": has_lpips}
