@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import gdiff_jax as gd
 from benchmarks.guided_step import ROOT, VICTIMS, Case, environment, measure, random_params, ratio
 from benchmarks.large_prior import read_config
+from gdiff_jax.signal import CALIBRATED_RATE
 
 STEPS = gd.NoiseCalibration.every
 PRIORS = ("gdiff_jax/priors/bundled/cifar10_32", "third_party/diffusers/ddpm-cifar10-32")
@@ -37,9 +38,9 @@ def sampler(denoise: gd.Denoiser, victim: gd.Victim, trials: int, calibrated: bo
         mechanism = gd.GaussianNoise(jnp.float32(0.1))
         leak = mechanism(jax.random.fold_in(key, 1), jax.tree.map(jnp.zeros_like, weights))
         match = gd.GradientMatching(weights, jnp.int32(0), leak, victim.loss, mechanism=mechanism)
-        signal = gd.NoiseCalibration(match, mechanism) if calibrated else None
+        signal = gd.NoiseCalibration(match) if calibrated else None
         shape = denoise.config.image_shape
-        return gd.dsg_sample(key, denoise, match, schedule, shape, guidance_rate=0.4, signal=signal)[0]
+        return gd.dsg_sample(key, denoise, match, schedule, shape, guidance_rate=CALIBRATED_RATE, signal=signal)[0]
 
     args = (denoise, weights, jax.random.split(jax.random.key(0), trials))
     return Case(jax.vmap(one, (None, None, 0)), args, STEPS, 1)

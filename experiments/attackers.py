@@ -56,7 +56,7 @@ def threat_model(c: SweepConfig) -> str:
         known.append("the statistics of the BatchNorms")
     noises_only = all(name in ("gaussian", "laplace", "uniform", "none") for name in c.mechanisms)
     if noises_only and c.mechanisms != ("none",):
-        known.append("that noise of mean zero was added")
+        known.append("the noise's distribution" if c.adaptive else "that noise of mean zero was added")
     elif not noises_only and c.adaptive:
         known.append("the mechanism, which it matches through")
     unknown = []

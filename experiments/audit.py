@@ -31,7 +31,7 @@ import gdiff_jax as gd
 from experiments import attackers, cli, mechanism_specs, report, saved_trees, sweep, trials, victim_files
 from experiments.cli import ConfigError, option
 from experiments.inputs import DEFAULT_SIGMAS, Inputs, SweepConfig, for_victims, load_inputs, read_images
-from experiments.methods import METHODS, applies, uncalibrated
+from experiments.methods import METHODS, applies, hindrances
 from experiments.records import Row, Store
 from gdiff_jax import images as image_files
 from gdiff_jax import modules, parallel
@@ -104,7 +104,9 @@ def sweep_config(c: AuditConfig) -> SweepConfig:
     if c.attacker in attackers.ATTACKERS:
         found = attackers.with_attacker(found, set())
     if not c.methods:
-        found = dataclasses.replace(found, methods=("dsg", "dps") if uncalibrated(found) else ("calibrated-mean",))
+        found = dataclasses.replace(
+            found, methods=("dsg", "dps") if hindrances("calibrated-mean", found) else ("calibrated-mean",)
+        )
     return for_victims(found)
 
 
@@ -268,7 +270,8 @@ def run(c: AuditConfig, images_given: bool) -> Audit:
         raise ConfigError(f"--candidates {c.candidates or c.images} holds nothing but the private images; give more images")
     if not c.methods:
         fits = applies("analytic", inputs.victims[c.victim], c.group)
-        config = dataclasses.replace(config, methods=(*config.methods, *(("analytic", "analytic-dsg") if fits else ())))
+        dense = [m for m in ("analytic", "analytic-dsg") if fits and not hindrances(m, config)]
+        config = dataclasses.replace(config, methods=(*config.methods, *dense))
     store = Store(_sweep_folder(c), sweep.identity(config, inputs))
     rows, images, traces = gather(sweep.run_trials(config, inputs, store), store)
     print("theory, film and report ...")

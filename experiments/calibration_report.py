@@ -27,11 +27,11 @@ MEAN_IMAGE = "mean image"
 
 class Setting(NamedTuple):
     method: str
-    strength: float  # nan where the method has its default
+    strength: float | None = None  # None: its default
 
     @property
     def title(self) -> str:
-        return self.method if np.isnan(self.strength) else f"{self.method}-{self.strength:g}"
+        return self.method if self.strength is None else f"{self.method}-{self.strength:g}"
 
 
 class Score(NamedTuple):
@@ -40,7 +40,7 @@ class Score(NamedTuple):
     prior: str
     victim: str
     method: str
-    strength: float
+    strength: float | None
     sigma: float
     image: int
     psnr: float
@@ -48,6 +48,7 @@ class Score(NamedTuple):
     seconds: float
 
 
+DEFAULT = Setting("dsg", SweepConfig().guidance_rate)
 Cells = dict[Setting, dict[float, np.ndarray]]  # of one victim: PSNR by image, at each sigma
 
 
@@ -55,7 +56,7 @@ def write_csv(found: Sequence[Score]) -> str:
     text = io.StringIO()
     lines = csv.writer(text, lineterminator="\n")
     lines.writerow(Score._fields)
-    lines.writerows(["" if v != v else v for v in score] for score in found)
+    lines.writerows(["" if v is None or v != v else v for v in score] for score in found)
     return text.getvalue()
 
 
@@ -66,51 +67,45 @@ def read_csv(path: Path) -> list[Score]:
         with path.open() as file:
             lines = list(csv.DictReader(file))
         return [
-            Score(r["prior"], r["victim"], r["method"], number(r["strength"]), number(r["sigma"]), int(r["image"]),
-                  *(number(r[k]) for k in ("psnr", "ssim", "seconds")))
+            Score(r["prior"], r["victim"], r["method"], float(r["strength"]) if r["strength"] else None, float(r["sigma"]),
+                  int(r["image"]), *(number(r[k]) for k in ("psnr", "ssim", "seconds")))
             for r in lines
         ]  # fmt: skip
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"--trials {path} is no trials.csv of this study: {error!r}") from None
 
 
+def check_complete(found: Sequence[Score]) -> None:
+    """ConfigError unless each victim has every untuned attack and the default of DSG, on the same images and noise levels."""
+    trials: dict[str, dict[Setting, list[tuple[float, int]]]] = defaultdict(lambda: defaultdict(list))
+    for s in found:
+        trials[_title(s)][Setting(s.method, s.strength)].append((s.sigma, s.image))
+    needed = {of for own in trials.values() for of in own if of.strength is None and of.method != MEAN_IMAGE}
+    if not needed:
+        raise ConfigError("--trials hold no attack with one setting, which the tables are about")
+    for victim, own in trials.items():
+        if missing := sorted(of.title for of in needed | {DEFAULT} if of not in own):
+            raise ConfigError(f"--trials: {victim} lacks {', '.join(missing)}, which the table compares")
+        if odd := sorted(of.title for of, where in own.items() if sorted(where) != sorted(set(own[DEFAULT]))):
+            raise ConfigError(f"--trials: {victim} has other noise levels or images for {', '.join(odd)}, or has them twice")
+
+
+def _title(s: Score) -> str:
+    return f"{s.victim}, {s.prior}"
+
+
 def by_victim(found: Sequence[Score]) -> dict[str, Cells]:
     """By victim and prior. A failed trial counts as 0 dB, less than noise: it recovered nothing."""
     cells: dict[str, dict[Setting, dict[float, dict[int, float]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(dict)))
-    untuned: dict[str, Setting] = {}  # one object a method: nan is not equal to nan
     for s in found:
-        of = (
-            untuned.setdefault(s.method, Setting(s.method, s.strength))
-            if np.isnan(s.strength)
-            else Setting(s.method, s.strength)
-        )
-        cells[f"{s.victim}, {s.prior}"][of][s.sigma][s.image] = 0.0 if np.isnan(s.psnr) else s.psnr
+        cells[_title(s)][Setting(s.method, s.strength)][s.sigma][s.image] = 0.0 if np.isnan(s.psnr) else s.psnr
     in_order = lambda images: np.array([images[i] for i in sorted(images)])
     return {v: {of: {s: in_order(i) for s, i in at.items()} for of, at in c.items()} for v, c in cells.items()}
 
 
-def check_complete(victims: dict[str, Cells]) -> None:
-    """ConfigError unless each victim has the default of DSG, and all its attacks the same noise levels and images as that."""
-    settings = {victim: {of.title for of in cells if of.method not in STRENGTHS} for victim, cells in victims.items()}
-    untuned = set().union(*settings.values()) - {MEAN_IMAGE}
-    default = Setting("dsg", SweepConfig().guidance_rate).title
-    for victim, cells in victims.items():
-        missing = sorted(({default} | untuned) - {of.title for of in cells})
-        if missing:
-            raise ConfigError(f"--trials: {victim} lacks {', '.join(missing)}, which the table compares")
-        sizes = {of.title: {sigma: len(psnr) for sigma, psnr in at.items()} for of, at in cells.items()}
-        odd = sorted(title for title, size in sizes.items() if size != sizes[default])
-        if odd:
-            raise ConfigError(f"--trials: {victim} has other noise levels or images for {', '.join(odd)} than for {default}")
-
-
-def pick(cells: Cells, method: str, strength: float = float("nan")) -> dict[float, np.ndarray]:
-    return next(at for of, at in cells.items() if of.title == Setting(method, strength).title)
-
-
 def oracle(cells: Cells, sigma: float, method: str = "") -> Setting:
     """The tuned setting with the highest median at this noise level, of one method or of all."""
-    tuned = [of for of in cells if of.method in STRENGTHS and not np.isnan(of.strength) and method in ("", of.method)]
+    tuned = [of for of in cells if of.strength is not None and method in ("", of.method)]
     return max(tuned, key=lambda of: float(np.median(cells[of][sigma])))
 
 
@@ -126,10 +121,10 @@ def gaps(victims: dict[str, Cells], method: str) -> dict[str, list[Gap]]:
     """Of an untuned attack to the oracle, to DSG's default, and to the mean image where the prior has one."""
     found: dict[str, list[Gap]] = {"the oracle": [], "dsg": [], MEAN_IMAGE: []}
     for victim, cells in victims.items():
-        for sigma, own in pick(cells, method).items():
-            others = {"the oracle": cells[oracle(cells, sigma)], "dsg": pick(cells, "dsg", SweepConfig().guidance_rate)}
-            if any(of.method == MEAN_IMAGE for of in cells):
-                others[MEAN_IMAGE] = pick(cells, MEAN_IMAGE)
+        for sigma, own in cells[Setting(method)].items():
+            others = {"the oracle": cells[oracle(cells, sigma)], "dsg": cells[DEFAULT]}
+            if Setting(MEAN_IMAGE) in cells:
+                others[MEAN_IMAGE] = cells[Setting(MEAN_IMAGE)]
             for name, other in others.items():
                 found[name].append(Gap(victim, sigma, paired_difference(own, other[sigma])))
     return found
@@ -137,17 +132,18 @@ def gaps(victims: dict[str, Cells], method: str) -> dict[str, list[Gap]]:
 
 def table(victims: dict[str, Cells], untuned: Sequence[str]) -> str:
     """Median PSNR, a line a victim and noise level."""
-    default = SweepConfig().guidance_rate
-    means = any(of.method == MEAN_IMAGE for cells in victims.values() for of in cells)
+    means = any(Setting(MEAN_IMAGE) in cells for cells in victims.values())
     shown = [*untuned, *([MEAN_IMAGE] if means else [])]
     body = []
     for victim, cells in victims.items():
-        for sigma in sorted(pick(cells, "dsg", default)):
+        for sigma in sorted(cells[DEFAULT]):
             best = [oracle(cells, sigma, method) for method in STRENGTHS]
             chosen = [f"{np.median(cells[of][sigma]):.1f} ({of.strength:g})" for of in best]
-            plain = [f"{np.median(at[sigma]):.1f}" for at in (pick(cells, "dsg", default), *(pick(cells, m) for m in shown))]
+            plain = [f"{np.median(at[sigma]):.1f}" for at in (cells[DEFAULT], *(cells[Setting(m)] for m in shown))]
             body.append([victim, f"{sigma:g}", *chosen, *plain])
-    return report.markdown(["victim", "sigma", "DSG tuned (rate)", "DPS tuned (zeta)", f"DSG {default:g}", *shown], body)
+    return report.markdown(
+        ["victim", "sigma", "DSG tuned (rate)", "DPS tuned (zeta)", f"DSG {DEFAULT.strength:g}", *shown], body
+    )
 
 
 def gap_table(victims: dict[str, Cells], untuned: Sequence[str]) -> str:
@@ -176,7 +172,7 @@ def plot(victims: dict[str, Cells], untuned: Sequence[str], path: Path) -> None:
         for of, at in cells.items():
             sigmas = sorted(at)
             medians = [np.median(at[s]) for s in sigmas]
-            if of.method in STRENGTHS:
+            if of.strength is not None:
                 name, line = styles[of.method]
                 alike = sorted(other.strength for other in cells if other.method == of.method)
                 colour = matplotlib.colormaps[name](0.35 + 0.6 * alike.index(of.strength) / len(alike))

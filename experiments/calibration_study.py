@@ -21,7 +21,6 @@ from pathlib import Path
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-import numpy as np
 
 from experiments import attackers, cli, report, sweep
 from experiments.calibration_report import (
@@ -70,7 +69,7 @@ def settings(c: CalibrationConfig) -> list[Setting]:
     """DSG with the sweep's default rate is always among them."""
     rates = sorted({*c.rates, SweepConfig().guidance_rate})
     tuned = [Setting(m, s) for m, values in (("dsg", rates), ("dps", sorted(set(c.zetas)))) for s in values]
-    return tuned + [Setting(m, float("nan")) for m in c.untuned]
+    return tuned + [Setting(m) for m in c.untuned]
 
 
 def config_of(c: CalibrationConfig, victim: str, of: Setting) -> SweepConfig:
@@ -80,7 +79,7 @@ def config_of(c: CalibrationConfig, victim: str, of: Setting) -> SweepConfig:
     common = {f.name: getattr(c, f.name) for f in dataclasses.fields(SweepConfig) if hasattr(c, f.name)}
     common |= dict(victims=(name,), training_steps=(int(steps or 0),), methods=(of.method,))
     common |= dict(out=str(Path(c.out) / f"{name}-{steps or 0}" / of.title))
-    return SweepConfig(**common) if np.isnan(of.strength) else SweepConfig(**common, **{STRENGTHS[of.method]: of.strength})
+    return SweepConfig(**common) if of.strength is None else SweepConfig(**common, **{STRENGTHS[of.method]: of.strength})
 
 
 def scores(c: CalibrationConfig, inputs: dict[str, Inputs]) -> list[Score]:
@@ -97,9 +96,7 @@ def scores(c: CalibrationConfig, inputs: dict[str, Inputs]) -> list[Score]:
     for victim in c.victims:  # which ignores the leak
         for i, r in enumerate(report.mean_image_rows(first)):
             for sigma in c.sigma_grid:
-                found.append(
-                    Score(c.prior, victim, MEAN_IMAGE, float("nan"), sigma, i, round(r["psnr"], 3), round(r["ssim"], 3), 0.0)
-                )
+                found.append(Score(c.prior, victim, MEAN_IMAGE, None, sigma, i, round(r["psnr"], 3), round(r["ssim"], 3), 0.0))
     return found
 
 
@@ -115,9 +112,9 @@ def check(c: CalibrationConfig) -> None:
 
 
 def write(found: Sequence[Score], c: CalibrationConfig, about: str) -> None:
+    check_complete(found)
     victims, folder = by_victim(found), Path(c.out)
-    check_complete(victims)
-    untuned = tuple(dict.fromkeys(s.method for s in found if np.isnan(s.strength) and s.method != MEAN_IMAGE))
+    untuned = tuple(dict.fromkeys(s.method for s in found if s.strength is None and s.method != MEAN_IMAGE))
     text = f"{about}\n\n{summary(victims, untuned)}"
     folder.mkdir(parents=True, exist_ok=True)
     cli.write_atomic(folder / "trials.csv", lambda p: p.write_text(write_csv(found)))

@@ -12,10 +12,11 @@ import numpy as np
 import gdiff_jax as gd
 from experiments import attackers, mechanism_specs, victim_files
 from experiments.cli import ConfigError, option
-from experiments.methods import DEFAULT, DISTANCES, METHODS, applies, uncalibrated
+from experiments.methods import DEFAULT, DISTANCES, METHODS, applies, hindrances
 from gdiff_jax import images as image_files
 from gdiff_jax import modules
 from gdiff_jax.priors import BUNDLED
+from gdiff_jax.samplers.ensemble import CHAINS
 from gdiff_jax.signal import CALIBRATED_RATE
 from gdiff_jax.theory import privacy
 
@@ -67,7 +68,7 @@ class SweepConfig:
     zeta: float = option(8.0, "step size of dps, on the un-squared gradient distance")
     guidance_rate: float = option(0.2, "guidance rate of dsg, 0 to 1")
     calibrated_rate: float = option(CALIBRATED_RATE, "guidance rate of calibrated-dsg where all is signal, 0 to 1")
-    chains: int = option(4, "reconstructions of a leak that dsg-mean and calibrated-mean combine, 2 or more")
+    chains: int = option(CHAINS, "reconstructions of a leak that dsg-mean and calibrated-mean combine, 2 or more")
     interval: int = option(1, "dsg guides every so many steps")
     through_prior: bool = option(
         True,
@@ -142,12 +143,13 @@ def check_numbers(c: SweepConfig) -> None:
     for name in ("guidance_rate", "calibrated_rate"):
         _need(0 <= getattr(c, name) <= 1, f"--{name} {getattr(c, name)} must lie in 0..1")
     _need(c.chains >= 2, f"--chains {c.chains} must be at least 2: how far they agree is what is used")
-    for method in filter(lambda m: METHODS[m].needs_mechanism, c.methods):
-        against = " ".join(uncalibrated(c))
+    for method in c.methods:
+        against = " ".join(hindrances(method, c))
         _need(
             not against,
-            f"--methods {method} draws from the mechanism, and compares one gradient by l2: it cannot be run with {against}; "
-            "leave that away",
+            f"--methods {method} cannot be run with {against}: it draws from the noise"
+            + (", and compares one gradient, all of it known, by l2" if METHODS[method].calibrated else "")
+            + "; leave one of them away",
         )
     for name in ("red_diff_weight", "tv"):
         _need(math.isfinite(getattr(c, name)) and getattr(c, name) >= 0, f"--{name} {getattr(c, name)} must be finite and >= 0")
@@ -323,8 +325,7 @@ def _proxy(c: SweepConfig, prior: gd.Prior, normed: bool) -> np.ndarray:
         sample = lambda denoise, schedule, k: gd.unguided_sample(k, denoise, schedule, prior.image_shape, clip=prior.clip)
         schedule = prior.schedule(c.steps, c.spacing)
         return np.asarray(jax.jit(jax.vmap(sample, (None, None, 0)))(prior.denoise, schedule, keys)[0])
-    mean = np.zeros(prior.image_shape, np.float32) if prior.mean_image is None else prior.mean_image
-    return np.asarray(mean, np.float32)[None]
+    return prior.expected_image[None]
 
 
 def for_victims(c: SweepConfig) -> SweepConfig:
@@ -332,7 +333,6 @@ def for_victims(c: SweepConfig) -> SweepConfig:
     if c.methods != ("all",):
         return c
     victims = [victim_files.VICTIMS[name]() for name in c.victims if name in victim_files.VICTIMS]
-    drawn = not uncalibrated(c)
     dense = lambda method: not METHODS[method].dense or any(applies(method, victim, c.group) for victim in victims)
-    fits = lambda method: dense(method) and (drawn or not METHODS[method].needs_mechanism)
+    fits = lambda method: dense(method) and not hindrances(method, c)
     return dataclasses.replace(c, methods=tuple(filter(fits, METHODS)))

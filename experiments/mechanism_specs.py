@@ -111,4 +111,12 @@ def parse(text: str) -> Spec:
     return Spec(text, tuple(stages))
 
 
+def hides_a_mask(text: str) -> bool:
+    """Whether soteria's mask, which is made of the private image, cannot be read off the leak: later stages fill its zeros."""
+    made = parse(text).build(1.0, lambda _: m.PruneRepresentation(None, ""))
+    stages = made.stages if isinstance(made, m.Chain) else (made,)
+    masked = [i for i, stage in enumerate(stages) if isinstance(stage, m.PruneRepresentation)]
+    return any(not later.keeps_pattern for i in masked for later in stages[i + 1 :])
+
+
 _EXAMPLE = {"clip": "1", "topk": "0.1", "random": "0.1", "qsgd": "16", "soteria": "0.5"}

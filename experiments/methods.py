@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 import gdiff_jax as gd
+from experiments.mechanism_specs import hides_a_mask
 from gdiff_jax import attacks, samplers
 from gdiff_jax.matching import Distance, l1
 from gdiff_jax.samplers import StepInfo
@@ -37,7 +38,6 @@ class Task(NamedTuple):
     clip: bool
     truth: jax.Array | None  # for the trace alone
     mean: jax.Array  # (H, W, C), of images like the private ones
-    mechanism: Any  # what happened to the gradient; a method takes it only where `needs_mechanism` says so
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,14 +49,16 @@ class Method:
       strength: the number of the configuration that steers it, traced.
       colour: in plots.
       dense: needs a victim that begins with a dense layer, and a leak of one image.
-      needs_mechanism: draws from the mechanism, which the attacker must know, and compares one gradient by l2.
+      needs_noise: takes the distribution of the noise, which the attacker must know.
+      calibrated: draws from the whole mechanism, and compares one gradient by l2.
     """
 
     run: Callable[[Task, SweepConfig], tuple[Any, StepInfo]]
     strength: Callable[[SweepConfig], float]
     colour: str
     dense: bool = False
-    needs_mechanism: bool = False
+    needs_noise: bool = False
+    calibrated: bool = False
 
 
 def _dsg(task: Task, c: SweepConfig, start: samplers.Start | None = None, signal: Any = None) -> tuple[Any, StepInfo]:
@@ -68,7 +70,7 @@ def _dsg(task: Task, c: SweepConfig, start: samplers.Start | None = None, signal
 
 
 def _calibrated_dsg(task: Task, c: SweepConfig) -> tuple[Any, StepInfo]:
-    return _dsg(task, c, signal=gd.NoiseCalibration(task.match, task.mechanism))
+    return _dsg(task, c, signal=gd.NoiseCalibration(task.match))
 
 
 def _mean_of(chain: Callable[[Task, SweepConfig], tuple[Any, StepInfo]], task: Task, c: SweepConfig) -> tuple[Any, StepInfo]:
@@ -126,15 +128,17 @@ def _analytic_dsg(task: Task, c: SweepConfig) -> tuple[Any, StepInfo]:
 
 METHODS = {
     "dsg": Method(_dsg, lambda c: c.guidance_rate, "#0b6e99"),
-    "calibrated-dsg": Method(_calibrated_dsg, lambda c: c.calibrated_rate, "#56b4e9", needs_mechanism=True),
+    "calibrated-dsg": Method(_calibrated_dsg, lambda c: c.calibrated_rate, "#56b4e9", needs_noise=True, calibrated=True),
     "dsg-mean": Method(partial(_mean_of, _dsg), lambda c: c.guidance_rate, "#e69f00"),
-    "calibrated-mean": Method(partial(_mean_of, _calibrated_dsg), lambda c: c.calibrated_rate, "#009e73", needs_mechanism=True),
+    "calibrated-mean": Method(
+        partial(_mean_of, _calibrated_dsg), lambda c: c.calibrated_rate, "#009e73", needs_noise=True, calibrated=True
+    ),
     "dps": Method(_dps, lambda c: c.zeta, "#d1601f"),
     "red-diff": Method(_red_diff, lambda c: c.red_diff_weight, "#8c6d31"),
     "dlg": Method(_dlg, lambda c: 0.0, "#7b3294"),
     "inverting": Method(_inverting, lambda c: c.tv, "#2e8b57"),
     "analytic": Method(_analytic, lambda c: 0.0, "0.15", dense=True),
-    "analytic-dsg": Method(_analytic_dsg, lambda c: c.guidance_rate, "#e377c2", dense=True),
+    "analytic-dsg": Method(_analytic_dsg, lambda c: c.guidance_rate, "#e377c2", dense=True, needs_noise=True),
 }
 DEFAULT = ("dsg", "dps")
 
@@ -144,11 +148,15 @@ def applies(method: str, victim: gd.Victim, images: int) -> bool:
     return not METHODS[method].dense or (victim.first_dense is not None and images == 1)
 
 
-def uncalibrated(c: SweepConfig) -> list[str]:
-    """The flags of `c` under which a method that `needs_mechanism` cannot be run."""
+def hindrances(method: str, c: SweepConfig) -> list[str]:
+    """The flags of `c` under which the method cannot be run, for what it needs to know or to compare."""
+    of = METHODS[method]
+    unknown = f"--attacker={c.attacker}" if c.attacker == "eavesdropper" else "--noadaptive"
+    masks = [f"--mechanisms={text}" for text in c.mechanisms if hides_a_mask(text)]
     flags = {
-        "--noadaptive": not c.adaptive,
-        f"--distance={c.distance}": c.distance != "l2",
-        f"--local_steps={c.local_steps}": c.local_steps > 1,
+        unknown: of.needs_noise and not c.adaptive,
+        f"--distance={c.distance}": of.calibrated and c.distance != "l2",
+        f"--local_steps={c.local_steps}": of.calibrated and c.local_steps > 1,
+        **dict.fromkeys(masks, of.calibrated),
     }
     return [flag for flag, given in flags.items() if given]

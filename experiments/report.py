@@ -261,8 +261,8 @@ def write(c: SweepConfig, inputs: Inputs, rows: list[Row], store: Store, quiet: 
         attackers.threat_model(c),
         f"Median [quartiles] over {c.num_images} images x {c.seeds} seeds of {c.images}{_released(c)}; prior {prior}; "
         f"{c.steps} steps, {c.spacing}; {strengths(c)}. The scores are of each trial's last image.",
-        "Picks: PSNR of one iterate a trial, over all its steps: least gradient distance (attacker), closest to "
-        "the truth (oracle: no attacker can do that).",
+        "Picks: PSNR of one iterate a trial (of its first chain, where it has several), over all its steps: least gradient "
+        "distance (attacker), closest to the truth (oracle: no attacker can do that).",
     ]
     if len(c.methods) > 1:
         about += [
@@ -300,13 +300,19 @@ def _released(c: SweepConfig) -> str:
 def strengths(c: SweepConfig) -> str:
     """The settings of the methods that ran."""
     restarts = f", {c.restarts} restarts" if c.restarts > 1 else ""
+    dsg, calibrated = f"DSG guidance rate {c.guidance_rate:g}", f"calibrated DSG guidance rate {c.calibrated_rate:g} at most"
     of = {
-        "dsg": f"DSG guidance rate {c.guidance_rate:g}",
+        "dsg": dsg,
+        "calibrated-dsg": calibrated,
+        "dsg-mean": f"the mean of {c.chains} chains of {dsg}",
+        "calibrated-mean": f"the mean of {c.chains} chains of {calibrated}",
         "dps": f"DPS zeta {c.zeta:g}",
         "red-diff": f"RED-diff weight {c.red_diff_weight:g}",
         "dlg": f"DLG {c.dlg_steps} L-BFGS steps{restarts}",
         "inverting": f"inverting gradients {c.inverting_steps} steps, TV {c.tv:g}{restarts}",
+        "analytic": "analytic of the first dense layer",
+        "analytic-dsg": f"{dsg} from the analytic estimate",
     }
     where = "" if c.through_prior else " at x0hat, without a derivative of the prior"
     matching = f"guided by {c.distance}{where}" + (", layers weighted alike" if c.layer_weights == "equal" else "")
-    return ", ".join([*(text for name, text in of.items() if name in c.methods), matching])
+    return ", ".join([*(of[name] for name in c.methods), matching])

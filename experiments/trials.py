@@ -102,7 +102,7 @@ def make_runner(
     (B, H, W, C), metrics of each (B,), and scalars. `image` and `label` have an axis of B = --group images after that of the
     trials.
     """
-    shape, clip = inputs.prior.image_shape, inputs.prior.clip
+    shape, clip, expected = inputs.prior.image_shape, inputs.prior.clip, jnp.asarray(inputs.prior.expected_image)
     alone = c.group == 1
     client = gd.LocalSGD(c.local_learning_rate, c.local_steps, c.local_batch or None) if c.local_steps > 1 else None
 
@@ -138,8 +138,7 @@ def make_runner(
             shape if alone else (c.group, *shape),
             clip,
             x if alone else None,
-            proxy.mean(0),
-            mechanism,
+            expected,
         )
         found, trace = methods.METHODS[method].run(task, c)
         if isinstance(found, tuple):

@@ -1,9 +1,9 @@
 """How much of a guidance is signal, and how much the mechanism's noise: what a sampler scales its guidance by.
 
 In image space the residual pulls by h = J^T (grad_W L(x0hat) - g~), J the derivative of the gradient in the pixels. If nothing
-but noise were left in the residual its pull would be like h_n = J^T n', n' a fresh draw of the mechanism's noise, which costs
-one more mixed partial. E|| h_n ||^2 = sigma^2 || J ||_F^2: the reconstruction vulnerability, put to work [our choice]. It
-changes slowly along a run, so a draw serves several steps.
+but noise were left in the residual, and x0hat had not fitted it, its pull would be like h_n = J^T n', n' a fresh draw of the
+mechanism's noise, which costs one more mixed partial. E|| h_n ||^2 = sigma^2 || J ||_F^2: the reconstruction vulnerability, put
+to work [our choice]. It changes slowly along a run, so a draw serves several steps.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 
 from gdiff_jax.matching import GradientMatching, at_full_precision, l2, mixed_partial, squared_l2, victim_gradient
-from gdiff_jax.mechanisms import Mechanism
 from gdiff_jax.mechanisms.base import pytree, static
 from gdiff_jax.samplers.base import Share
 
@@ -23,21 +22,27 @@ CALIBRATED_RATE = 0.4  # guidance rate of DSG under `NoiseCalibration`, where al
 
 @pytree
 class NoiseCalibration:
-    """s = clip(1 - || h_n ||^2 / || h ||^2, 0, 1) by one draw: about 1 where the leak is clean, 0 where noise is all.
+    """s = clip(1 - || h_n ||^2 / || h ||^2, 0, 1) by one draw: about 1 where the leak is clean, near 0 where noise is all.
 
     Attributes:
-      match: the attacker's objective, with the distance `l2`, of one gradient (no `client`).
-      mechanism: what the noise is drawn from; the attacker knows it.
+      match: the attacker's objective, with the distance `l2`, of one gradient (no `client`), through the `mechanism` that the
+        noise is drawn from, which the attacker knows.
       every: guided steps that share a draw.
+
+    Raises:
+      ValueError: for another match.
     """
 
     match: GradientMatching
-    mechanism: Mechanism
     every: int = static(default=8)
 
     def __post_init__(self) -> None:
-        if isinstance(self.match, GradientMatching) and (self.match.distance is not l2 or self.match.client is not None):
-            raise ValueError("NoiseCalibration is of an l2 distance to one gradient: give a match with distance=l2, no client")
+        m = self.match
+        if isinstance(m, GradientMatching) and (m.distance is not l2 or m.client is not None or m.mechanism is None):
+            raise ValueError(
+                "NoiseCalibration is of an l2 distance to one gradient of a known mechanism: give a match with distance=l2, "
+                "mechanism=..., and no client"
+            )
         if self.every < 1:
             raise ValueError(f"every {self.every} must be at least 1; 1 draws in each guided step")
 
@@ -57,8 +62,8 @@ class NoiseCalibration:
 
         def compared(x: jax.Array) -> Any:
             gradient = victim_gradient(m.loss, m.params, x, m.label)
-            if m.mechanism is not None:
-                gradient = m.mechanism.simulate(gradient, m.leak)
+            assert m.mechanism is not None
+            gradient = m.mechanism.simulate(gradient, m.leak)
             return gradient if m.weights is None else jax.tree.map(jnp.multiply, gradient, m.weights)
 
         change = jax.jvp(compared, (x0,), (direction,))[1]
@@ -72,8 +77,10 @@ class NoiseCalibration:
         """
         m = self.match
         gradient = victim_gradient(m.loss, m.params, x0, m.label)
-        drawn = self.mechanism(key, gradient)
-        expected, back = jax.vjp(lambda g: self.mechanism.simulate(g, drawn), gradient)
+        mechanism = m.mechanism
+        assert mechanism is not None
+        drawn = mechanism(key, gradient)
+        expected, back = jax.vjp(lambda g: mechanism.simulate(g, drawn), gradient)
         drawn = jax.tree.map(jnp.subtract, drawn, expected)
         if m.weights is not None:  # the match compares weighted gradients
             drawn = jax.tree.map(lambda n, w: n * jnp.square(w), drawn, m.weights)

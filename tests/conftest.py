@@ -131,7 +131,7 @@ def tiny_prior(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     root = tmp_path_factory.mktemp("tiny")
     denoise = Denoiser(init_params(jax.random.key(0), PATCHED), PATCHED)
-    mean = np.zeros((16, 16, 3), np.float32)
+    mean = np.linspace(-0.5, 0.5, 16 * 16 * 3, dtype=np.float32).reshape(16, 16, 3)
     save_prior(root / "prior", Prior(denoise, make_betas(), "fixed_small", "tiny", "", mean), SCHEDULER)
     rng = np.random.default_rng(0)
     np.savez(root / "images.npz", images=rng.integers(0, 256, (6, 16, 16, 3), np.uint8), labels=np.arange(6))

@@ -12,7 +12,7 @@ import gdiff_jax as gd
 from experiments import attackers, compare, report, trials
 from experiments.cli import ConfigError
 from experiments.inputs import SweepConfig, for_victims, load_inputs
-from experiments.methods import METHODS
+from experiments.methods import METHODS, hindrances
 from gdiff_jax.matching import released
 
 # Descents of a few steps: what is tested is that they run and are told apart.
@@ -103,6 +103,10 @@ CLIENTS = [
     (dict(victims=("cnn-batchnorm",)), "the statistics of the BatchNorms"),
     (dict(victims=("cnn-batchnorm",), attacker="server"), "the candidate's own are taken"),
     (dict(victims=("cnn-batchnorm",), attacker="eavesdropper"), "those of samples of the prior"),
+    (
+        dict(victims=("cnn-batchnorm",), methods=("calibrated-mean",), chains=2, labels="inferred"),
+        "mean of 2 chains of calibrated",
+    ),
     (dict(labels="joint", methods=("dlg",)), "optimises the labels"),
     (dict(layer_weights="equal", distance="cosine"), "guided by cosine, layers weighted alike"),
 ]
@@ -265,9 +269,48 @@ def test_calibrated_methods_take_groups_and_are_left_to_those_who_know_the_mecha
     every = dataclasses.replace(c, methods=("all",))
     assert "calibrated-dsg" in for_victims(every).methods
     assert "calibrated-dsg" not in for_victims(dataclasses.replace(every, adaptive=False)).methods
-    with pytest.raises(ConfigError, match="cannot be run with --noadaptive;"):
+    with pytest.raises(ConfigError, match="cannot be run with --noadaptive: it draws from the noise"):
         load_inputs(dataclasses.replace(c, adaptive=False))
     with pytest.raises(ConfigError, match="--distance=cosine --local_steps=2"):
         load_inputs(dataclasses.replace(c, distance="cosine", local_steps=2))
+    hidden = dataclasses.replace(c, mechanisms=("soteria:0.5+gaussian",))
+    with pytest.raises(ConfigError, match=r"--mechanisms=soteria:0.5\+gaussian"):
+        load_inputs(hidden)
+    assert not hindrances("calibrated-mean", dataclasses.replace(c, mechanisms=("soteria:0.5", "gaussian+soteria:0.5")))
+    assert hindrances("analytic-dsg", dataclasses.replace(c, attacker="eavesdropper", adaptive=False)) == [
+        "--attacker=eavesdropper"
+    ]
     with pytest.raises(ConfigError, match="--chains 1"):
         load_inputs(dataclasses.replace(c, chains=1))
+
+
+def test_every_attack_is_told_with_its_settings(tiny_prior, tmp_path):
+    c = config(tiny_prior, tmp_path / "o", methods=tuple(METHODS), chains=3, calibrated_rate=0.35, guidance_rate=0.15)
+    told = report.strengths(c)
+    assert told.count(", ") >= len(METHODS)
+    for words in ("3 chains of calibrated DSG guidance rate 0.35", "3 chains of DSG guidance rate 0.15", "analytic"):
+        assert words in told
+    alone = report.strengths(dataclasses.replace(c, methods=("calibrated-mean",)))
+    assert alone == "the mean of 3 chains of calibrated DSG guidance rate 0.35 at most, guided by l2"
+
+
+def test_who_knows_the_noise_is_told_to(tiny_prior, tmp_path):
+    c = config(tiny_prior, tmp_path / "o")
+    assert "knows the victim's weights and loss, the label, the prior and the noise's distribution." in attackers.threat_model(
+        c
+    )
+    assert "that noise of mean zero was added" in attackers.threat_model(dataclasses.replace(c, adaptive=False))
+
+
+def test_a_combined_image_leans_on_the_priors_mean(tiny_prior, tmp_path, monkeypatch):
+    """And not on the samples that stand in for the statistics of a neighbour's BatchNorms."""
+    trace = jax.tree.map(lambda a: jnp.full(2, a, jnp.float32), gd.StepInfo(0.1, 0.1, 0.1))
+    monkeypatch.setitem(METHODS, "dsg", dataclasses.replace(METHODS["dsg"], run=lambda task, c: (task.mean, trace)))
+    victims = dict(victims=("mlp", "cnn-batchnorm"), attacker="eavesdropper", labels="known", statistics="replaced")
+    c = config(tiny_prior, tmp_path / "o", methods=("dsg",), num_images=1, sigma_grid=(0.0,), **victims, **SHORT)
+    inputs, rows = load_inputs(c), [r for r in run_in_process(c) if r["method"] != trials.PRIOR_ONLY]
+    assert len(rows) == 2
+    for row in rows:
+        with np.load(tmp_path / "o" / "chunks" / f"{row['chunk']:05d}.npz") as arrays:
+            np.testing.assert_allclose(arrays["images"][row["row"]], inputs.prior.mean_image, atol=1e-3)
+    assert np.abs(inputs.proxy.mean(0) - inputs.prior.mean_image).max() > 0.1

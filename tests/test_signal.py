@@ -28,16 +28,16 @@ def loss(w, x, y):
 def matched(x, mechanism, key):
     w = jnp.ones(P)
     leak = mechanism(key, gd.victim_gradient(loss, w, x, 0))
-    return gd.GradientMatching(w, 0, leak, loss)
+    return gd.GradientMatching(w, 0, leak, loss, mechanism=mechanism)
 
 
 def image(seed):
     return jnp.asarray(np.random.default_rng(seed).uniform(-1, 1, SHAPE), jnp.float32)
 
 
-def share(match, mechanism, x0, seed=5):
+def share(match, x0, seed=5):
     distance, gradient = jax.value_and_grad(match)(x0)
-    return gd.NoiseCalibration(match, mechanism)(jax.random.key(seed), 0, jnp.nan, x0, distance, gradient)
+    return gd.NoiseCalibration(match)(jax.random.key(seed), 0, jnp.nan, x0, distance, gradient)
 
 
 def test_it_is_the_ratio_of_two_pulls():
@@ -47,7 +47,7 @@ def test_it_is_the_ratio_of_two_pulls():
     pull, drawn = A.T @ (A @ x0.ravel() - match.leak), A.T @ noise
     expected = 1 - (drawn @ drawn) / (pull @ pull)
     assert 0 < expected < 1
-    signal, *parts, curvature = share(match, mechanism, x0)
+    signal, *parts, curvature = share(match, x0)
     np.testing.assert_allclose(signal, expected, rtol=1e-4)
     np.testing.assert_allclose(parts, [jnp.linalg.norm(pull), jnp.linalg.norm(drawn)], rtol=1e-4)
     np.testing.assert_allclose(curvature, jnp.square(A @ pull).sum() / (pull @ pull), rtol=1e-4)
@@ -56,9 +56,7 @@ def test_it_is_the_ratio_of_two_pulls():
 def test_the_pull_of_noise_has_the_energy_that_the_vulnerability_says():
     mechanism = GaussianNoise(0.3)
     match = matched(image(0), mechanism, jax.random.key(1))
-    pulls = jax.vmap(lambda k: gd.NoiseCalibration(match, mechanism).noise_pull(k, image(1)))(
-        jax.random.split(jax.random.key(2), 4000)
-    )
+    pulls = jax.vmap(lambda k: gd.NoiseCalibration(match).noise_pull(k, image(1)))(jax.random.split(jax.random.key(2), 4000))
     rv, _ = jacobian.frobenius_exact(loss, match.params, image(1), 0)
     np.testing.assert_allclose(jnp.square(pulls).sum((1, 2, 3)).mean(), 0.3**2 * rv**2, rtol=0.05)
 
@@ -67,12 +65,12 @@ def test_it_is_one_for_a_clean_leak_and_falls_with_the_noise_and_near_the_truth(
     shares = []
     for sigma in (0.0, 0.3, 3.0):
         mechanism = GaussianNoise(sigma)
-        draws = [share(matched(image(0), mechanism, jax.random.key(k)), mechanism, image(1), k + 100)[0] for k in range(40)]
+        draws = [share(matched(image(0), mechanism, jax.random.key(k)), image(1), k + 100)[0] for k in range(40)]
         shares.append(np.mean(draws))
     assert shares[0] == 1
     assert 1 > shares[1] > shares[2]
     mechanism = GaussianNoise(0.3)
-    at_truth = [share(matched(image(0), mechanism, jax.random.key(k)), mechanism, image(0), k + 100)[0] for k in range(100)]
+    at_truth = [share(matched(image(0), mechanism, jax.random.key(k)), image(0), k + 100)[0] for k in range(100)]
     assert np.mean(at_truth) < 0.4  # where nothing but noise is left
 
 
@@ -80,7 +78,7 @@ def test_it_is_one_for_a_clean_leak_and_falls_with_the_noise_and_near_the_truth(
 def test_what_happened_before_the_noise_is_passed_through(noise):
     mechanism = Chain((Clip(0.5), noise(0.1)))
     match, x0 = matched(image(0), mechanism, jax.random.key(1)), image(1)
-    found = gd.NoiseCalibration(match, mechanism).noise_pull(jax.random.key(3), x0)
+    found = gd.NoiseCalibration(match).noise_pull(jax.random.key(3), x0)
     drawn = mechanism(jax.random.key(3), A @ x0.ravel()) - Clip(0.5)(jax.random.key(0), A @ x0.ravel())
 
     def clipped(x):
@@ -96,15 +94,14 @@ def test_what_is_kept_back_is_no_noise(mechanism):
     """The attacker reads off the leak what was kept, here other coordinates than of a draw at the candidate."""
     for seed in range(3):
         match = matched(image(0), mechanism, jax.random.key(seed))
-        match = dataclasses.replace(match, mechanism=mechanism)
-        assert share(match, mechanism, image(1))[0] == 1
+        assert share(match, image(1))[0] == 1
 
 
 def test_noise_under_a_mask_is_noise():
     def mean_share(sigma):
         mechanism = Chain((GaussianNoise(sigma), TopK(0.3)))
-        matches = [dataclasses.replace(matched(image(0), mechanism, jax.random.key(k)), mechanism=mechanism) for k in range(20)]
-        return np.mean([share(match, mechanism, image(1), k + 100)[0] for k, match in enumerate(matches)])
+        matches = [matched(image(0), mechanism, jax.random.key(k)) for k in range(20)]
+        return np.mean([share(match, image(1), k + 100)[0] for k, match in enumerate(matches)])
 
     shares = [mean_share(sigma) for sigma in (0.0, 1.0, 30.0)]
     assert shares[0] == 1
@@ -116,7 +113,7 @@ def test_a_draw_serves_several_steps(gaussian):
     match = matched(image(0), mechanism, jax.random.key(1))
 
     def changes(every, **options):
-        signal = gd.NoiseCalibration(match, mechanism, every)
+        signal = gd.NoiseCalibration(match, every)
         _, trace = dsg_sample(jax.random.key(4), gaussian, match, schedule, SHAPE, signal=signal, **options)
         told = np.asarray(trace.noise_pull)[~np.isnan(trace.noise_pull)]
         np.testing.assert_allclose(trace.signal, np.clip(1 - np.square(trace.noise_pull / trace.pull), 0, 1), rtol=1e-5)
@@ -127,7 +124,7 @@ def test_a_draw_serves_several_steps(gaussian):
     assert changes(2, interval=3) == ([0, 2], 4)  # the guided steps are 9, 6, 3 and 0
     assert changes(2, start=Start(jnp.zeros(SHAPE), jnp.array(6))) == ([0, 2, 4, 6], 7)
     with pytest.raises(ValueError, match="every 0 must be at least 1"):
-        gd.NoiseCalibration(match, mechanism, 0)
+        gd.NoiseCalibration(match, 0)
 
 
 @pytree
@@ -162,7 +159,7 @@ def test_without_noise_the_length_is_that_of_an_exact_line_search():
     match, x0 = matched(image(0), GaussianNoise(0.0), jax.random.key(1)), image(1)
     away = jax.grad(lambda x: jnp.square(A @ x.ravel() - match.leak).sum())(x0)
     along = lambda a: jnp.square(A @ (x0 - a * away / jnp.linalg.norm(away)).ravel() - match.leak).sum()
-    found = share(match, GaussianNoise(0.0), x0).length()
+    found = share(match, x0).length()
     assert along(found) < min(along(0.98 * found), along(1.02 * found), along(0.0))
     np.testing.assert_allclose(jax.grad(along)(found), 0, atol=1e-3)
 
@@ -170,19 +167,19 @@ def test_without_noise_the_length_is_that_of_an_exact_line_search():
 def test_the_curvature_is_of_what_is_compared():
     clip, x0 = Clip(0.5), image(1)
     weights = jnp.linspace(0.5, 2.0, P)
-    match = dataclasses.replace(matched(image(0), clip, jax.random.key(1)), mechanism=clip, weights=weights)
+    match = dataclasses.replace(matched(image(0), clip, jax.random.key(1)), weights=weights)
     u = image(2) / jnp.linalg.norm(image(2))
     small = 1e-2
     seen = lambda x: weights * clip(jax.random.key(0), A @ x.ravel())
     expected = jnp.square((seen(x0 + small * u) - seen(x0 - small * u)) / (2 * small)).sum()
-    np.testing.assert_allclose(gd.NoiseCalibration(match, clip).curvature(x0, u), expected, rtol=1e-2)
+    np.testing.assert_allclose(gd.NoiseCalibration(match).curvature(x0, u), expected, rtol=1e-2)
 
 
 def test_other_distances_and_clients_are_refused():
     match = matched(image(0), GaussianNoise(0.1), jax.random.key(0))
-    for wrong in (dict(distance=gd.cosine), dict(client=gd.LocalSGD(0.1, 2))):
-        with pytest.raises(ValueError, match="l2 distance to one gradient"):
-            gd.NoiseCalibration(dataclasses.replace(match, **wrong), GaussianNoise(0.1))
+    for wrong in (dict(distance=gd.cosine), dict(client=gd.LocalSGD(0.1, 2)), dict(mechanism=None)):
+        with pytest.raises(ValueError, match="l2 distance to one gradient of a known mechanism"):
+            gd.NoiseCalibration(dataclasses.replace(match, **wrong))
 
 
 def test_the_combined_image_has_the_least_error():

@@ -68,8 +68,9 @@ def audit(
       prior: a name, folder or hub id for `load_prior`, or a `Prior`.
       sigmas: noise levels, the standard deviations that `mechanism` is made with, in units of the gradient.
       mechanism: what happens to the gradient at a level, such as `lambda s: Chain((Clip(1.0), GaussianNoise(s)))`.
-      methods: attacks, of "dsg", "dps", "calibrated-dsg" and "calibrated-mean". The last is the strongest known at every
-        noise level (benchmarks/results/calibration.md) and takes four times as long as each other.
+      methods: attacks, of "dsg", "dps", "calibrated-dsg" and "calibrated-mean". The last makes four reconstructions of a
+        leak at once, in four times the time and memory of one; under noise it finds more than the others
+        (benchmarks/results/calibration.md).
       seeds: leaks an image, each with noise of its own.
       seed: of all random numbers.
       steps: reverse steps.
@@ -168,7 +169,7 @@ def _clip_norm(mechanism: Mechanism) -> float | None:
 
 def _trial(method: str, loss: Loss, mechanism: Callable[[Any], Mechanism], prior: Prior) -> Callable[..., dict[str, Any]]:
     """One trial of a method, for `parallel.map_trials`."""
-    mean = jnp.zeros(prior.image_shape) if prior.mean_image is None else jnp.asarray(prior.mean_image)
+    mean = jnp.asarray(prior.expected_image)
 
     def one(denoise: Any, schedule: Schedule, params: Any, key: jax.Array, sigma: jax.Array, x: jax.Array, y: Any) -> Any:
         k_noise, k_sample = jax.random.split(key)
@@ -179,7 +180,7 @@ def _trial(method: str, loss: Loss, mechanism: Callable[[Any], Mechanism], prior
         gradient, how = victim_gradient(loss, params, x, y), mechanism(sigma)
         leak = how(k_noise, gradient)
         match = GradientMatching(params, y, leak, loss, mechanism=how)
-        image, trace = _attack(method, how, mean, k_sample, denoise, match, schedule, prior.image_shape, **options)
+        image, trace = _attack(method, mean, k_sample, denoise, match, schedule, prior.image_shape, **options)
         scalars = {
             "gradient_norm": l2(gradient, jax.tree.map(jnp.zeros_like, gradient)),
             "noise_norm": l2(leak, gradient),
@@ -191,14 +192,14 @@ def _trial(method: str, loss: Loss, mechanism: Callable[[Any], Mechanism], prior
     return one
 
 
-def _attack(method: str, mechanism: Mechanism, mean: Any, key: jax.Array, *task: Any, **options: Any) -> Any:
+def _attack(method: str, mean: Any, key: jax.Array, *task: Any, **options: Any) -> Any:
     """Of denoiser, match, schedule and shape."""
     if method == "dps":
         return dps_sample(key, *task, **options)
     if method == "dsg":
         return dsg_sample(key, *task, **options)
     _, match, *_ = task
-    options |= dict(guidance_rate=CALIBRATED_RATE, signal=NoiseCalibration(match, mechanism))
+    options |= dict(guidance_rate=CALIBRATED_RATE, signal=NoiseCalibration(match))
     chain = lambda key: dsg_sample(key, *task, **options)
     return chain(key) if method == "calibrated-dsg" else mean_of_chains(key, chain, mean)
 

@@ -74,6 +74,11 @@ class Prior:
         return self.denoise.config.image_shape
 
     @property
+    def expected_image(self) -> np.ndarray:
+        """(H, W, C): `mean_image`, or mid-grey where it is not known."""
+        return np.zeros(self.image_shape, np.float32) if self.mean_image is None else np.asarray(self.mean_image, np.float32)
+
+    @property
     def settings_sha256(self) -> str:
         """Of all that decides its samples beside the weights: network, betas, variance, clip and mean image."""
         mean = b"" if self.mean_image is None else self.mean_image.tobytes()

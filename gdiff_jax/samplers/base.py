@@ -37,7 +37,8 @@ class StepInfo(NamedTuple):
 class Share(NamedTuple):
     """What is known of a guidance besides its direction, scalars: signal = clip(1 - noise_pull^2 / pull^2, 0, 1).
 
-    The expected cosine between the guidance and what it would be without noise is sqrt(signal).
+    The expected cosine between the guidance and what it would be without noise is sqrt(signal), where x0hat does not depend on
+    that noise: it does the more, the longer it was guided [inferred].
     """
 
     signal: jax.Array  # share of signal in the pull's energy
@@ -48,7 +49,8 @@ class Share(NamedTuple):
     def length(self) -> jax.Array:
         """How far to go along the pull until the distance *without* its noise is least, J taken as constant.
 
-        It falls by a signal pull - a^2 curvature / 2 for a step a, since signal and noise are orthogonal in expectation.
+        Half its square falls by a signal pull - a^2 curvature / 2 for a step a, signal and noise being orthogonal in
+        expectation, under the same condition.
         """
         return self.signal * self.pull / jnp.where(self.curvature > 0, self.curvature, 1.0)
 

@@ -46,7 +46,7 @@ def dsg_step(
         toward = -root_n * _unit(grad)
         turn = guidance_rate
         if told is not None:  # no further than the cosine to the clean guidance allows, nor past its least distance
-            radius = jnp.linalg.norm(jnp.broadcast_to(p.std, x.shape))
+            radius = jnp.linalg.norm(p.std * toward)
             turn = jnp.minimum(jnp.sqrt(told.signal) * turn, told.length() / jnp.where(radius > 0, radius, 1.0))
         mixed = z + turn * (toward - z)
         return p.mean + p.std * root_n * _unit(mixed), info

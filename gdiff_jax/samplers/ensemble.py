@@ -17,6 +17,8 @@ import jax.numpy as jnp
 from gdiff_jax.metrics import match_images
 from gdiff_jax.samplers.base import StepInfo
 
+CHAINS = 4
+
 
 def posterior_mean(samples: jax.Array, mean: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The combined image and the weight w in [0, 1].
@@ -37,7 +39,7 @@ def posterior_mean(samples: jax.Array, mean: jax.Array) -> tuple[jax.Array, jax.
 
 
 def mean_of_chains(
-    key: jax.Array, sample: Callable[[jax.Array], tuple[jax.Array, StepInfo]], mean: jax.Array, chains: int = 4
+    key: jax.Array, sample: Callable[[jax.Array], tuple[jax.Array, StepInfo]], mean: jax.Array, chains: int = CHAINS
 ) -> tuple[jax.Array, StepInfo]:
     """`posterior_mean` of independent reconstructions of one leak, clipped to [-1, 1].
 
@@ -48,7 +50,8 @@ def mean_of_chains(
       chains: how many, 2 or more; they run at once, in as many times the memory of one.
 
     Returns:
-      The image (H, W, C), or for a leak of several (B, H, W, C), and the mean of the chains' traces.
+      The image (H, W, C), or for a leak of several (B, H, W, C), and the trace of the first chain, which does not end in that
+      image. One chain that is not finite makes the image so.
     """
     found, trace = jax.vmap(sample)(jax.random.split(key, chains))
     found, mean = jnp.clip(found, -1.0, 1.0), jnp.broadcast_to(mean, found.shape[-3:])
@@ -57,4 +60,4 @@ def mean_of_chains(
     else:  # a chain has the images of a group in an order of its own: they are combined in the first chain's
         found = jax.vmap(lambda images: images[match_images(images, found[0])])(found)
         image, _ = jax.vmap(posterior_mean, (1, None))(found, mean)
-    return image, jax.tree.map(lambda a: a.mean(0), trace)
+    return image, jax.tree.map(lambda a: a[0], trace)
