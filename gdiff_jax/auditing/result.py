@@ -39,7 +39,7 @@ class Audit:
       curves: per trial "distance" and "psnr" of x0hat at each reverse step, by `curve_key`.
       mean_image: scores of the prior's mean image, one an image; empty where the prior has none.
       guarantees: what one release guarantees at each noise level.
-      theory: what can be said without an attack (`auditing.theory.measure`); None where it was left out.
+      theory: what can be said without an attack (`theory.summary.summarise`); None where it was left out.
       pictures: PNG files, base64, by name: `truth/IMAGE`, `found/SIGMA/IMAGE` (attacker's pick, seed 0), `prior/IMAGE`,
         `film/STEP`.
     """
@@ -192,7 +192,7 @@ def assemble(
       candidates: (K, H, W, C) public or private images among which each truth is looked for; it is counted once.
       mean_image: (H, W, C), or None.
       guarantees: one a noise level.
-      theory: of `auditing.theory.measure`, or None.
+      theory: of `theory.summary.summarise`, or None.
       film: images (H, W, C) of one reconstruction over the steps.
     """
     rows = [dict(row) for row in rows]

@@ -80,7 +80,7 @@ def audit(
       candidates: images (K, H, W, C) among which the truth is looked for; the bundled CIFAR-10 test images where they fit,
         together with `images`, if None.
       name: of the model, for the report.
-      batch: trials at a time on all devices.
+      batch: trials at a time on all devices; each of "calibrated-mean" takes the memory of four.
       progress: show a bar.
 
     Returns:
