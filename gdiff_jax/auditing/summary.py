@@ -291,14 +291,10 @@ def warnings(audit: Audit) -> list[str]:
     over = [level.sigma for level in all_levels if level.distance_over_noise < 0.8]
     if over:
         sigmas = ", ".join(f"{s:.3g}" for s in over)
-        better = (
-            ""
-            if "calibrated-mean" in audit.methods
-            else " For an attacker who knows the noise, calibrated-mean may do better there."
-        )
+        advice = " For an attacker who knows the noise, calibrated-mean may do better there."
         found.append(
             f"At sigma {sigmas} the attack fits the noise: its gradient is closer to the leak than the true one. Read these "
-            f"levels as a lower bound of the risk.{better}"
+            f"levels as a lower bound of the risk.{advice * ('calibrated-mean' not in audit.methods)}"
         )
     accuracy = np.mean([r["label_accuracy"] for r in audit.attacks])
     if accuracy < 1:
