@@ -12,7 +12,7 @@ import gdiff_jax as gd
 from gdiff_jax.mechanisms import Chain, Clip, GaussianNoise, LaplaceNoise, RandomSparsification, Sign, TopK
 from gdiff_jax.mechanisms.base import pytree
 from gdiff_jax.samplers import Start, dsg_sample, dsg_step, mean_of_chains, posterior_mean
-from gdiff_jax.samplers.base import Share
+from gdiff_jax.samplers.base import Share, guided_posterior
 from gdiff_jax.schedule import Schedule
 from gdiff_jax.theory import jacobian
 
@@ -153,6 +153,20 @@ def test_a_step_turns_by_the_root_of_the_share_and_no_further_than_the_distance_
     # signal pull / curvature = 0.25 of length, on a sphere of radius sqrt(n) std
     radius = float(schedule.posterior_std(5, None)) * 6**0.5
     np.testing.assert_allclose(step(1.0, 0.25, 1.0 / (0.1 * radius))[0], step(0.25 * 0.1)[0], rtol=1e-4, atol=1e-6)
+
+
+def test_where_each_pixel_has_a_deviation_of_its_own_the_length_is_that_of_the_step(gaussian):
+    """A learned variance makes an ellipsoid of the sphere: the turn is measured where the guidance points."""
+    schedule = Schedule.create(num_steps=10, variance="learned_range")
+    prior = dataclasses.replace(gaussian, v=jnp.linspace(-1.0, 1.0, 6).reshape(SHAPE))
+    rest = (image(3), jnp.array(5), prior, matched(image(0), GaussianNoise(0.5), jax.random.key(1)), schedule)
+    p, grad, _, _ = guided_posterior(*rest[2:], *rest[:2])
+    away = 6**0.5 * p.std * grad / jnp.linalg.norm(grad)
+    turn = lambda rate, share=None: dsg_step(jax.random.key(4), *rest, guidance_rate=rate, share=share)[0]
+    length = 0.3 * jnp.linalg.norm(away)
+    limited = turn(1.0, functools.partial(Fixed(1.0, 1.0 / length), None, 0, 0.0))
+    np.testing.assert_allclose(limited, turn(0.3), rtol=1e-4, atol=1e-6)
+    assert np.abs(limited - turn(0.35)).max() > 1e-3
 
 
 def test_without_noise_the_length_is_that_of_an_exact_line_search():
