@@ -49,10 +49,10 @@ class CalibrationConfig:
     victims: tuple[str, ...] = option(("cnn", "mlp-wide"), "attacked networks, NAME untrained or NAME@STEPS of --checkpoints")
     checkpoints: str = option("", "folder of experiments/train_victim.py, for victims with @STEPS")
     sigma_grid: tuple[float, ...] = option((0.01, 0.1, 0.3, 1.0, 3.0), "standard deviations of the Gaussian noise", bare=True)
-    rates: tuple[float, ...] = option((0.05, 0.1, 0.2, 0.4), "guidance rates of dsg that the oracle chooses among")
-    zetas: tuple[float, ...] = option((8.0, 16.0, 32.0), "step sizes of dps that the oracle chooses among")
+    rates: tuple[float, ...] = option((0.025, 0.05, 0.1, 0.2, 0.4, 0.8), "guidance rates of dsg that the oracle chooses among")
+    zetas: tuple[float, ...] = option((8.0, 16.0, 32.0, 64.0), "step sizes of dps that the oracle chooses among")
     untuned: tuple[str, ...] = option(
-        ("calibrated-dsg", "dsg-mean", "calibrated-mean"), "attacks with their default setting at every noise level"
+        ("calibrated-dsg", "calibrated-mean"), "attacks with their default setting at every noise level"
     )
     images: str = option(image_files.BUNDLED, "private images, as for the sweep")
     num_images: int = option(32, "the first so many are attacked")
