@@ -69,7 +69,7 @@ class AuditConfig:
     methods: tuple[str, ...] = option(
         (),
         f"attacks: {', '.join(METHODS)}, or all; without, calibrated-mean (dsg and dps for an attacker who does not know the "
-        "mechanism) and, where a first layer is dense, analytic and analytic-dsg",
+        "mechanism) and, where a first layer is dense, analytic",
     )
     images: str = option(image_files.BUNDLED, "private images: the bundled set, a folder, a .zip, a .npz or CIFAR-10's archive")
     num_images: int = option(12, "the first so many images of the set")
@@ -268,10 +268,8 @@ def run(c: AuditConfig, images_given: bool) -> Audit:
     count = candidate_count(others, inputs.images) if known else 0
     if known and count < 2:
         raise ConfigError(f"--candidates {c.candidates or c.images} holds nothing but the private images; give more images")
-    if not c.methods:
-        fits = applies("analytic", inputs.victims[c.victim], c.group)
-        dense = [m for m in ("analytic", "analytic-dsg") if fits and not hindrances(m, config)]
-        config = dataclasses.replace(config, methods=(*config.methods, *dense))
+    if not c.methods and applies("analytic", inputs.victims[c.victim], c.group):
+        config = dataclasses.replace(config, methods=(*config.methods, "analytic"))
     store = Store(_sweep_folder(c), sweep.identity(config, inputs))
     rows, images, traces = gather(sweep.run_trials(config, inputs, store), store)
     print("theory, film and report ...")
