@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import io
 from collections import defaultdict
 from collections.abc import Sequence
@@ -166,27 +167,34 @@ def verdict(victims: dict[str, Cells], untuned: Sequence[str]) -> list[str]:
 
 def plot(victims: dict[str, Cells], untuned: Sequence[str], path: Path) -> None:
     """A panel a victim: PSNR over sigma of each tuned setting, thin, and of the untuned attacks."""
-    fig, axes = plt.subplots(1, len(victims), figsize=(4.6 * len(victims), 4.2), squeeze=False, layout="constrained")
-    styles = {"dsg": ("Blues", "-"), "dps": ("Oranges", ":")}  # the stronger, the darker
-    for ax, (victim, cells) in zip(axes[0], victims.items(), strict=True):
-        for of, at in cells.items():
+    columns = 2 if len(victims) in (2, 4) else min(3, len(victims))
+    rows = -(-len(victims) // columns)
+    fig, axes = plt.subplots(rows, columns, figsize=(4.4 * columns + 1.6, 3.8 * rows), squeeze=False, layout="constrained")
+    styles = {"dsg": ("Blues", "-"), "dps": ("Oranges", ":")}  # the stronger, the darker, alike in all panels
+    strengths = {m: sorted({of.strength or 0 for c in victims.values() for of in c if of.method == m}) for m in styles}
+    shown = {}
+    for ax, (victim, cells) in zip(axes.flat, victims.items(), strict=False):
+        for of, at in sorted(cells.items(), key=lambda cell: (cell[0].strength is None, *cell[0])):
             sigmas = sorted(at)
             medians = [np.median(at[s]) for s in sigmas]
+            draw = functools.partial(ax.plot, range(len(sigmas)), medians, label=of.title)
             if of.strength is not None:
                 name, line = styles[of.method]
-                alike = sorted(other.strength for other in cells if other.method == of.method)
+                alike = strengths[of.method]
                 colour = matplotlib.colormaps[name](0.35 + 0.6 * alike.index(of.strength) / len(alike))
-                ax.plot(range(len(sigmas)), medians, line, color=colour, lw=1.2, label=f"{of.method} {of.strength:g}")
+                (shown[of.title],) = draw(ls=line, color=colour, lw=1.2)
             elif of.method == MEAN_IMAGE:
-                ax.plot(range(len(sigmas)), medians, "--", color="0.35", lw=1, label=MEAN_IMAGE)
+                (shown[of.title],) = draw(ls="--", color="0.35", lw=1)
             elif of.method in untuned:
-                ax.plot(range(len(sigmas)), medians, "o-", color=METHODS[of.method].colour, lw=2, ms=5, label=of.method)
+                (shown[of.title],) = draw(marker="o", color=METHODS[of.method].colour, lw=2, ms=5)
         ax.set_xticks(range(len(sigmas)), [f"{s:g}" for s in sigmas])
-        ax.set_xlabel("sigma: standard deviation of the noise")
         ax.set_title(victim, fontsize=10)
         ax.grid(alpha=0.25)
-    axes[0][0].set_ylabel("PSNR (dB), median over images")
-    axes[0][-1].legend(fontsize=7.5, frameon=False, ncols=2)
+    for ax in axes.flat[len(victims) :]:
+        ax.set_visible(False)
+    fig.supxlabel("sigma: standard deviation of the noise", fontsize=10)
+    fig.supylabel("PSNR (dB), median over images", fontsize=10)
+    fig.legend(handles=list(shown.values()), loc="outside right upper", fontsize=8, frameon=False)
     fig.savefig(path, dpi=130)
     plt.close(fig)
 
