@@ -111,12 +111,15 @@ def _match(loss: Loss, distance: Distance, known: _Known, x: Any) -> jax.Array:
 
 
 def _compare(distance: Distance, known: _Known, gradient: Gradient) -> jax.Array:
+    leak = known.leak if known.weights is None else jax.tree.map(jnp.multiply, known.leak, known.weights)
+    return distance(as_compared(known, gradient), leak)
+
+
+def as_compared(known: _Known | GradientMatching, gradient: Gradient) -> Gradient:
+    """A gradient as it is held against the leak: through the mechanism that the attacker knows, and weighted."""
     if known.mechanism is not None:
         gradient = known.mechanism.simulate(gradient, known.leak)
-    leak = known.leak
-    if known.weights is not None:
-        gradient, leak = (jax.tree.map(jnp.multiply, g, known.weights) for g in (gradient, leak))
-    return distance(gradient, leak)
+    return gradient if known.weights is None else jax.tree.map(jnp.multiply, gradient, known.weights)
 
 
 @at_full_precision

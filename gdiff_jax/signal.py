@@ -8,12 +8,10 @@ to work [our choice]. It changes slowly along a run, so a draw serves several st
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
-from gdiff_jax.matching import GradientMatching, at_full_precision, l2, mixed_partial, squared_l2, victim_gradient
+from gdiff_jax.matching import GradientMatching, as_compared, at_full_precision, l2, mixed_partial, squared_l2, victim_gradient
 from gdiff_jax.mechanisms.base import pytree, static
 from gdiff_jax.samplers.base import Share
 
@@ -59,13 +57,7 @@ class NoiseCalibration:
     def curvature(self, x0: jax.Array, direction: jax.Array) -> jax.Array:
         """|| J u ||^2 of what the match compares, at an image x0 along a direction u, both (H, W, C)."""
         m = self.match
-
-        def compared(x: jax.Array) -> Any:
-            gradient = victim_gradient(m.loss, m.params, x, m.label)
-            assert m.mechanism is not None
-            gradient = m.mechanism.simulate(gradient, m.leak)
-            return gradient if m.weights is None else jax.tree.map(jnp.multiply, gradient, m.weights)
-
+        compared = lambda x: as_compared(m, victim_gradient(m.loss, m.params, x, m.label))
         change = jax.jvp(compared, (x0,), (direction,))[1]
         return squared_l2(change, jax.tree.map(jnp.zeros_like, change))
 
