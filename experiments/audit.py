@@ -68,8 +68,7 @@ class AuditConfig:
     attacker: str = option("informed", f"threat model: {', '.join(attackers.ATTACKERS)}")
     methods: tuple[str, ...] = option(
         (),
-        f"attacks: {', '.join(METHODS)}, or all; without, calibrated-mean (dsg and dps for an attacker who does not know the "
-        "mechanism) and, where a first layer is dense, analytic",
+        f"attacks: {', '.join(METHODS)}, or all; without, dsg, dps and, where a first layer is dense, analytic, analytic-dsg",
     )
     images: str = option(image_files.BUNDLED, "private images: the bundled set, a folder, a .zip, a .npz or CIFAR-10's archive")
     num_images: int = option(12, "the first so many images of the set")
@@ -100,14 +99,10 @@ def sweep_config(c: AuditConfig) -> SweepConfig:
         given["sigma_grid"] = ()
     if c.gradient:
         given["num_images"] = 1
-    found = SweepConfig(**{**same, **given})
-    if c.attacker in attackers.ATTACKERS:
-        found = attackers.with_attacker(found, set())
     if not c.methods:
-        found = dataclasses.replace(
-            found, methods=("dsg", "dps") if hindrances("calibrated-mean", found) else ("calibrated-mean",)
-        )
-    return for_victims(found)
+        given["methods"] = ("dsg", "dps")
+    found = SweepConfig(**{**same, **given})
+    return for_victims(attackers.with_attacker(found, set()) if c.attacker in attackers.ATTACKERS else found)
 
 
 def _sweep_folder(c: AuditConfig) -> Path:
@@ -269,7 +264,8 @@ def run(c: AuditConfig, images_given: bool) -> Audit:
     if known and count < 2:
         raise ConfigError(f"--candidates {c.candidates or c.images} holds nothing but the private images; give more images")
     if not c.methods and applies("analytic", inputs.victims[c.victim], c.group):
-        config = dataclasses.replace(config, methods=(*config.methods, "analytic"))
+        dense = [method for method in ("analytic", "analytic-dsg") if not hindrances(method, config)]
+        config = dataclasses.replace(config, methods=(*config.methods, *dense))
     store = Store(_sweep_folder(c), sweep.identity(config, inputs))
     rows, images, traces = gather(sweep.run_trials(config, inputs, store), store)
     print("theory, film and report ...")
