@@ -204,11 +204,20 @@ def test_a_first_dense_layer_is_found_and_read_off(tiny_prior, model, tmp_path):
     """Behind a normalisation of the user's own; it gives the image away exactly, which no default may overlook."""
     few = dict(num_images=2, seeds=1, spectra=0)
     found = command.run(config(tiny_prior, model, tmp_path / "out", victim=f"{model}:mlp", **few), True)
-    assert found.methods == ["dsg", "dps", "analytic", "analytic-dsg"]
+    assert found.methods == ["dsg", "calibrated-mean", "analytic", "analytic-dsg"]
     assert min(r["psnr"] for r in found.at(0.0) if r["method"] == "analytic") > 60
     assert found.levels()[0].methods == "analytic 2"  # and the attacker chooses it
     without = command.run(config(tiny_prior, model, tmp_path / "conv", **few), True)
-    assert without.methods == ["dsg", "dps"]
+    assert without.methods == ["dsg", "calibrated-mean"]
+
+
+@pytest.mark.parametrize(
+    "flags", [dict(attacker="eavesdropper", victim="mlp"), dict(mechanism="soteria:0.4+gaussian", victim="mlp")]
+)
+def test_an_audit_runs_by_default_what_its_attacker_can(flags):
+    """Who does not know the noise cannot draw from it."""
+    assert command.sweep_config(command.AuditConfig(**flags)).methods == ("dsg", "dps")
+    assert command.sweep_config(command.AuditConfig()).methods == ("dsg", "calibrated-mean")
 
 
 def torch_layout(tree):

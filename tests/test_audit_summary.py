@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 
 from gdiff_jax import metrics
-from gdiff_jax.auditing import intervals, summary
+from gdiff_jax.auditing import intervals, sentences, summary
 from gdiff_jax.auditing.result import Audit, curve_key
 
 SIGMAS = (0.0, 0.01, 0.1, 1.0)
@@ -52,6 +52,31 @@ def test_the_attacker_chooses_without_the_truth():
     assert {r["method"] for r in summary.attacker_picks(rows)} == {"dsg"}
 
 
+def test_what_an_attacker_takes_is_settled_by_what_it_is_for():
+    """Least distance among all would take what fits the noise; what is drawn towards the mean image recognises less."""
+    distances = {"dsg": 1.0, "calibrated-mean": 2.0, "analytic": 3.0, "analytic-dsg": 0.5}
+    taken = lambda rows, **aim: {r["method"] for r in summary.attacker_picks(rows, **aim)}
+    rows = [row(method, 0.1, 0, 0, 20.0, distance) for method, distance in distances.items()]
+    assert taken(rows) == {"calibrated-mean"}
+    assert taken(rows, recognise=True) == {"analytic-dsg"}
+    exact = [{**r, "distance": 0.0} if r["method"] == "analytic" else r for r in rows]
+    assert taken(exact) == taken(exact, recognise=True) == {"analytic"}
+    assert taken(rows[:1]) == taken(rows[:1], recognise=True) == {"dsg"}
+    assert taken(rows[1:2]) == taken(rows[1:2], recognise=True) == {"calibrated-mean"}
+    failed = [{**r, "failed": r["method"] == "calibrated-mean"} for r in rows]
+    assert taken(failed) == {"analytic-dsg"}
+
+
+def test_a_level_tells_both_choices():
+    ranks = {"dsg": 0, "calibrated-mean": 5}
+    psnr = {"dsg": 12.0, "calibrated-mean": 21.0}
+    rows = [row(m, s, i, 0, psnr[m], 1.0 + (m != "dsg"), rank=ranks[m]) for s in SIGMAS for i in range(4) for m in ranks]
+    level = make(rows, images=4, seeds=1).levels()[0]
+    assert (level.methods, level.methods_to_recognise) == ("calibrated-mean 4", "dsg 4")
+    assert level.psnr.value == 21
+    assert level.recovered.value == level.identified.value == 1
+
+
 def test_methods_chosen_equally_often_stand_in_the_order_of_the_leaks():
     """And not in a set's, which is another in each process: the report of the same trials was not always the same file."""
     names = ("one", "two", "three", "four", "five")
@@ -74,7 +99,7 @@ def test_a_failed_trial_is_counted_and_recovers_nothing():
     level = make(rows).levels()[0]
     assert level.failed == 2 * 2 * 3
     assert level.recovered.value == pytest.approx(9 / 12)
-    assert any("not finite" in w for w in summary.warnings(make(rows)))
+    assert any("not finite" in w for w in sentences.warnings(make(rows)))
 
 
 def test_shares_have_clopper_and_pearsons_interval():
@@ -165,7 +190,7 @@ FAULTS = {
 
 
 def test_a_better_attack_is_named_where_it_did_not_run():
-    warning = lambda a: next(w for w in summary.warnings(a) if "fits the noise" in w)
+    warning = lambda a: next(w for w in sentences.warnings(a) if "fits the noise" in w)
     fitting = FAULTS["the attack fits the noise"](make())
     assert "calibrated-mean" in warning(fitting)
     rows = [{**r, "method": "calibrated-mean"} for r in fitting.trials]
@@ -175,8 +200,8 @@ def test_a_better_attack_is_named_where_it_did_not_run():
 
 @pytest.mark.parametrize("text", FAULTS)
 def test_each_fault_is_flagged_and_nothing_else(text):
-    assert summary.warnings(make()) == []
-    found = summary.warnings(FAULTS[text](make()))
+    assert sentences.warnings(make()) == []
+    found = sentences.warnings(FAULTS[text](make()))
     assert found
     assert all(text in warning for warning in found)  # a plateau is one of each method
 

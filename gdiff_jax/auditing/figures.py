@@ -11,18 +11,13 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from gdiff_jax.auditing import intervals, pictures, summary
+from gdiff_jax.auditing import intervals, sheets, summary
 from gdiff_jax.auditing.intervals import Interval
-from gdiff_jax.auditing.result import SHOWN, Audit, curve_key
+from gdiff_jax.auditing.result import Audit, curve_key
 
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY, BLACK = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000"
 CYCLE = (BLUE, RED, GREEN, PURPLE, ORANGE, SKY, BLACK)
-
-
-def _tight(pad: float) -> ConstrainedLayoutEngine:
-    return ConstrainedLayoutEngine(w_pad=pad, h_pad=pad, wspace=0, hspace=0)
 
 
 STYLE: Any = {
@@ -152,68 +147,6 @@ def epsilon(audit: Audit) -> Figure:
     return figure
 
 
-def reconstructions(audit: Audit) -> Figure:
-    """The truth, and what the attacker chose at each noise level, seed 0, not selected; numbers are PSNR in dB."""
-    shown = [i for i in range(SHOWN) if f"truth/{i}" in audit.pictures]
-    heads = ["truth", *[f"σ = {s:.3g}" for s in audit.sigmas], "prior only"]
-    keys = lambda i: [f"truth/{i}", *[f"found/{s!r}/{i}" for s in audit.sigmas], f"prior/{i}"]
-    psnr = {(s, r["image"]): r["psnr"] for s in audit.sigmas for r in summary.attacker_picks(audit.at(s)) if r["seed"] == 0}
-    figure = Figure(
-        figsize=(1.05 * len(heads) + 0.2, 1.22 * len(shown) + 0.3),
-        layout=_tight(0.02),
-    )
-    axes = figure.subplots(len(shown), len(heads), squeeze=False)
-    for line, i in zip(axes, shown, strict=True):
-        notes = ["", *[_note(psnr.get((s, i))) for s in audit.sigmas], ""]
-        for ax, key, note in zip(line, keys(i), notes, strict=True):
-            _picture(ax, audit.pictures.get(key), note)
-    for ax, head in zip(axes[0], heads, strict=True):
-        ax.set_title(head, fontsize=9)
-    return figure
-
-
-def _note(psnr: float | None) -> str:
-    return "failed" if psnr is None else f"{psnr:.1f}"
-
-
-def _picture(ax: Axes, picture: str | None, note: str) -> None:
-    ax.set_xticks([])
-    ax.set_yticks([])
-    ax.set_frame_on(False)
-    ax.grid(False)
-    ax.set_xlabel(note, fontsize=8, labelpad=1)
-    if picture is not None:
-        ax.imshow(pictures.decode(picture), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-
-
-def attempts(audit: Audit) -> Figure:
-    """What was made of a gradient whose image is not known, the closest in gradient first."""
-    rows = sorted(summary.attacker_picks(audit.attacks) or [], key=lambda r: r["distance"])
-    seeds = [int(name.rsplit("/", 1)[1]) for name in audit.pictures if name.startswith("found/")]
-    best = {r["seed"]: r for r in reversed(rows)}
-    seeds.sort(key=lambda seed: best[seed]["distance"])
-    figure = Figure(figsize=(1.6 * max(len(seeds), 2), 2.0), layout="constrained")
-    axes = figure.subplots(1, len(seeds), squeeze=False)[0]
-    for ax, seed in zip(axes, seeds, strict=True):
-        row = best[seed]
-        relative = row["distance"] / row["gradient_norm"]
-        _picture(
-            ax, audit.pictures[f"found/{audit.sigmas[0]!r}/{seed}"], f"{row['method']}, seed {seed}\n{relative:.1%} unexplained"
-        )
-    return figure
-
-
-def film(audit: Audit) -> Figure:
-    """One reconstruction over the reverse steps, from noise to image."""
-    names = [n for n in audit.pictures if n.startswith("film/")]
-    some = [names[round(k)] for k in np.linspace(0, len(names) - 1, min(10, len(names)))]
-    figure = Figure(figsize=(1.02 * len(some), 1.25), layout=_tight(0.01))
-    times = audit.about["film_steps"]
-    for ax, name in zip(figure.subplots(1, len(some), squeeze=False)[0], some, strict=True):
-        _picture(ax, audit.pictures[name], f"t = {times[int(name[5:])]}")
-    return figure
-
-
 def _over_steps(ax: Axes, audit: Audit, method: str, name: str) -> None:
     """A curve of `Audit.curve` a noise level, its median over the trials of a method."""
     colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(audit.sigmas)))
@@ -309,6 +242,7 @@ def drawings(audit: Audit) -> dict[str, Callable[[Audit], Figure]]:
     theory = audit.theory or {}
     has = {
         "reconstructions": audit.has_truth,
+        "recognised": audit.has_truth and any(n.startswith("recognised/") for n in audit.pictures),
         "attempts": not audit.has_truth and any(n.startswith("found/") for n in audit.pictures),
         "quality": audit.has_truth,
         "recovered": audit.has_truth,
@@ -320,8 +254,8 @@ def drawings(audit: Audit) -> dict[str, Callable[[Audit], Figure]]:
         "spectrum": bool(theory.get("spectra")) and bool(theory.get("spectrum_is_exact")),
     }
     every: dict[str, Callable[[Audit], Figure]] = dict(
-        reconstructions=reconstructions, attempts=attempts, quality=quality, recovered=recovered, epsilon=epsilon,
-        steps=steps, signal=signal, film=film, layers=layers, spectrum=spectrum,
+        reconstructions=sheets.reconstructions, recognised=sheets.recognised, attempts=sheets.attempts, quality=quality,
+        recovered=recovered, epsilon=epsilon, steps=steps, signal=signal, film=sheets.film, layers=layers, spectrum=spectrum,
     )  # fmt: skip
     return {name: draw for name, draw in every.items() if has[name]}
 

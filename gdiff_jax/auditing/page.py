@@ -13,13 +13,13 @@ from typing import Any
 import jinja2
 import numpy as np
 
-from gdiff_jax.auditing import figures, pictures, summary
+from gdiff_jax.auditing import figures, pictures, sentences, summary
 from gdiff_jax.auditing.result import Audit
 from gdiff_jax.files import write_atomic
 
 Table = dict[str, list[Any]]
 _KINDS = {"svg": "image/svg+xml", "png": "image/png"}
-_RASTER = ("reconstructions", "attempts", "film")  # made of pixels: as PNG they are smaller
+_RASTER = ("reconstructions", "recognised", "attempts", "film")  # made of pixels: as PNG they are smaller
 
 
 def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> Table:
@@ -48,7 +48,8 @@ def _levels(audit: Audit, found: list[summary.Level]) -> Table:
         trials = f"{v.trials}" + (f" ({v.failed} failed)" if v.failed else "")
         scores = [getattr(v, n).text(2) for n in names]
         shares = [s.percent() for s in (v.recovered, v.recovered_oracle, v.identified)]
-        rows.append([f"{v.sigma:.3g}", v.psnr.text(), v.oracle.text(), *scores, *shares, v.methods or "-", trials])
+        chosen = [v.methods] if v.methods == v.methods_to_recognise else [v.methods, f"to recognise {v.methods_to_recognise}"]
+        rows.append([f"{v.sigma:.3g}", v.psnr.text(), v.oracle.text(), *scores, *shares, "; ".join(chosen) or "-", trials])
     return _table(head, rows)
 
 
@@ -137,7 +138,7 @@ def render(audit: Audit, drawn: dict[str, bytes]) -> str:
     return template.render(
         about=audit.about,
         sections=[s for s in sections if not missing.get(s[0])],
-        verdict=summary.verdict(audit),
+        verdict=sentences.verdict(audit),
         warnings=audit.warnings(),
         cards=_cards(audit, found),
         figures=shown,

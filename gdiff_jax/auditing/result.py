@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gdiff_jax import metrics
-from gdiff_jax.auditing import pictures, summary
+from gdiff_jax.auditing import pictures, sentences, summary
 from gdiff_jax.auditing.intervals import Interval
 from gdiff_jax.auditing.summary import PRIOR_ONLY, Row
 
@@ -40,8 +40,8 @@ class Audit:
       mean_image: scores of the prior's mean image, one an image; empty where the prior has none.
       guarantees: what one release guarantees at each noise level.
       theory: what can be said without an attack (`theory.summary.summarise`); None where it was left out.
-      pictures: PNG files, base64, by name: `truth/IMAGE`, `found/SIGMA/IMAGE` (attacker's pick, seed 0), `prior/IMAGE`,
-        `film/STEP`.
+      pictures: PNG files, base64, by name: `truth/IMAGE`, `found/SIGMA/IMAGE` (attacker's pick, seed 0),
+        `recognised/SIGMA/IMAGE` (the pick to recognise it by, where another is in the running), `prior/IMAGE`, `film/STEP`.
     """
 
     about: dict[str, Any]
@@ -104,11 +104,11 @@ class Audit:
 
     def verdict(self) -> str:
         """The answer in a few sentences, with intervals."""
-        return " ".join(summary.verdict(self))
+        return " ".join(sentences.verdict(self))
 
     def warnings(self) -> list[str]:
         """Signs that the figures may mislead."""
-        return summary.warnings(self)
+        return sentences.warnings(self)
 
     def plot(self) -> Figure:
         """PSNR and the share of recovered and recognised images over the noise."""
@@ -220,12 +220,18 @@ def assemble(
         curves[curve_key(row)] = {"distance": _rounded(trace["distance"]), "psnr": _rounded(psnr)}
         if np.isfinite(trace["signal"]).any():
             curves[curve_key(row)]["signal"] = _rounded(trace["signal"])
+    differ = len({row["method"] in summary.COMBINED for row in rows if row["method"] != PRIOR_ONLY}) > 1
     by_place = {id(row): image for row, image in zip(rows, images, strict=True)}
     for sigma in sorted({row["sigma"] for row in rows if row["method"] != PRIOR_ONLY}):
-        for row in summary.attacker_picks([r for r in rows if r["sigma"] == sigma]):
+        picks, to_recognise = (summary.attacker_picks([r for r in rows if r["sigma"] == sigma], aim) for aim in (False, True))
+        for row in picks:
             shown = row["seed"] == 0 and row["image"] < SHOWN if truth is not None else row["seed"] < 2 * SHOWN
             if shown:
                 kept[f"found/{sigma!r}/{row['image'] if truth is not None else row['seed']}"] = pictures.png(by_place[id(row)])
+        if truth is not None and differ:
+            for row in to_recognise:
+                if row["seed"] == 0 and row["image"] < SHOWN:
+                    kept[f"recognised/{sigma!r}/{row['image']}"] = pictures.png(by_place[id(row)])
     for row, image in zip(rows, images, strict=True):
         if row["method"] == PRIOR_ONLY and row["seed"] == 0 and row["image"] < SHOWN:
             kept[f"prior/{row['image']}"] = pictures.png(image)
