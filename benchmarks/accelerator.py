@@ -4,14 +4,13 @@
 
 Guided DSG steps of many trials at once against a CNN: the bundled priors, google/ddpm-cifar10-32 (36 M parameters) and
 google/ddpm-ema-celebahq-256 (114 M). Beside them what the calibrated step costs over DSG's, and `lax.conv` in place of the
-convolutions of `gdiff_jax.conv`. Weights are random: speed does not depend on them. Programs are traced one after another and
-compiled by threads, then measured alone, in turns where two are compared.
+convolutions of `gdiff_jax.conv`. Weights are random: speed does not depend on them. Each program is compiled alone and measured
+alone, in turns where two are compared. On an H200 fourteen threads that compiled at once had not compiled 22 programs after 210 s.
 """
 
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
 import contextlib
 import dataclasses
 import json
@@ -31,6 +30,7 @@ import jax.numpy as jnp
 import gdiff_jax as gd
 from benchmarks.guided_step import ROOT, VICTIMS, environment, random_params, ratio, with_lax_conv
 from benchmarks.large_prior import read_config
+from gdiff_jax.files import write_atomic
 from gdiff_jax.priors import unet2d
 from gdiff_jax.signal import CALIBRATED_RATE
 from gdiff_jax.victims import networks
@@ -104,73 +104,73 @@ def lowered(case: Case, weights: dict[str, Any]) -> tuple[Any, tuple[Any, ...]]:
         return jax.jit(jax.vmap(one, (None, None, 0))).lower(*args), args
 
 
-def seconds(program: Any, args: tuple[Any, ...]) -> float:
-    """Of one step of all trials."""
-    start = time.perf_counter()
-    jax.block_until_ready(program(*args))
-    return (time.perf_counter() - start) / STEPS
+class Program:
+    """A case, compiled and run once."""
 
+    def __init__(self, case: Case, weights: dict[str, Any]):
+        traced, self.args = lowered(case, weights)
+        start = time.perf_counter()
+        self.case, self.compiled = case, traced.compile()
+        self.compile_s = time.perf_counter() - start
+        self.seconds()
 
-def row_of(case: Case, program: Any, times: list[float], compile_s: float, peak: float | None) -> dict[str, Any]:
-    step, memory = statistics.median(times), program.memory_analysis()
-    flops = (program.cost_analysis() or {}).get("flops", math.nan)  # of a scan's body: of one step
-    return {
-        **case._asdict(),
-        "step_ms": round(1e3 * step, 3),
-        "step_ms_all": [round(1e3 * t, 3) for t in times],
-        "trials_per_s": round(case.trials / (100 * step), 3),
-        "compile_s": round(compile_s, 1),
-        "tflops_per_s": round(flops / step / 1e12, 2),
-        "share_of_peak": round(flops / step / 1e12 / peak, 3) if peak else None,
-        "temporaries_gib": round(memory.temp_size_in_bytes / 2**30, 3),
-        "arguments_gib": round(memory.argument_size_in_bytes / 2**30, 3),
-    }
+    def seconds(self) -> float:
+        """Of one step of all trials."""
+        start = time.perf_counter()
+        jax.block_until_ready(self.compiled(*self.args))
+        return (time.perf_counter() - start) / STEPS
+
+    def row(self, times: list[float], peak: float | None) -> dict[str, Any]:
+        step, memory = statistics.median(times), self.compiled.memory_analysis()
+        flops = (self.compiled.cost_analysis() or {}).get("flops", math.nan)  # of a scan's body: of one step
+        return {
+            **self.case._asdict(),
+            "step_ms": round(1e3 * step, 3),
+            "step_ms_all": [round(1e3 * t, 3) for t in times],
+            "trials_per_s": round(self.case.trials / (100 * step), 3),
+            "compile_s": round(self.compile_s, 1),
+            "tflops_per_s": round(flops / step / 1e12, 2),
+            "share_of_peak": round(flops / step / 1e12 / peak, 3) if peak else None,
+            "temporaries_gib": round(memory.temp_size_in_bytes / 2**30, 3),
+            "arguments_gib": round(memory.argument_size_in_bytes / 2**30, 3),
+        }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="the smallest case of each kind: does it run at all?")
+    parser.add_argument("--priors", default=",".join(PRIORS), help="measured one after another")
     parser.add_argument("--peak_tflops", type=float, help="of the chip in bfloat16, to tell the share of it that a step uses")
     parser.add_argument("--repeats", type=int, default=5, help="timed calls, or turns")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="that compile")
-    parser.add_argument("--out", type=Path, help="JSON file")
+    parser.add_argument("--out", type=Path, help="JSON file, written again after each measurement")
     args = parser.parse_args()
+    if unknown := set(args.priors.split(",")) - set(PRIORS):
+        parser.error(f"--priors {', '.join(sorted(unknown))} is not known; known: {', '.join(PRIORS)}")
     jax.config.update("jax_enable_compilation_cache", False)  # a program found there would spoil the compile times
-    sizes = [Case("cifar10-32", 2)] if args.quick else SIZES
-    small = lambda c: Case("cifar10-32", 2, calibrated=c.calibrated, lax_conv=c.lax_conv)
-    pairs = {k: tuple(map(small, v)) for k, v in list(PAIRS.items())[::4]} if args.quick else PAIRS
-    cases = list(dict.fromkeys([*reversed(sizes), *(case for pair in pairs.values() for case in pair)]))  # the slowest first
-
-    def compiled(program: Any) -> tuple[Any, float]:
-        start = time.perf_counter()
-        return program.compile(), time.perf_counter() - start
-
-    weights: dict[Any, Any] = {}
-    with concurrent.futures.ThreadPoolExecutor(args.threads) as pool:
-        arguments, futures = {}, {}
-        for case in cases:
-            program, arguments[case] = lowered(case, weights)
-            futures[case] = pool.submit(compiled, program)
-        programs = {case: future.result() for case, future in futures.items()}
-    print(f"compiled {len(cases)} programs", flush=True)
     result: dict[str, Any] = {**environment(), "steps": STEPS, "peak_tflops": args.peak_tflops, "rows": [], "ratios": {}}
 
-    def run(case: Case) -> float:
-        return seconds(programs[case][0], arguments[case])
+    def keep() -> None:
+        if args.out:
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(args.out, lambda path: path.write_text(json.dumps(result, indent=1) + "\n"))
 
-    for case in sizes:
-        run(case)
-        times = [run(case) for _ in range(args.repeats)]
-        result["rows"].append(row_of(case, programs[case][0], times, programs[case][1], args.peak_tflops))
-        print(json.dumps({k: v for k, v in result["rows"][-1].items() if k != "step_ms_all"}), flush=True)
-    for name, (a, b) in pairs.items():
-        run(a), run(b)
-        turns = [(run(a), run(b)) for _ in range(args.repeats)]
-        result["ratios"][name] = ratio(*map(list, zip(*turns, strict=True)))
-        print(name, json.dumps(result["ratios"][name]), flush=True)
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
+    for prior in args.priors.split(","):
+        sizes, pairs = [c for c in SIZES if c.prior == prior], {k: v for k, v in PAIRS.items() if v[0].prior == prior}
+        if args.quick:
+            small = lambda c: c._replace(trials=2, dtype="float32")
+            sizes, pairs = [small(sizes[0])], {k: tuple(map(small, v)) for k, v in list(pairs.items())[:1]}
+        weights: dict[Any, Any] = {}
+        for name, (a, b) in pairs.items():
+            first, second = Program(a, weights), Program(b, weights)
+            turns = [(first.seconds(), second.seconds()) for _ in range(args.repeats)]
+            result["ratios"][name] = ratio(*map(list, zip(*turns, strict=True)))
+            print(name, json.dumps(result["ratios"][name]), flush=True)
+            keep()
+        for case in sizes:
+            program = Program(case, weights)
+            result["rows"].append(program.row([program.seconds() for _ in range(args.repeats)], args.peak_tflops))
+            print(json.dumps({k: v for k, v in result["rows"][-1].items() if k != "step_ms_all"}), flush=True)
+            keep()
 
 
 if __name__ == "__main__":

@@ -40,6 +40,12 @@ def share(match, x0, seed=5):
     return gd.NoiseCalibration(match)(jax.random.key(seed), 0, jnp.nan, x0, distance, gradient)
 
 
+def mean_share(mechanism, x0, draws):
+    """Over draws of the leak of image 0 and of the noise beside it."""
+    one = lambda k: share(matched(image(0), mechanism, jax.random.key(k)), x0, k + 100)[0]
+    return float(jax.jit(jax.vmap(one))(jnp.arange(draws)).mean())
+
+
 def test_it_is_the_ratio_of_two_pulls():
     mechanism = GaussianNoise(0.7)
     match, x0 = matched(image(0), mechanism, jax.random.key(1)), image(1)
@@ -62,16 +68,10 @@ def test_the_pull_of_noise_has_the_energy_that_the_vulnerability_says():
 
 
 def test_it_is_one_for_a_clean_leak_and_falls_with_the_noise_and_near_the_truth():
-    shares = []
-    for sigma in (0.0, 0.3, 3.0):
-        mechanism = GaussianNoise(sigma)
-        draws = [share(matched(image(0), mechanism, jax.random.key(k)), image(1), k + 100)[0] for k in range(40)]
-        shares.append(np.mean(draws))
+    shares = [mean_share(GaussianNoise(sigma), image(1), 40) for sigma in (0.0, 0.3, 3.0)]
     assert shares[0] == 1
     assert 1 > shares[1] > shares[2]
-    mechanism = GaussianNoise(0.3)
-    at_truth = [share(matched(image(0), mechanism, jax.random.key(k)), image(0), k + 100)[0] for k in range(100)]
-    assert np.mean(at_truth) < 0.4  # where nothing but noise is left
+    assert mean_share(GaussianNoise(0.3), image(0), 100) < 0.4  # at the truth, where nothing but noise is left
 
 
 @pytest.mark.parametrize("noise", [GaussianNoise, LaplaceNoise])
@@ -98,12 +98,7 @@ def test_what_is_kept_back_is_no_noise(mechanism):
 
 
 def test_noise_under_a_mask_is_noise():
-    def mean_share(sigma):
-        mechanism = Chain((GaussianNoise(sigma), TopK(0.3)))
-        matches = [matched(image(0), mechanism, jax.random.key(k)) for k in range(20)]
-        return np.mean([share(match, image(1), k + 100)[0] for k, match in enumerate(matches)])
-
-    shares = [mean_share(sigma) for sigma in (0.0, 1.0, 30.0)]
+    shares = [mean_share(Chain((GaussianNoise(sigma), TopK(0.3))), image(1), 20) for sigma in (0.0, 1.0, 30.0)]
     assert shares[0] == 1
     assert shares[0] > shares[1] > shares[2] + 0.1, shares
 
