@@ -4,8 +4,8 @@
 
 Guided DSG steps of many trials at once against a CNN: the bundled priors, google/ddpm-cifar10-32 (36 M parameters) and
 google/ddpm-ema-celebahq-256 (114 M). Beside them what the calibrated step costs over DSG's, and `lax.conv` in place of the
-convolutions of `gdiff_jax.conv`. Weights are random: speed does not depend on them. Each program is compiled alone and measured
-alone, in turns where two are compared. On an H200 fourteen threads that compiled at once had not compiled 22 programs after 210 s.
+convolutions of `gdiff_jax.conv`. Weights are random: speed does not depend on them. Each program is compiled and measured
+alone, in turns where two are compared: compiling by threads did not end in 210 s on an H200, because all tune on one GPU.
 """
 
 from __future__ import annotations

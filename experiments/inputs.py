@@ -18,7 +18,6 @@ from gdiff_jax import modules
 from gdiff_jax.priors import BUNDLED
 from gdiff_jax.samplers.ensemble import CHAINS
 from gdiff_jax.signal import CALIBRATED_RATE
-from gdiff_jax.theory import privacy
 
 DEFAULT_SIGMAS = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0)
 PROXY_SAMPLES = 16  # of the prior, for the statistics of BatchNorms
@@ -211,7 +210,11 @@ def _sigmas(c: SweepConfig, spec: mechanism_specs.Spec) -> tuple[float, ...]:
         f"--epsilon_grid with --mechanisms {spec.text}: an epsilon gives a sigma only where "
         "gradients are clipped and the noise is Gaussian; use --mechanisms=clip:1+gaussian, or --sigma_grid",
     )
-    found = [privacy.gaussian_noise_multiplier(e, c.delta) * norm for e in c.epsilon_grid] if norm else []
+    if norm is None or not c.epsilon_grid:
+        return tuple(sorted(set(c.sigma_grid)))
+    from gdiff_jax.theory import privacy  # not at the start, which need not wait a second for dp_accounting
+
+    found = [privacy.gaussian_noise_multiplier(e, c.delta) * norm for e in c.epsilon_grid]
     return tuple(sorted({*c.sigma_grid, *found}))
 
 

@@ -21,10 +21,10 @@ from experiments.methods import METHODS
 from experiments.records import Row, Store
 from experiments.trials import PRIOR_ONLY
 from gdiff_jax.images import to_unit
-from gdiff_jax.theory.privacy import Guarantee
 
 if TYPE_CHECKING:
     from experiments.inputs import Inputs, SweepConfig
+    from gdiff_jax.theory.privacy import Guarantee
 
 Key = tuple[str, int, str, str, float]  # victim, training steps, mechanism, method, sigma
 METRICS = ("psnr", "ssim", "mse")
