@@ -101,7 +101,7 @@ def by_victim(found: Sequence[Score]) -> dict[str, Cells]:
     for s in found:
         cells[_title(s)][Setting(s.method, s.strength)][s.sigma][s.image] = 0.0 if np.isnan(s.psnr) else s.psnr
     in_order = lambda images: np.array([images[i] for i in sorted(images)])
-    return {v: {of: {s: in_order(i) for s, i in at.items()} for of, at in c.items()} for v, c in cells.items()}
+    return {v: {of: {s: in_order(i) for s, i in sorted(at.items())} for of, at in c.items()} for v, c in cells.items()}
 
 
 def oracle(cells: Cells, sigma: float, method: str = "") -> Setting:

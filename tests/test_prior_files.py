@@ -70,6 +70,7 @@ def test_saved_prior_is_read_back(folder, tiny_unet):
     changed = load_prior(folder, "bfloat16", remat=True).denoise
     assert (changed.dtype, changed.remat) == ("bfloat16", True)
     assert sorted(os.listdir(folder)) == ["config.json", FP16, "mean_image.npy", "scheduler_config.json"]
+    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1  # who may read one file may read all
 
 
 def test_prior_without_a_mean_image(folder):

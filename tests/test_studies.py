@@ -230,6 +230,9 @@ def test_an_untuned_attack_is_compared_with_the_best_tuned_one_of_each_noise():
     assert gaps["dsg"][1].above[1:] == (3.0, 3.0)  # alike for all images
     assert "the oracle (net, prior, sigma 0.1)" in calibration_report.verdict(victims, ["mine"])[0]
     assert calibration_report.write_csv(found).count("\n") == 1 + len(found)
+    swapped = [s for sigma in (1.0, 0.1) for s in found if s.method == "mine" and s.sigma == sigma]  # levels in another order
+    again = calibration_report.by_victim([*(s for s in found if s.method != "mine"), *swapped])
+    assert calibration_report.summary(again, ["mine"]) == calibration_report.summary(victims, ["mine"])
 
 
 def test_trials_of_unlike_studies_are_refused():

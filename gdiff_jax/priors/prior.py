@@ -131,7 +131,7 @@ def save_prior(folder: str | os.PathLike[str], prior: Prior, scheduler: dict[str
     if prior.mean_image is not None:
         np.save(folder / "mean_image.npy", prior.mean_image.astype(np.float16))
     partial = folder / "weights.partial"
-    safetensors.numpy.save_file(weights.to_torch(prior.denoise.params), partial)
+    partial.write_bytes(safetensors.numpy.save(weights.to_torch(prior.denoise.params)))  # save_file hides it from others
     os.replace(partial, folder / name)
 
 
