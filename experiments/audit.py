@@ -35,6 +35,7 @@ from experiments.methods import METHODS, applies, hindrances
 from experiments.records import Row, Store
 from gdiff_jax import images as image_files
 from gdiff_jax import modules, parallel
+from gdiff_jax.auditing.checks import check_gradients
 from gdiff_jax.auditing.film import film, film_steps
 from gdiff_jax.auditing.result import Audit, assemble
 from gdiff_jax.auditing.run import about_run, guarantee_row
@@ -256,6 +257,12 @@ def run(c: AuditConfig, images_given: bool) -> Audit:
     inputs = load(c, config, images_given)
     shape, known = inputs.prior.image_shape, bool(np.isfinite(inputs.images).all())
     others = np.zeros((0, *shape), np.float32)
+    if known and not inputs.victims[c.victim].has_batch_norm:
+        try:
+            params = inputs.params[c.victim, c.training_steps]
+            check_gradients(inputs.victims[c.victim].loss, params, inputs.images, inputs.labels)
+        except ValueError as error:
+            raise ConfigError(f"victim {c.victim}: {error}") from None
     if known:
         others = image_files.to_model(read_images("candidates", c.candidates or c.images, "test", c.prior, shape).images)
     information = None

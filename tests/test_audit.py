@@ -61,6 +61,7 @@ def no_array(): return (lambda p, x, y: 1.0, {"w": 1.0})
 def blind(): return (lambda p, x, y: (p["w"] ** 2).sum(), {"w": jnp.ones(3)})
 def constant(): return (lambda p, x, y: x.sum() + 0 * p["w"].sum(), {"w": jnp.ones(3)})
 def infinite(): return (lambda p, x, y: (jnp.sqrt(p["w"]) * x.sum()).sum(), {"w": jnp.zeros(3)})
+def sometimes(): return (lambda p, x, y: jnp.where(y == 0, 1.0, jnp.inf) * (p["w"] * x.sum()).sum(), {"w": jnp.ones(3)})
 def wrong_shape(): return (lambda p, x, y: (x.reshape(99, -1) @ p["w"]).sum(), {"w": jnp.ones(3)})
 """
 
@@ -313,6 +314,7 @@ WRONG = [
     (dict(victim="{m}:blind"), True, ["does not depend on the image"]),
     (dict(victim="{m}:constant"), True, ["gradient is zero"]),
     (dict(victim="{m}:infinite"), True, ["no finite gradient"]),
+    (dict(victim="{m}:sometimes"), True, ["2 of 3 images (1, 2, counted from 0)"]),
     (dict(victim="{m}:wrong_shape"), True, ["loss(params, x, y) failed", "(16, 16, 3)"]),
     (dict(training_steps=5), True, ["--training_steps", "weights that its function returns"]),
     (dict(attacker="server"), True, ["--labels=inferred", "built-in networks only"]),

@@ -94,6 +94,23 @@ def check_loss(loss: Loss, params: Any, x: Any, y: Any) -> None:
         raise ValueError("the gradient does not depend on the image; does the loss round, or stop gradients of x?")
 
 
+def check_gradients(loss: Loss, params: Any, x: Any, y: Any) -> None:
+    """Whether each image of (N, H, W, C) has a finite gradient, without which there is no leak to attack.
+
+    Raises:
+      ValueError: naming those that have none.
+    """
+    finite = lambda a: jnp.stack([jnp.isfinite(g).all() for g in jax.tree.leaves(victim_gradient(loss, params, *a))]).all()
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        fine = jax.jit(lambda x, y: jax.lax.map(finite, (x, y)))(jnp.asarray(x), jax.tree.map(jnp.asarray, y))
+    lost = np.flatnonzero(~np.asarray(fine)).tolist()
+    if lost:
+        raise ValueError(
+            f"the loss has no finite gradient at {len(lost)} of {len(fine)} images ({', '.join(map(str, lost[:10]))}, counted "
+            "from 0); leave them out, or mend the loss"
+        )
+
+
 def _probe(loss: Loss, params: Any, x: jax.Array, y: Any) -> tuple[jax.Array, jax.Array]:
     gradient = victim_gradient(loss, params, x, y)
     answer = mixed_partial(loss, params, x, y, gradient)

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from gdiff_jax import images as image_files
 from gdiff_jax import parallel
-from gdiff_jax.auditing.checks import check_loss, check_numbers, images_of, labels_of
+from gdiff_jax.auditing.checks import check_gradients, check_loss, check_numbers, images_of, labels_of
 from gdiff_jax.auditing.film import film, film_steps
 from gdiff_jax.auditing.result import Audit, assemble
 from gdiff_jax.auditing.summary import PRIOR_ONLY
@@ -99,6 +99,7 @@ def audit(
         raise ValueError(f"steps {steps}: the prior was trained with {len(prior.betas)}; ask for fewer")
     others = _bundled(x) if candidates is None else images_of(candidates, prior.image_shape)
     check_loss(loss, params, x[0], jax.tree.map(lambda a: a[0], y))
+    check_gradients(loss, params, x, y)
     size = sum(p.size for p in jax.tree.leaves(params))
     told = [describe_guarantee(s, mechanism(s), size, delta, 1 / candidate_count(others, x)) for s in sorted(sigmas)]
     started = time.time()
