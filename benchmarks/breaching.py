@@ -40,10 +40,10 @@ import numpy as np
 
 import gdiff_jax as gd
 from benchmarks.guided_step import environment
-from experiments.report import markdown
-from experiments.victim_files import init_params, make_victim
 from gdiff_jax import attacks, images, matching
 from gdiff_jax.mechanisms import GaussianNoise
+from gdiff_jax.sweeping.tables import markdown
+from gdiff_jax.victims.zoo import init_params, make_victim
 
 DISTANCES = dict(invertinggradients=matching.cosine, deepleakage=matching.squared_l2)
 PROBE = 30  # iterations of the run that chooses the number of threads

@@ -24,30 +24,29 @@ sys.path.insert(0, str(ROOT))
 import jax
 
 from benchmarks.guided_step import environment, table
-from experiments import sweep, trials
-from experiments.inputs import SweepConfig, load_inputs
 from gdiff_jax import parallel
+from gdiff_jax.sweeping import inputs, run, trials
+from gdiff_jax.sweeping.config import PriorOptions, SweepConfig, Victims
 
 
 def measure(devices: int, batch: int, victim: str, steps: int, repeats: int) -> dict[str, Any]:
     """In this process: seconds of a call of `batch` trials in all, and of compiling, the second time from the cache."""
-    c = SweepConfig(victims=(victim,), steps=steps, batch=batch)
-    inputs = load_inputs(c)
+    plan = inputs.load(SweepConfig(victims=Victims((victim,)), prior=PriorOptions(steps=steps)))
     mesh = parallel.trial_mesh(jax.local_devices()[:devices])
     trial = trials.Trial(trials.Group("dsg", victim, 0), 0.1, 0, 0)
     compile_s = []
     for _ in range(2):
         jax.clear_caches()
         start = time.perf_counter()
-        program = sweep.compile_program(c, inputs, mesh, trial, batch)
+        program = run.compile_program(plan, mesh, trial, batch)
         compile_s.append(time.perf_counter() - start)
-    args = sweep.common_arguments(c, inputs, mesh, trial.group)
-    args += sweep.own_arguments(c, inputs, mesh, [trial] * program.at_a_time)
-    jax.block_until_ready(program.run(*args))
+    shared = parallel.replicate(trials.shared_arguments(plan, trial.group), mesh)
+    own = parallel.divide(trials.own_arguments(plan, [trial] * program.at_a_time), mesh)
+    jax.block_until_ready(program.run(shared, own))
     seconds = []
     for _ in range(repeats):
         start = time.perf_counter()
-        jax.block_until_ready(program.run(*args))
+        jax.block_until_ready(program.run(shared, own))
         seconds.append(time.perf_counter() - start)
     median = statistics.median(seconds)
     return dict(
@@ -76,7 +75,7 @@ def main() -> None:
         print(json.dumps(measure(*args.one, args.victim, args.steps, args.repeats)))
         return
 
-    def run(devices: int, batch: int) -> dict[str, Any]:
+    def apart(devices: int, batch: int) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as cache:
             flags = [f"--{name}={getattr(args, name)}" for name in ("victim", "steps", "repeats")]
             command = [sys.executable, __file__, *flags, "--one", str(devices), str(batch)]
@@ -85,9 +84,9 @@ def main() -> None:
                 subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
             )
 
-    scaling = [run(int(n), args.total) for n in args.devices.split(",")]
+    scaling = [apart(int(n), args.total) for n in args.devices.split(",")]
     best = max(scaling, key=lambda row: row["trials_per_s"])["devices"]
-    batches = [run(min(best, int(n)), int(n)) for n in args.batches.split(",")]
+    batches = [apart(min(best, int(n)), int(n)) for n in args.batches.split(",")]
     for row in scaling:
         row["speedup"] = scaling[0]["call_s"] / row["call_s"]
     columns = ("devices", "batch", "call_s", "trials_per_s", "compile_cold_s", "compile_warm_s", "mib_a_device")

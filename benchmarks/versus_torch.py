@@ -103,8 +103,8 @@ def our_side(folder: Path, unet: str, victim: str, method: str, what: str, steps
     drawn = p.pop("denoise")
     half = {name: a.astype(jnp.float16).astype(jnp.float32) for name, a in drawn.params.items()}
     common = parallel.replicate((gd.Denoiser(half, drawn.config), p.pop("params")), mesh)
-    args = (*common, *parallel.divide([p.pop(k) for k in ("keys", "x", "label", "leak")], mesh))
-    del drawn, half, common
+    own = parallel.divide(tuple(p.pop(k) for k in ("keys", "x", "label", "leak")), mesh)
+    del drawn, half
 
     def guided(denoise: Any, params: Any, key: Any, x: Any, label: Any, leak: Any) -> Any:
         match = gd.GradientMatching(params, label, leak, network.loss)
@@ -120,24 +120,26 @@ def our_side(folder: Path, unet: str, victim: str, method: str, what: str, steps
 
     one = guided if what == "guided" else prior
 
-    def many(denoise: Any, params: Any, key: Any, x: Any, label: Any, leak: Any) -> Any:
+    def many(common: Any, own: Any) -> Any:
+        key, x, label, leak = own
+
         def step(carry: Any, _: None) -> Any:
-            y, *numbers = one(denoise, params, key, carry, label, leak)
+            y, *numbers = one(*common, key, carry, label, leak)
             return (y if what == "guided" else carry + 1e-3 * y), (y, *numbers)
 
         return jax.lax.scan(step, x, None, length=steps)[1]
 
-    function = jax.jit(parallel.map_trials(many, mesh, shared=2))
+    function = jax.jit(parallel.map_trials(many, mesh))
     start = time.perf_counter()
-    compiled = function.lower(*args).compile()
-    y, distance, guidance = (np.asarray(a[:, 0]) for a in jax.block_until_ready(compiled(*args)))
+    compiled = function.lower(common, own).compile()
+    y, distance, guidance = (np.asarray(a[:, 0]) for a in jax.block_until_ready(compiled(common, own)))
     warm_s = time.perf_counter() - start
     np.savez(folder / f"ours-{what}.npz", x=y, distance=distance, guidance=guidance)
     say = lambda **row: print(json.dumps(row), flush=True)
     say(ready=True, warm_s=warm_s)
     for _ in sys.stdin:
         start = time.perf_counter()
-        jax.block_until_ready(compiled(*args))
+        jax.block_until_ready(compiled(common, own))
         seconds = (time.perf_counter() - start) / steps
         say(seconds=seconds, max_rss=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 

@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
-from experiments import report
-from experiments.cli import ConfigError
-from experiments.inputs import SweepConfig
-from experiments.methods import METHODS
-from gdiff_jax.auditing.intervals import Interval, paired_difference
+from gdiff_jax.errors import ConfigError, need
+from gdiff_jax.intervals import Interval, paired_difference
+from gdiff_jax.sweeping.config import Attacks
+from gdiff_jax.sweeping.plots import COLOURS
+from gdiff_jax.sweeping.tables import markdown
 
 STRENGTHS = {"dsg": "guidance_rate", "dps": "zeta"}  # the flag that is tuned for the oracle
 MEAN_IMAGE = "mean image"
@@ -49,15 +49,15 @@ class Score(NamedTuple):
     seconds: float
 
 
-DEFAULT = Setting("dsg", SweepConfig().guidance_rate)
+DEFAULT = Setting("dsg", Attacks().guidance_rate)
 Cells = dict[Setting, dict[float, np.ndarray]]  # of one victim: PSNR by image, at each sigma
 
 
-def write_csv(found: Sequence[Score]) -> str:
+def write_csv(scores: Sequence[Score]) -> str:
     text = io.StringIO()
     lines = csv.writer(text, lineterminator="\n")
     lines.writerow(Score._fields)
-    lines.writerows(["" if v is None or v != v else v for v in score] for score in found)
+    lines.writerows(["" if v is None or v != v else v for v in score] for score in scores)
     return text.getvalue()
 
 
@@ -76,38 +76,41 @@ def read_csv(path: Path) -> list[Score]:
         raise ConfigError(f"--trials {path} is no trials.csv of this study: {error!r}") from None
 
 
-def check_complete(found: Sequence[Score]) -> None:
+def check_complete(scores: Sequence[Score]) -> None:
     """ConfigError unless each victim has every untuned attack and the default of DSG, on the same images and noise levels."""
     trials: dict[str, dict[Setting, list[tuple[float, int]]]] = defaultdict(lambda: defaultdict(list))
-    for s in found:
+    for s in scores:
         trials[_title(s)][Setting(s.method, s.strength)].append((s.sigma, s.image))
-    needed = {of for own in trials.values() for of in own if of.strength is None and of.method != MEAN_IMAGE}
-    if not needed:
-        raise ConfigError("--trials hold no attack with one setting, which the tables are about")
+    untuned = {setting for own in trials.values() for setting in own if setting.strength is None}
+    needed = {setting for setting in untuned if setting.method != MEAN_IMAGE}
+    need(needed, "--trials hold no attack with one setting, which the tables are about")
     for victim, own in trials.items():
-        if missing := sorted(of.title for of in needed | {DEFAULT} if of not in own):
-            raise ConfigError(f"--trials: {victim} lacks {', '.join(missing)}, which the table compares")
-        if odd := sorted(of.title for of, where in own.items() if sorted(where) != sorted(set(own[DEFAULT]))):
-            raise ConfigError(f"--trials: {victim} has other noise levels or images for {', '.join(odd)}, or has them twice")
+        missing = sorted(setting.title for setting in needed | {DEFAULT} if setting not in own)
+        need(not missing, f"--trials: {victim} lacks {', '.join(missing)}, which the table compares")
+        odd = sorted(setting.title for setting, where in own.items() if sorted(where) != sorted(set(own[DEFAULT])))
+        need(not odd, f"--trials: {victim} has other noise levels or images for {', '.join(odd)}, or has them twice")
 
 
-def _title(s: Score) -> str:
-    return f"{s.victim}, {s.prior}"
+def _title(score: Score) -> str:
+    return f"{score.victim}, {score.prior}"
 
 
-def by_victim(found: Sequence[Score]) -> dict[str, Cells]:
+def by_victim(scores: Sequence[Score]) -> dict[str, Cells]:
     """By victim and prior. A failed trial counts as 0 dB, less than noise: it recovered nothing."""
-    cells: dict[str, dict[Setting, dict[float, dict[int, float]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(dict)))
-    for s in found:
-        cells[_title(s)][Setting(s.method, s.strength)][s.sigma][s.image] = 0.0 if np.isnan(s.psnr) else s.psnr
+    victims: dict[str, dict[Setting, dict[float, dict[int, float]]]] = defaultdict(
+        lambda: defaultdict(lambda: defaultdict(dict))
+    )
+    for s in scores:
+        victims[_title(s)][Setting(s.method, s.strength)][s.sigma][s.image] = 0.0 if np.isnan(s.psnr) else s.psnr
     in_order = lambda images: np.array([images[i] for i in sorted(images)])
-    return {v: {of: {s: in_order(i) for s, i in sorted(at.items())} for of, at in c.items()} for v, c in cells.items()}
+    levels = lambda at: {sigma: in_order(images) for sigma, images in sorted(at.items())}
+    return {victim: {setting: levels(at) for setting, at in cells.items()} for victim, cells in victims.items()}
 
 
 def oracle(cells: Cells, sigma: float, method: str = "") -> Setting:
     """The tuned setting with the highest median at this noise level, of one method or of all."""
-    tuned = [of for of in cells if of.strength is not None and method in ("", of.method)]
-    return max(tuned, key=lambda of: float(np.median(cells[of][sigma])))
+    tuned = [setting for setting in cells if setting.strength is not None and method in ("", setting.method)]
+    return max(tuned, key=lambda setting: float(np.median(cells[setting][sigma])))
 
 
 class Gap(NamedTuple):
@@ -120,15 +123,15 @@ class Gap(NamedTuple):
 
 def gaps(victims: dict[str, Cells], method: str) -> dict[str, list[Gap]]:
     """Of an untuned attack to the oracle, to DSG's default, and to the mean image where the prior has one."""
-    found: dict[str, list[Gap]] = {"the oracle": [], "dsg": [], MEAN_IMAGE: []}
+    to: dict[str, list[Gap]] = {"the oracle": [], "dsg": [], MEAN_IMAGE: []}
     for victim, cells in victims.items():
         for sigma, own in cells[Setting(method)].items():
             others = {"the oracle": cells[oracle(cells, sigma)], "dsg": cells[DEFAULT]}
             if Setting(MEAN_IMAGE) in cells:
                 others[MEAN_IMAGE] = cells[Setting(MEAN_IMAGE)]
             for name, other in others.items():
-                found[name].append(Gap(victim, sigma, paired_difference(own, other[sigma])))
-    return found
+                to[name].append(Gap(victim, sigma, paired_difference(own, other[sigma])))
+    return to
 
 
 def table(victims: dict[str, Cells], untuned: Sequence[str]) -> str:
@@ -139,27 +142,27 @@ def table(victims: dict[str, Cells], untuned: Sequence[str]) -> str:
     for victim, cells in victims.items():
         for sigma in sorted(cells[DEFAULT]):
             best = [oracle(cells, sigma, method) for method in STRENGTHS]
-            chosen = [f"{np.median(cells[of][sigma]):.1f} ({of.strength:g})" for of in best]
+            chosen = [f"{np.median(cells[setting][sigma]):.1f} ({setting.strength:g})" for setting in best]
             plain = [f"{np.median(at[sigma]):.1f}" for at in (cells[DEFAULT], *(cells[Setting(m)] for m in shown))]
             body.append([victim, f"{sigma:g}", *chosen, *plain])
-    return report.markdown(
-        ["victim", "sigma", "DSG tuned (rate)", "DPS tuned (zeta)", f"DSG {DEFAULT.strength:g}", *shown], body
-    )
+    return markdown(["victim", "sigma", "DSG tuned (rate)", "DPS tuned (zeta)", f"DSG {DEFAULT.strength:g}", *shown], body)
 
 
 def gap_table(victims: dict[str, Cells], untuned: Sequence[str]) -> str:
     """Medians' differences in dB with 95 % intervals, a line a victim and noise level."""
-    columns = {(m, other): g for m in untuned for other, g in gaps(victims, m).items() if g}
+    columns = {(m, other): column for m in untuned for other, column in gaps(victims, m).items() if column}
     first = next(iter(columns.values()))
-    body = [[gap.victim, f"{gap.sigma:g}", *(g[i].above.text() for g in columns.values())] for i, gap in enumerate(first)]
-    return report.markdown(["victim", "sigma", *(f"{m} - {other}" for m, other in columns)], body)
+    body = [
+        [gap.victim, f"{gap.sigma:g}", *(column[i].above.text() for column in columns.values())] for i, gap in enumerate(first)
+    ]
+    return markdown(["victim", "sigma", *(f"{m} - {other}" for m, other in columns)], body)
 
 
 def verdict(victims: dict[str, Cells], untuned: Sequence[str]) -> list[str]:
     """The worst of each attack: how far below the oracle, DSG's default and the mean image it falls, and where."""
     lines = []
     for method in untuned:
-        worst = {name: min(found, key=lambda g: g.above.value) for name, found in gaps(victims, method).items() if found}
+        worst = {name: min(column, key=lambda g: g.above.value) for name, column in gaps(victims, method).items() if column}
         parts = [f"{g.above.text()} dB of {name} ({g.victim}, sigma {g.sigma:g})" for name, g in worst.items()]
         lines.append(f"{method} at its worst is within {', '.join(parts)}.")
     return lines
@@ -169,34 +172,39 @@ def plot(victims: dict[str, Cells], untuned: Sequence[str], path: Path) -> None:
     """A panel a victim: PSNR over sigma of each tuned setting, thin, and of the untuned attacks."""
     columns = 2 if len(victims) in (2, 4) else min(3, len(victims))
     rows = -(-len(victims) // columns)
-    fig, axes = plt.subplots(rows, columns, figsize=(4.4 * columns + 1.6, 3.8 * rows), squeeze=False, layout="constrained")
-    styles = {"dsg": ("Blues", "-"), "dps": ("Oranges", ":")}  # the stronger, the darker, alike in all panels
-    strengths = {m: sorted({of.strength or 0 for c in victims.values() for of in c if of.method == m}) for m in styles}
-    shown = {}
+    figure = Figure(figsize=(4.4 * columns + 1.6, 3.8 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    strengths = {m: sorted({s.strength or 0 for c in victims.values() for s in c if s.method == m}) for m in STRENGTHS}
+    shown: dict[str, Line2D] = {}
     for ax, (victim, cells) in zip(axes.flat, victims.items(), strict=False):
-        for of, at in sorted(cells.items(), key=lambda cell: (cell[0].strength is None, *cell[0])):
-            sigmas = sorted(at)
-            medians = [np.median(at[s]) for s in sigmas]
-            draw = functools.partial(ax.plot, range(len(sigmas)), medians, label=of.title)
-            if of.strength is not None:
-                name, line = styles[of.method]
-                alike = strengths[of.method]
-                colour = matplotlib.colormaps[name](0.35 + 0.6 * alike.index(of.strength) / len(alike))
-                (shown[of.title],) = draw(ls=line, color=colour, lw=1.2)
-            elif of.method == MEAN_IMAGE:
-                (shown[of.title],) = draw(ls="--", color="0.35", lw=1)
-            elif of.method in untuned:
-                (shown[of.title],) = draw(marker="o", color=METHODS[of.method].colour, lw=2, ms=5)
-        ax.set_xticks(range(len(sigmas)), [f"{s:g}" for s in sigmas])
+        shown |= _panel(ax, cells, untuned, strengths)
         ax.set_title(victim, fontsize=10)
         ax.grid(alpha=0.25)
     for ax in axes.flat[len(victims) :]:
         ax.set_visible(False)
-    fig.supxlabel("sigma: standard deviation of the noise", fontsize=10)
-    fig.supylabel("PSNR (dB), median over images", fontsize=10)
-    fig.legend(handles=list(shown.values()), loc="outside right upper", fontsize=8, frameon=False)
-    fig.savefig(path, dpi=130)
-    plt.close(fig)
+    figure.supxlabel("sigma: standard deviation of the noise", fontsize=10)
+    figure.supylabel("PSNR (dB), median over images", fontsize=10)
+    figure.legend(handles=list(shown.values()), loc="outside right upper", fontsize=8, frameon=False)
+    figure.savefig(path, dpi=130)
+
+
+def _panel(ax: Axes, cells: Cells, untuned: Sequence[str], strengths: dict[str, list[float]]) -> dict[str, Line2D]:
+    """Draws a victim's lines; returns them by title. A tuned setting is the darker the stronger it is, alike in all panels."""
+    styles, shown = {"dsg": ("Blues", "-"), "dps": ("Oranges", ":")}, {}
+    for setting, at in sorted(cells.items(), key=lambda cell: (cell[0].strength is None, *cell[0])):
+        sigmas = sorted(at)
+        draw = functools.partial(ax.plot, range(len(sigmas)), [np.median(at[s]) for s in sigmas], label=setting.title)
+        if setting.strength is not None:
+            name, dashes = styles[setting.method]
+            alike = strengths[setting.method]
+            colour = matplotlib.colormaps[name](0.35 + 0.6 * alike.index(setting.strength) / len(alike))
+            (shown[setting.title],) = draw(ls=dashes, color=colour, lw=1.2)
+        elif setting.method == MEAN_IMAGE:
+            (shown[setting.title],) = draw(ls="--", color="0.35", lw=1)
+        elif setting.method in untuned:
+            (shown[setting.title],) = draw(marker="o", color=COLOURS[setting.method], lw=2, ms=5)
+        ax.set_xticks(range(len(sigmas)), [f"{s:g}" for s in sigmas])
+    return shown
 
 
 def summary(victims: dict[str, Cells], untuned: Sequence[str]) -> str:

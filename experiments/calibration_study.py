@@ -21,8 +21,6 @@ from pathlib import Path
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-
-from experiments import attackers, cli, report, sweep
 from experiments.calibration_report import (
     MEAN_IMAGE,
     STRENGTHS,
@@ -35,114 +33,138 @@ from experiments.calibration_report import (
     summary,
     write_csv,
 )
-from experiments.cli import ConfigError, option
-from experiments.inputs import Inputs, SweepConfig, check_numbers, load_inputs
-from experiments.methods import METHODS
-from experiments.records import Store
-from gdiff_jax import images as image_files
-from gdiff_jax import parallel
-from gdiff_jax.priors import BUNDLED
+from gdiff_jax import options, parallel
+from gdiff_jax.commands import flags
+from gdiff_jax.errors import need
+from gdiff_jax.files import write_atomic
+from gdiff_jax.methods import METHODS
+from gdiff_jax.options import option
+from gdiff_jax.sweeping import checks, inputs, tables, words
+from gdiff_jax.sweeping.config import Attacks, Noise, PriorOptions, PrivateImages, Run, SweepConfig, Victims, check_list
+from gdiff_jax.sweeping.plan import Plan
+from gdiff_jax.sweeping.records import Store
+from gdiff_jax.sweeping.run import run_trials
+
+SIGMAS = (0.01, 0.1, 0.3, 1.0, 3.0)
 
 
 @dataclasses.dataclass(frozen=True)
 class CalibrationConfig:
     victims: tuple[str, ...] = option(("cnn", "mlp-wide"), "attacked networks, NAME untrained or NAME@STEPS of --checkpoints")
     checkpoints: str = option("", "folder of experiments/train_victim.py, for victims with @STEPS")
-    sigma_grid: tuple[float, ...] = option((0.01, 0.1, 0.3, 1.0, 3.0), "standard deviations of the Gaussian noise", bare=True)
+    sigma_grid: tuple[float, ...] = option(SIGMAS, "standard deviations of the Gaussian noise", bare=SIGMAS)
     rates: tuple[float, ...] = option((0.025, 0.05, 0.1, 0.2, 0.4, 0.8), "guidance rates of dsg that the oracle chooses among")
     zetas: tuple[float, ...] = option((8.0, 16.0, 32.0, 64.0), "step sizes of dps that the oracle chooses among")
     untuned: tuple[str, ...] = option(
         ("calibrated-dsg", "calibrated-mean"), "attacks with their default setting at every noise level"
     )
-    images: str = option(image_files.BUNDLED, "private images, as for the sweep")
-    num_images: int = option(32, "the first so many are attacked")
-    num_classes: int = option(10, "labels are 0 .. num_classes - 1")
-    steps: int = option(100, "reverse steps")
+    private: PrivateImages = PrivateImages(num_images=32)
+    prior: PriorOptions = PriorOptions()
     seed: int = option(0, "of the weights and of all random numbers")
-    prior: str = option("cifar10-32", f"diffusion prior: {', '.join(BUNDLED)}, a folder or OWNER/NAME, as for the sweep")
     batch: int = option(8, "trials at a time")
     trials: tuple[str, ...] = option((), "trials.csv of finished studies: their table and figure, nothing is run")
     out: str = option("runs/calibration", "output folder")
 
+    def check(self) -> None:
+        for name in ("victims", "sigma_grid", "rates", "zetas", "untuned"):
+            check_list(name, getattr(self, name))
+        known = [name for name, method in METHODS.items() if not method.needs_first_dense]
+        for name in self.untuned:
+            need(name in known, f"--untuned {name!r} is not known; known: {', '.join(known)}")
+        for victim, setting in itertools.product(self.victims, self.settings()):
+            sweep = self.sweep(victim, setting)
+            checks.check(sweep, inputs.parse_mechanisms(sweep.mechanisms))
 
-def settings(c: CalibrationConfig) -> list[Setting]:
-    """DSG with the sweep's default rate is always among them."""
-    rates = sorted({*c.rates, SweepConfig().guidance_rate})
-    tuned = [Setting(m, s) for m, values in (("dsg", rates), ("dps", sorted(set(c.zetas)))) for s in values]
-    return tuned + [Setting(m) for m in c.untuned]
+    def settings(self) -> list[Setting]:
+        """DSG with the sweep's default rate is always among them."""
+        rates = sorted({*self.rates, Attacks().guidance_rate})
+        tuned = [Setting(m, s) for m, values in (("dsg", rates), ("dps", sorted(set(self.zetas)))) for s in values]
+        return tuned + [Setting(method) for method in self.untuned]
 
-
-def config_of(c: CalibrationConfig, victim: str, of: Setting) -> SweepConfig:
-    name, _, steps = victim.partition("@")
-    if steps and not steps.isdecimal():
-        raise ConfigError(f"--victims {victim}: after the @ comes a number of training steps, such as {name}@100")
-    common = {f.name: getattr(c, f.name) for f in dataclasses.fields(SweepConfig) if hasattr(c, f.name)}
-    common |= dict(victims=(name,), training_steps=(int(steps or 0),), methods=(of.method,))
-    common |= dict(out=str(Path(c.out) / f"{name}-{steps or 0}" / of.title))
-    return SweepConfig(**common) if of.strength is None else SweepConfig(**common, **{STRENGTHS[of.method]: of.strength})
-
-
-def scores(c: CalibrationConfig, inputs: dict[str, Inputs]) -> list[Score]:
-    """Runs what is not done yet; `inputs` by victim."""
-    found = []
-    for victim, of in itertools.product(c.victims, settings(c)):
-        config, loaded = config_of(c, victim, of), inputs[victim]
-        rows = sweep.run_trials(config, loaded, Store(Path(config.out), sweep.identity(config, loaded)))
-        for r in rows:
-            if r["method"] == of.method:
-                psnr, ssim = (float("nan") if r["failed"] else round(r[k], 3) for k in ("psnr", "ssim"))
-                found.append(Score(c.prior, victim, *of, r["sigma"], r["image"], psnr, ssim, r["seconds"]))
-    first = next(iter(inputs.values()))
-    for victim in c.victims:  # which ignores the leak
-        for i, r in enumerate(report.mean_image_rows(first)):
-            for sigma in c.sigma_grid:
-                found.append(Score(c.prior, victim, MEAN_IMAGE, None, sigma, i, round(r["psnr"], 3), round(r["ssim"], 3), 0.0))
-    return found
-
-
-def check(c: CalibrationConfig) -> None:
-    for name in ("victims", "rates", "zetas", "untuned"):
-        values = getattr(c, name)
-        if not values or len(set(values)) != len(values):
-            raise ConfigError(f"--{name} {','.join(map(str, values))!r} must be non-empty, without repeats")
-    for method in c.untuned:
-        if method not in METHODS or METHODS[method].dense:
-            known = ", ".join(m for m in METHODS if not METHODS[m].dense)
-            raise ConfigError(f"--untuned {method!r} is not known; known: {known}")
+    def sweep(self, victim: str, setting: Setting) -> SweepConfig:
+        """One victim, attacked with one setting."""
+        name, _, steps = victim.partition("@")
+        need(
+            not steps or steps.isdecimal(),
+            f"--victims {victim}: after the @ comes a number of training steps, such as {name}@100",
+        )
+        attacks = Attacks(methods=(setting.method,))
+        if setting.strength is not None:
+            attacks = options.replace(attacks, **{STRENGTHS[setting.method]: setting.strength})
+        folder = Path(self.out) / f"{name}-{steps or 0}" / setting.title
+        return SweepConfig(
+            noise=Noise(self.sigma_grid),
+            victims=Victims((name,), (int(steps or 0),), self.checkpoints),
+            private=self.private,
+            attacks=attacks,
+            prior=self.prior,
+            run=Run(seed=self.seed, batch=self.batch, out=str(folder)),
+        )
 
 
-def write(found: Sequence[Score], c: CalibrationConfig, about: str) -> None:
-    check_complete(found)
-    victims, folder = by_victim(found), Path(c.out)
-    untuned = tuple(dict.fromkeys(s.method for s in found if s.strength is None and s.method != MEAN_IMAGE))
+def with_attacks(plan: Plan, attacks: Attacks) -> Plan:
+    """The plan with other methods in place of its own, compared alike; nothing is loaded anew."""
+    return dataclasses.replace(plan, methods=attacks.make(), identity={**plan.identity, **options.flat(attacks)})
+
+
+def scores(config: CalibrationConfig, plans: dict[str, Plan]) -> list[Score]:
+    """Runs what is not done yet; `plans` by victim."""
+    prior, trials = config.prior.prior, []
+    for victim, setting in itertools.product(config.victims, config.settings()):
+        sweep = config.sweep(victim, setting)
+        plan = with_attacks(plans[victim], sweep.attacks)
+        for row in run_trials(plan, Store(Path(sweep.run.out), plan.identity), sweep.run.batch):
+            if row["method"] == setting.method:
+                psnr, ssim = (float("nan") if row["failed"] else round(row[k], 3) for k in ("psnr", "ssim"))
+                trials.append(Score(prior, victim, *setting, row["sigma"], row["image"], psnr, ssim, row["seconds"]))
+    mean_rows = tables.mean_image_rows(next(iter(plans.values())))
+    for victim, (i, row), sigma in itertools.product(config.victims, enumerate(mean_rows), config.sigma_grid):
+        psnr, ssim = (round(row[k], 3) for k in ("psnr", "ssim"))  # which ignores the leak
+        trials.append(Score(prior, victim, MEAN_IMAGE, None, sigma, i, psnr, ssim, 0.0))
+    return trials
+
+
+def write(trials: Sequence[Score], folder: Path, about: str) -> None:
+    """trials.csv, summary.md and the figure."""
+    check_complete(trials)
+    victims = by_victim(trials)
+    untuned = tuple(dict.fromkeys(s.method for s in trials if s.strength is None and s.method != MEAN_IMAGE))
     text = f"{about}\n\n{summary(victims, untuned)}"
     folder.mkdir(parents=True, exist_ok=True)
-    cli.write_atomic(folder / "trials.csv", lambda p: p.write_text(write_csv(found)))
-    cli.write_atomic(folder / "summary.md", lambda p: p.write_text(text + "\n"))
-    cli.write_atomic(folder / "calibration.png", lambda p: plot(victims, untuned, p))
+    write_atomic(folder / "trials.csv", lambda p: p.write_text(write_csv(trials)))
+    write_atomic(folder / "summary.md", lambda p: p.write_text(text + "\n"))
+    write_atomic(folder / "calibration.png", lambda p: plot(victims, untuned, p))
     print(f"{text}\n\nfigure {folder / 'calibration.png'}, every trial {folder / 'trials.csv'}")
+
+
+def write_again(config: CalibrationConfig) -> None:
+    """Table and figure of finished studies."""
+    out = Path(config.out)
+    need(
+        not (out / "manifest.json").exists(),
+        f"--out {config.out} is the folder of a study, whose trials.csv --trials would replace; give another",
+    )
+    write([score for path in config.trials for score in read_csv(Path(path))], out, f"Of {', '.join(config.trials)}.")
 
 
 def main() -> None:
     parallel.use_every_core()
-    c: CalibrationConfig = cli.read_flags(CalibrationConfig)
-    if c.trials:
-        if (Path(c.out) / "manifest.json").exists():
-            raise ConfigError(f"--out {c.out} is the folder of a study, whose trials.csv --trials would replace; give another")
-        write([score for path in c.trials for score in read_csv(Path(path))], c, f"Of {', '.join(c.trials)}.")
+    config = flags.read_flags(CalibrationConfig())
+    if config.trials:
+        write_again(config)
         return
-    check(c)
-    for victim, of in itertools.product(c.victims, settings(c)):
-        check_numbers(config_of(c, victim, of))
-    inputs = {v: load_inputs(config_of(c, v, settings(c)[0])) for v in c.victims}  # which a setting does not change
-    given = {k: v for k, v in dataclasses.asdict(c).items() if k not in ("out", "batch", "checkpoints", "trials")}
-    study = Store(Path(c.out), {**given, "sha256": {v: loaded.hashes for v, loaded in inputs.items()}})
-    study.open()
-    first = config_of(c, c.victims[0], settings(c)[0])
-    about = f"{attackers.threat_model(first)} {c.steps} steps, {c.num_images} images, seed {c.seed}, prior {c.prior}."
-    write(scores(c, inputs), c, about)
+    config.check()
+    plans = {victim: inputs.load(config.sweep(victim, config.settings()[0])) for victim in config.victims}
+    without_effect = ("out", "batch", "checkpoints", "trials")
+    asked = {name: value for name, value in options.flat(config).items() if name not in without_effect}
+    hashes = {victim: plan.identity["sha256"] for victim, plan in plans.items()}
+    store = Store(Path(config.out), {**asked, "sha256": hashes})
+    store.open()
+    model, prior = words.threat_model(plans[config.victims[0]]), config.prior
+    about = f"{model} {prior.steps} steps, {config.private.num_images} images, seed {config.seed}, prior {prior.prior}."
+    write(scores(config, plans), store.folder, about)
 
 
 if __name__ == "__main__":
-    cli.define_flags(CalibrationConfig)
-    cli.run(main)
+    flags.define_flags(CalibrationConfig())
+    flags.run(main)

@@ -1,4 +1,4 @@
-"""Files that are whole or not there."""
+"""Files that are whole or not there, and the folder of what may be made again."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 
-def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     """Calls write(temporary path) and renames: the file appears whole or not at all, also after a crash."""
     partial = path.with_name(f".{path.name}.partial{path.suffix}")
     try:
@@ -18,3 +18,8 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
         partial.unlink(missing_ok=True)
         raise
     os.replace(partial, path)
+
+
+def cache_folder() -> Path:
+    """The environment's GDIFF_JAX_CACHE, or gdiff_jax in the user's cache folder."""
+    return Path(os.environ.get("GDIFF_JAX_CACHE") or Path.home() / ".cache" / "gdiff_jax").absolute()

@@ -21,7 +21,6 @@ from typing import Any, ClassVar, Literal
 
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 BUNDLED = "cifar10-test-64"
@@ -134,6 +133,8 @@ def _from_npz(path: Path) -> ImageSet:
 
 
 def _from_npm(path: Path, split: Split) -> ImageSet:
+    from PIL import Image  # not at the start, which need not wait: the bundled images are no pictures
+
     files = [path / f"data_batch_{i}.png" for i in range(1, 6)] if split == "train" else [path / "test_batch.png"]
     rows = []
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # 1024 x 10000: Pillow would warn of a bomb
@@ -201,6 +202,8 @@ def _zipped(path: Path) -> dict[str, Callable[[], bytes]]:
 
 def _from_pictures(path: Path, files: dict[str, Callable[[], bytes]], split: Split, size: int | None) -> ImageSet:
     """`files`: what gives the bytes of each file, by its name relative to `path`."""
+    from PIL import Image
+
     names = sorted(name for name in files if os.path.splitext(name)[1].lower() in _SUFFIXES)
     folders = [name.split("/")[0] if "/" in name else "" for name in names]
     classes = sorted(set(folders))

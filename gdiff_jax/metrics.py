@@ -9,7 +9,6 @@ import functools
 import importlib.util
 from typing import Any
 
-import dm_pix
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,6 +28,8 @@ def ssim(a: jax.Array, b: jax.Array) -> jax.Array:
     """
     if min(a.shape[-3:-1]) < MIN_SSIM_SIZE:
         raise ValueError(f"SSIM needs at least {MIN_SSIM_SIZE} pixels each way; the images are {a.shape[-3:-1]}")
+    import dm_pix  # not at the start, which need not wait for what only these two need
+
     with jax.numpy_dtype_promotion("standard"):  # dm_pix adds an integer array to a float, an error where a caller is strict
         return dm_pix.ssim(a, b)
 
@@ -38,6 +39,8 @@ def image_metrics(reconstruction: jax.Array, truth: jax.Array) -> dict[str, jax.
 
     PSNR ends at 200 dB, where nothing differs: infinity could be neither averaged nor written down.
     """
+    import dm_pix
+
     a, b = to_unit(reconstruction), to_unit(truth)
     values = {"mse": dm_pix.mse(a, b), "psnr": jnp.minimum(dm_pix.psnr(a, b), EXACT)}
     if min(a.shape[-3:-1]) >= MIN_SSIM_SIZE:

@@ -15,7 +15,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -37,24 +36,25 @@ def trial_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
     return Mesh(np.array(jax.local_devices() if devices is None else devices), (AXIS,))
 
 
-def map_trials(function: Callable[..., Any], mesh: Mesh, shared: int) -> Callable[..., Any]:
-    """`jax.vmap(function)` with the trials divided over the mesh: the same results, in the same order.
+def map_trials(function: Callable[[Any, Any], Any], mesh: Mesh) -> Callable[[Any, Any], Any]:
+    """function(common, own) of many trials, divided over the mesh: the results of a `jax.vmap` over `own`, in the same order.
 
     Args:
-      function: of `shared` arguments that all trials have in common, such as weights, and any number of one trial's own.
+      function: of one trial. `common` is a pytree that all trials share, such as weights, replicated on every device; `own` a
+        pytree of what is one trial's own.
       mesh: of `trial_mesh`; its size must divide the number of trials.
-      shared: how many arguments are common; they are replicated on every device. The rest, and what is returned, has a
-        leading axis of trials, divided over the devices.
+
+    Returns:
+      a function of `common` and of `own` with a leading axis of trials, which is divided over the devices, as its result is.
     """
 
-    def on_one_device(common: tuple[Any, ...], own: tuple[Any, ...]) -> Any:
-        return jax.vmap(lambda *trial: function(*common, *trial))(*own)
+    def on_one_device(common: Any, own: Any) -> Any:
+        return jax.vmap(lambda trial: function(common, trial))(own)
 
     # Without check_vma a device's derivative in the replicated weights is its own trials'. With it, unless each of them is cast
     # to "varying" first, it is summed over all devices' trials: wrong numbers, no error. And loops of other libraries, such as
     # optax's line search, do not type-check under it.
-    mapped = jax.shard_map(on_one_device, mesh=mesh, in_specs=(P(), P(AXIS)), out_specs=P(AXIS), check_vma=False)
-    return lambda *args: mapped(args[:shared], args[shared:])
+    return jax.shard_map(on_one_device, mesh=mesh, in_specs=(P(), P(AXIS)), out_specs=P(AXIS), check_vma=False)
 
 
 def trial_keys(seed: int, images: np.ndarray, seeds: np.ndarray) -> jax.Array:
@@ -99,6 +99,8 @@ def agree(values: np.ndarray) -> np.ndarray:
     """Process 0's values, in every process; itself where there is one. All must call it, with arrays of one shape and dtype."""
     if jax.process_count() == 1:
         return values
+    from jax.experimental import multihost_utils  # not at the start, which need not wait where there is one process
+
     return np.asarray(multihost_utils.broadcast_one_to_all(values))
 
 
@@ -106,4 +108,6 @@ def all_have(values: np.ndarray) -> bool:
     """Whether every process calls this with the same integers, in the same shape."""
     if jax.process_count() == 1:
         return True
+    from jax.experimental import multihost_utils
+
     return bool((np.asarray(multihost_utils.process_allgather(values)) == values[None]).all())

@@ -45,9 +45,16 @@ class NoiseCalibration:
             raise ValueError(f"every {self.every} must be at least 1; 1 draws in each guided step")
 
     def __call__(
-        self, key: jax.Array, n: jax.Array, held: jax.Array, x0: jax.Array, distance: jax.Array, gradient: jax.Array
+        self,
+        key: jax.Array,
+        steps_before: jax.Array,
+        last_noise_pull: jax.Array,
+        x0: jax.Array,
+        distance: jax.Array,
+        gradient: jax.Array,
     ) -> Share:
-        noise_pull = jax.lax.cond(n % self.every == 0, lambda: jnp.linalg.norm(self.noise_pull(key, x0)), lambda: held)
+        draw = lambda: jnp.linalg.norm(self.noise_pull(key, x0))
+        noise_pull = jax.lax.cond(steps_before % self.every == 0, draw, lambda: last_noise_pull)
         norm = jnp.linalg.norm(gradient)
         pull = distance * norm  # of the root, whose derivative is J^T r / || r ||
         signal = jnp.clip(1 - jnp.square(noise_pull / jnp.where(pull > 0, pull, 1.0)), 0.0, 1.0)

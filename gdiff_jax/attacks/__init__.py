@@ -3,7 +3,7 @@
 Direct inversions are called as a sampler is, without the prior: `image, trace = attack(key, objective, shape, ...)`.
 """
 
-from gdiff_jax.attacks.analytic import LayerInput, dense_layer_input
+from gdiff_jax.attacks.analytic import LayerInput, dense_layer_input, read_first_dense
 from gdiff_jax.attacks.dlg import dlg
 from gdiff_jax.attacks.inverting import invert_gradients, total_variation
 from gdiff_jax.attacks.labels import JointLabels, counts_to_labels, infer_label, label_accuracy, label_counts
@@ -18,5 +18,6 @@ __all__ = [
     "invert_gradients",
     "label_accuracy",
     "label_counts",
+    "read_first_dense",
     "total_variation",
 ]

@@ -6,12 +6,14 @@ whole image: x = dL/dK_j / dL/db_j.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from gdiff_jax.attacks.base import eigh_alone
+from gdiff_jax.first_dense import FirstDense
 
 
 class LayerInput(NamedTuple):
@@ -40,7 +42,8 @@ def dense_layer_input(kernel_gradient: jax.Array, bias_gradient: jax.Array) -> L
       bias_gradient: (neurons,).
 
     Returns:
-      the estimate, in the layer's units. Where delta is zero (no neuron is active) it is not finite: the image cannot be had.
+      the estimate, in the layer's units. Where delta is zero (no neuron is active) x is nan and std infinite: the image cannot
+      be had.
     """
     if kernel_gradient.shape[1:] != bias_gradient.shape:
         raise ValueError(f"a kernel (inputs, neurons) {kernel_gradient.shape} does not go with a bias {bias_gradient.shape}")
@@ -48,3 +51,26 @@ def dense_layer_input(kernel_gradient: jax.Array, bias_gradient: jax.Array) -> L
     direction = eigh_alone(rows.T @ rows)[1][:, -1]  # delta / ||delta||, up to its sign
     delta_norm = bias_gradient @ direction
     return LayerInput(kernel_gradient @ direction / delta_norm, 1 / jnp.abs(delta_norm))
+
+
+def read_first_dense(first_dense: FirstDense, leak: Mapping[str, jax.Array], shape: tuple[int, ...]) -> LayerInput:
+    """The image that a leak gives away by a first dense layer, by `dense_layer_input`.
+
+    Args:
+      first_dense: which of the leak's arrays are the layer's, and what lies between the image and its input.
+      leak: arrays by name, the gradient of one image.
+      shape: (H, W, C) of the image.
+
+    Returns:
+      x (H, W, C), in the image's units, and std in these, of the channel where it is largest. Of a dead layer, whose delta is
+      zero, x is nan and std infinite.
+    """
+    x, std = dense_layer_input(leak[first_dense.kernel], leak[first_dense.bias])
+    x = x.reshape(shape)
+    by_channel = lambda numbers: jnp.asarray(numbers).reshape(1, 1, -1)
+    if first_dense.shift is not None:
+        x = x - by_channel(first_dense.shift)
+    if first_dense.scale is not None:
+        scale = by_channel(first_dense.scale)
+        x, std = x / scale, std / jnp.abs(scale).min()
+    return LayerInput(x, std)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gdiff_jax.samplers.base import Objective, StepInfo, x0_error
+from gdiff_jax.trace import StepInfo, x0_error
 
 TRACE_LENGTH = 100  # of the trace of a descent, however many steps it has
 
@@ -44,7 +44,7 @@ def image_of(candidate: Any) -> jax.Array:
 
 def descend(
     start: Any,
-    objective: Objective,
+    objective: Callable[[Any], jax.Array],
     penalty: Callable[[Any], jax.Array] | None,
     optimiser: optax.GradientTransformation,
     project: Callable[[Any], Any],

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import optax
 
 from gdiff_jax.attacks import base
-from gdiff_jax.samplers.base import Objective, StepInfo
+from gdiff_jax.trace import StepInfo
 
 
 def dlg(
     key: jax.Array,
-    objective: Objective,
+    objective: Callable[[Any], jax.Array],
     shape: tuple[int, ...],
     *,
     steps: int = 2000,

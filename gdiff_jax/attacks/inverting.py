@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from gdiff_jax.attacks import base
-from gdiff_jax.samplers.base import Objective, StepInfo
+from gdiff_jax.trace import Objective, StepInfo
 
 
 def total_variation(x: jax.Array) -> jax.Array:

@@ -2,117 +2,185 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Collection, Sequence
+import contextlib
+import dataclasses
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from gdiff_jax import images as image_files
-from gdiff_jax.matching import Loss, mixed_partial, victim_gradient
+from gdiff_jax.errors import ConfigError, need
+from gdiff_jax.mechanisms import Chain, Clip, Mechanism
+from gdiff_jax.methods import DLG, METHODS, Method
+from gdiff_jax.priors import Prior, load_prior
+from gdiff_jax.sweeping.attackers import Attacker, Knowledge
+from gdiff_jax.sweeping.config import Client
+from gdiff_jax.victims import Victim
+from gdiff_jax.victims.own import OwnVictim
 
 
-def images_of(images: Any, shape: tuple[int, int, int]) -> np.ndarray:
-    found = np.asarray(images)
-    if found.ndim != 4 or found.shape[1:] != shape or len(found) == 0:
-        raise ValueError(f"images are {found.shape}, (N, {', '.join(map(str, shape))}) is needed by this prior; resize them")
-    if found.dtype == np.uint8:
-        return image_files.to_model(found)
-    if found.dtype.kind != "f" or not np.all(np.abs(found) <= 1):
-        raise ValueError(
-            f"images are {found.dtype} in {found.min():.4g}..{found.max():.4g}; give uint8, or floats in [-1, 1], "
-            "which is 2 * x - 1 of [0, 1]"
-        )
-    return found.astype(np.float32)
+@contextlib.contextmanager
+def in_other_words(pattern: str, replacement: str) -> Iterator[None]:
+    """What the engine says of a sweep's flags, said of what was asked in another way: the pattern is replaced."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(re.sub(pattern, replacement, str(error))) from None
+
+
+def prior_of(prior: str | os.PathLike[str] | Prior) -> Prior:
+    if isinstance(prior, Prior):
+        return prior
+    need(isinstance(prior, str | os.PathLike), f"prior {prior!r} is no name, folder or gdiff_jax.Prior")
+    try:
+        return load_prior(prior)
+    except OSError as error:
+        raise ConfigError(str(error)) from None
+
+
+def images_of(name: str, images: Any, shape: tuple[int, int, int]) -> np.ndarray:
+    """The images of an argument as (N, H, W, C) float32 in [-1, 1]."""
+    array = np.asarray(images)
+    need(
+        array.ndim == 4 and array.shape[1:] == shape and len(array) > 0,
+        f"{name} are {array.shape}, (N, {', '.join(map(str, shape))}) is needed by this prior; resize them",
+    )
+    if array.dtype == np.uint8:
+        return image_files.to_model(array)
+    need(
+        array.dtype.kind == "f" and np.all(np.abs(array) <= 1),
+        f"{name} are {array.dtype} in {array.min():.4g}..{array.max():.4g}; give uint8, or floats in [-1, 1], "
+        "which is 2 * x - 1 of [0, 1]",
+    )
+    return array.astype(np.float32)
 
 
 def labels_of(labels: Any, count: int) -> Any:
-    found = jax.tree.map(np.asarray, labels)
-    shapes = [a.shape for a in jax.tree.leaves(found)]
-    if not shapes or any(s[:1] != (count,) for s in shapes):
-        raise ValueError(f"labels are of shape {shapes}, one for each of {count} images is needed: (N, ...)")
-    return found
+    arrays = jax.tree.map(np.asarray, labels)
+    shapes = [a.shape for a in jax.tree.leaves(arrays)]
+    fit = bool(shapes) and all(s[:1] == (count,) for s in shapes)
+    need(fit, f"labels are of shape {shapes}, one for each of {count} images is needed: (N, ...)")
+    return arrays
 
 
-def check_numbers(
-    sigmas: Sequence[float],
-    methods: Sequence[str],
-    known: Collection[str],
-    threshold: float,
-    share: float,
-    delta: float,
-    **counts: int,
-) -> None:
-    if len(sigmas) == 0 or len(set(sigmas)) != len(sigmas) or not all(np.isfinite(s) and s >= 0 for s in sigmas):
-        raise ValueError(f"sigmas {list(sigmas)} must be standard deviations, finite and >= 0, without repeats")
-    if len(methods) == 0 or any(m not in known for m in methods):
-        raise ValueError(f"methods {list(methods)} must be of {', '.join(known)}")
+def check_numbers(sigmas: Sequence[float], seed: int, threshold: float, share: float, delta: float, **counts: int) -> None:
+    levels = [_finite("sigmas", sigma) for sigma in sigmas]
+    need(
+        levels and len(set(levels)) == len(levels) and min(levels) >= 0,
+        f"sigmas {levels} must be standard deviations, finite and >= 0, without repeats",
+    )
+    for name, value in (("seed", seed), *counts.items()):
+        need(isinstance(value, int | np.integer), f"{name} {value!r} must be a whole number")
     for name, value in counts.items():
-        if value < 1:
-            raise ValueError(f"{name} {value} must be at least 1")
-    if not np.isfinite(threshold):
-        raise ValueError(f"threshold {threshold} must be a finite PSNR in dB")
+        need(value >= 1, f"{name} {value} must be at least 1")
+    _finite("threshold", threshold)
     for name, part in (("share", share), ("delta", delta)):
-        if not 0 < part < 1:
-            raise ValueError(f"{name} {part} must lie in (0, 1)")
+        need(0 < _finite(name, part) < 1, f"{name} {part} must lie in (0, 1)")
 
 
-def check_loss(loss: Loss, params: Any, x: Any, y: Any) -> None:
-    """Whether a loss can be attacked: scalar, differentiable, with a gradient that answers to the image.
-
-    Raises:
-      ValueError: saying what is wrong with it.
-    """
-    leaves = jax.tree.leaves_with_path(params)
-    if not leaves:
-        raise ValueError("params hold no array; give the weights that the gradient is of")
-    for path, leaf in leaves:
-        if not hasattr(leaf, "dtype") or not jnp.issubdtype(leaf.dtype, jnp.floating):
-            kind = getattr(leaf, "dtype", type(leaf).__name__)
-            where = jax.tree_util.keystr(path)
-            raise ValueError(f"params{where} is {kind}; leave in params what is trained, floating arrays, and the rest in loss")
-    x, y = jnp.asarray(x), jax.tree.map(jnp.asarray, y)
+def _finite(name: str, value: Any) -> float:
     try:
-        out = jax.eval_shape(loss, params, x, y)
+        number = float(value)
+    except (TypeError, ValueError):
+        raise ConfigError(f"{name} {value!r} is not a number") from None
+    need(np.isfinite(number), f"{name} {value} must be finite")
+    return number
+
+
+def attacker_of(attacker: str | Attacker) -> Attacker:
+    attacker = attacker if isinstance(attacker, Attacker) else Attacker(attacker)
+    attacker.check()
+    return attacker
+
+
+def check_client(client: Client, images: int) -> None:
+    need(isinstance(client, Client), f"client {client!r} is no gdiff_jax.sweeping.config.Client, such as Client(group=2)")
+    whole = client.group < 1 or images % client.group == 0
+    need(whole, f"{images} images do not divide into groups of {client.group}; give a multiple")
+    client.check(images)
+
+
+def methods_of(asked: Sequence[str | Method], knows: Knowledge, client: Client) -> dict[str, Method]:
+    """The attacks by name, those of an audit where none is asked for; each can be run by this attacker."""
+    calibrated = knows.adaptive and client.local_steps == 1
+    joint = knows.labels == "joint"
+    chosen = []
+    for method in asked or ("dsg", "calibrated-mean" if calibrated else "dps"):
+        if not isinstance(method, Method):
+            known = isinstance(method, str) and method in METHODS
+            need(known, f"method {method!r} is not known; known: {', '.join(METHODS)}, or objects of gdiff_jax.methods")
+            method = METHODS[method]
+            method = dataclasses.replace(method, joint_labels=joint) if isinstance(method, DLG) else method
+        ok = (knows.adaptive or not method.needs_noise) and (client.local_steps == 1 or not method.calibrated)
+        need(ok, f"method {method.name} draws from the mechanism's noise, of one gradient: not with this attacker or client")
+        alone = not getattr(method, "joint_labels", False)
+        need(alone or joint, f'method {method.name} looks for the labels too; give attacker=Attacker("server", labels="joint")')
+        chosen.append(method)
+    names = [method.name for method in chosen]
+    twice = {name for name in names if names.count(name) > 1}
+    need(not twice, f"methods name {', '.join(sorted(twice))} more than once; audit one of its options at a time")
+    return dict(zip(names, chosen, strict=True))
+
+
+def check_mechanism(make: Callable[[Any], Mechanism], params: Any) -> None:
+    """That it makes of a traced sigma something that takes a gradient to one of the same shape."""
+    try:
+        leak = jax.eval_shape(lambda key, sigma, g: make(sigma)(key, g), jax.random.key(0), np.float32(1), params)
+        str(make(1.0))
     except Exception as error:  # whatever the user's function raises
         text = " ".join(str(error).split())[:300]
-        raise ValueError(
-            f"loss(params, x, y) failed for an image x {x.shape} and y {jax.tree.map(jnp.shape, y)}: "
-            f"{type(error).__name__}: {text}"
+        raise ConfigError(
+            f"mechanism fails ({type(error).__name__}: {text}); give a function of a noise level, such as GaussianNoise"
         ) from error
-    if getattr(out, "shape", None) != () or not jnp.issubdtype(out.dtype, jnp.floating):
-        raise ValueError(f"loss returns {out}; a floating scalar is needed: take the mean over the batch and the classes")
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        gradient, answer = jax.jit(functools.partial(_probe, loss))(params, x, y)
-    if not bool(jnp.isfinite(gradient)):
-        raise ValueError("the loss has no finite gradient at the first image; check the image's range and the weights")
-    if float(gradient) == 0:
-        raise ValueError("the loss's gradient is zero at the first image: nothing leaks, or the loss ignores params")
-    if float(answer) == 0:
-        raise ValueError("the gradient does not depend on the image; does the loss round, or stop gradients of x?")
+    shapes = lambda tree: jax.tree.map(lambda a: a.shape, tree)
+    need(shapes(leak) == shapes(params), "mechanism changes the shape of the gradient; give one that keeps it")
 
 
-def check_gradients(loss: Loss, params: Any, x: Any, y: Any) -> None:
-    """Whether each image of (N, H, W, C) has a finite gradient, without which there is no leak to attack.
+def check_knowledge(victim: Victim | OwnVictim, attacker: Attacker, client: Client, methods: dict[str, Method]) -> None:
+    """That the victim gives what this attacker is to know or to infer."""
+    knows, several = attacker.knowledge, client.local_steps > 1
+    need(
+        isinstance(victim, Victim) or not (knows.labels != "known" or (several and knows.local_rate == "guessed")),
+        f"attacker {attacker.attacker!r} infers labels or rates from the last layer, which is known of a "
+        'gdiff_jax.Victim only; give one in place of the loss, or Attacker("...", labels="known", local_rate="known")',
+    )
+    for method in methods.values():
+        fits = method.fits(victim.first_dense, client.group)
+        need(fits, f"method {method.name} needs a first layer that is dense, and leaks of one image")
+    if not victim.has_batch_norm:
+        return
+    need(
+        knows.statistics != "known" or not several,
+        f"the victim's BatchNorms have other statistics in each of {client.local_steps} local steps; "
+        'give Attacker("...", statistics="batch") or "replaced"',
+    )
+    need(
+        knows.statistics == "batch" or not any(getattr(method, "joint_labels", False) for method in methods.values()),
+        f"statistics {knows.statistics!r}: dlg can optimise labels only with the candidate's own; "
+        'give Attacker("...", statistics="batch")',
+    )
 
-    Raises:
-      ValueError: naming those that have none.
-    """
-    finite = lambda a: jnp.stack([jnp.isfinite(g).all() for g in jax.tree.leaves(victim_gradient(loss, params, *a))]).all()
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        fine = jax.jit(lambda x, y: jax.lax.map(finite, (x, y)))(jnp.asarray(x), jax.tree.map(jnp.asarray, y))
-    lost = np.flatnonzero(~np.asarray(fine)).tolist()
-    if lost:
-        raise ValueError(
-            f"the loss has no finite gradient at {len(lost)} of {len(fine)} images ({', '.join(map(str, lost[:10]))}, counted "
-            "from 0); leave them out, or mend the loss"
-        )
+
+def check_rate(mechanism: Mechanism, knows: Knowledge, client: Client) -> None:
+    """That a clipped update is not to be divided by a guessed rate."""
+    stages = mechanism.stages if isinstance(mechanism, Chain) else (mechanism,)
+    need(
+        not (client.local_steps > 1 and knows.local_rate == "guessed" and knows.adaptive)
+        or not any(isinstance(stage, Clip) for stage in stages),
+        "the mechanism clips, to a norm in units of the local rate, which this attacker guesses; "
+        'give Attacker("...", local_rate="known") or adaptive=False',
+    )
 
 
-def _probe(loss: Loss, params: Any, x: jax.Array, y: Any) -> tuple[jax.Array, jax.Array]:
-    gradient = victim_gradient(loss, params, x, y)
-    answer = mixed_partial(loss, params, x, y, gradient)
-    norm = lambda tree: jnp.sqrt(sum(jnp.vdot(a, a) for a in jax.tree.leaves(tree)))
-    return norm(gradient), norm(answer)
+def check_classes(labels: Any, num_classes: int, inferred: bool) -> None:
+    """The labels of a `Victim`: integers (N,), or probabilities where nobody infers them."""
+    array, *others = jax.tree.leaves(labels)
+    whole = not others and array.ndim == 1 and array.dtype.kind in "iu"
+    need(whole or not inferred, f"labels are {array.dtype} {array.shape}; this attacker infers integers (N,): give those")
+    if whole:
+        low, high = int(array.min()), int(array.max())
+        need(low >= 0 and high < num_classes, f"labels {low}..{high} go beyond the victim's classes, 0..{num_classes - 1}")

@@ -7,7 +7,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from gdiff_jax.samplers.base import Denoise, Objective, reverse
+from gdiff_jax.methods import Problem
+from gdiff_jax.samplers.base import reverse
 from gdiff_jax.samplers.dsg import dsg_step
 from gdiff_jax.schedule import Schedule
 
@@ -23,24 +24,16 @@ def _frames(num_steps: int) -> np.ndarray:
     return np.unique(np.round(np.linspace(0, num_steps - 1, min(FRAMES, num_steps))).astype(int))
 
 
-def film(
-    key: jax.Array,
-    denoise: Denoise,
-    match: Objective,
-    schedule: Schedule,
-    shape: tuple[int, ...],
-    clip: bool,
-    rate: float = 0.2,
-) -> list[np.ndarray]:
+def film(key: jax.Array, problem: Problem, guidance_rate: float = 0.2) -> list[np.ndarray]:
     """The iterates of one reconstruction by DSG at about `FRAMES` of its steps, the last one included; `key` of the sampler."""
 
     @jax.jit
-    def run(key: jax.Array, denoise: Any, match: Any, schedule: Schedule) -> Any:
+    def run(key: jax.Array, p: Problem) -> Any:
         def step(key: jax.Array, x: jax.Array, i: jax.Array) -> tuple[jax.Array, Any]:
-            x, _ = dsg_step(key, x, i, denoise, match, schedule, guidance_rate=rate, clip=clip)
+            x, _ = dsg_step(key, x, i, p.denoise, p.match, p.schedule, guidance_rate=guidance_rate, clip=p.clip)
             return x, x
 
-        return reverse(key, step, schedule, shape)[1]
+        return reverse(key, step, p.schedule, p.shape)[1]
 
-    iterates = run(key, denoise, match, schedule)
-    return list(np.asarray(iterates)[_frames(schedule.num_steps)])
+    iterates = run(key, problem)
+    return list(np.asarray(iterates)[_frames(problem.schedule.num_steps)])

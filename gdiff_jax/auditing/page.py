@@ -14,7 +14,7 @@ import jinja2
 import numpy as np
 
 from gdiff_jax.auditing import figures, pictures, sentences, summary
-from gdiff_jax.auditing.result import Audit
+from gdiff_jax.auditing.record import AuditRecord
 from gdiff_jax.files import write_atomic
 
 Table = dict[str, list[Any]]
@@ -30,8 +30,8 @@ def _number(value: float | None, digits: int = 3) -> str:
     return "-" if value is None or not math.isfinite(value) else f"{value:.{digits}g}"
 
 
-def _levels(audit: Audit, found: list[summary.Level]) -> Table:
-    names = ["ssim", *(["lpips"] if audit.about["has_lpips"] else [])]
+def _levels(record: AuditRecord) -> Table:
+    names = ["ssim", *(["lpips"] if record.about["has_lpips"] else [])]
     head = [
         "σ",
         "PSNR dB",
@@ -44,7 +44,7 @@ def _levels(audit: Audit, found: list[summary.Level]) -> Table:
         "trials",
     ]
     rows = []
-    for v in found:
+    for v in summary.levels(record):
         trials = f"{v.trials}" + (f" ({v.failed} failed)" if v.failed else "")
         scores = [getattr(v, n).text(2) for n in names]
         shares = [s.percent() for s in (v.recovered, v.recovered_oracle, v.identified)]
@@ -53,19 +53,19 @@ def _levels(audit: Audit, found: list[summary.Level]) -> Table:
     return _table(head, rows)
 
 
-def _baselines(audit: Audit) -> str:
+def _baselines(record: AuditRecord) -> str:
     parts = []
-    for rows, name in ((audit.prior_only, "samples of the prior"), (audit.mean_image, "the mean image")):
+    for rows, name in ((record.prior_only, "samples of the prior"), (record.mean_image, "the mean image")):
         values = [r["psnr"] for r in rows if r["psnr"] is not None]
         if values:
             parts.append(f"{name} {np.median(values):.1f} dB")
     return ", ".join(parts) + "." if parts else "none."
 
 
-def _guarantees(audit: Audit) -> Table:
+def _guarantees(record: AuditRecord) -> Table:
     head = ["σ", "ε", "δ", "μ", "advantage", "TPR at 1 % FPR", "γ(κ)", "γ(10⁻⁴)", ""]
     rows = []
-    for g in audit.guarantees:
+    for g in record.guarantees:
         delta = "0 (pure)" if g["pure"] else f"{g['delta']:g}"
         figures_ = [_number(g[k]) for k in ("mu", "advantage", "tpr", "gamma", "gamma_1e-4")]
         with_ = [_number(g["epsilon"], 4), delta, *figures_, ""]
@@ -73,8 +73,8 @@ def _guarantees(audit: Audit) -> Table:
     return _table(head, rows)
 
 
-def _theory(audit: Audit) -> tuple[Table | None, Table]:
-    t = audit.theory
+def _theory(record: AuditRecord) -> tuple[Table | None, Table]:
+    t = record.theory
     if not t:
         return None, _table((), ())
     rows = [
@@ -95,24 +95,24 @@ def _theory(audit: Audit) -> tuple[Table | None, Table]:
     return _table(("quantity", "value"), rows), _table(head, limits if t["i2f"] else [])
 
 
-def _cards(audit: Audit, found: list[summary.Level]) -> list[tuple[str, str]]:
-    if not found:
+def _cards(record: AuditRecord) -> list[tuple[str, str]]:
+    if not record.has_truth:
         return []
-    first = found[0]
+    first = summary.levels(record)[0]
     at = "without noise" if first.sigma == 0 else f"at σ = {first.sigma:.3g}"
-    noise, share = audit.smallest_noise(), audit.about["share"]
-    value = {0.0: "any tried", math.inf: f"> {audit.sigmas[-1]:.3g}"}.get(noise.value, f"{noise.value:.2g}")
+    noise, share = summary.smallest_noise(record), record.about["share"]
+    value = {0.0: "any tried", math.inf: f"> {record.sigmas[-1]:.3g}"}.get(noise.value, f"{noise.value:.2g}")
     return [
         (f"{first.psnr.value:.1f} dB", f"median PSNR {at}"),
         (f"{first.recovered.value:.0%}", f"of images recovered {at}"),
-        (f"{first.identified.value:.0%}", f"recognised among {audit.candidates} {at}"),
+        (f"{first.identified.value:.0%}", f"recognised among {record.candidates} {at}"),
         (value, f"σ from which fewer than {share:.0%} are recovered"),
     ]
 
 
-def _settings(audit: Audit) -> Table:
+def _settings(record: AuditRecord) -> Table:
     flat: list[list[str]] = []
-    for key, value in audit.about.items():
+    for key, value in record.about.items():
         if isinstance(value, dict):
             flat += [[f"{key}.{k}", str(v)] for k, v in value.items() if v not in (None, {}, "")]
         elif key not in ("command", "threat_model"):
@@ -120,44 +120,43 @@ def _settings(audit: Audit) -> Table:
     return _table(("setting", "value"), flat)
 
 
-def render(audit: Audit, drawn: dict[str, bytes]) -> str:
-    """The page. `drawn` is of `figures.files`."""
+def render(record: AuditRecord, drawn: dict[str, bytes]) -> str:
+    """The page; `drawn` are the files of its figures, made by `figures.files`."""
     uri = lambda kind, data: f"data:{kind};base64,{base64.b64encode(data).decode()}"
     shown = {}
-    for name in figures.drawings(audit):
+    for name in figures.drawings(record):
         kind = "png" if name in _RASTER else "svg"
         shown[name] = uri(_KINDS[kind], drawn[f"{name}.{kind}"])
-    frames = [v for k, v in audit.pictures.items() if k.startswith("film/")]
-    found = audit.levels()
-    theory, limits = _theory(audit)
+    frames = [v for k, v in record.pictures.items() if k.startswith("film/")]
+    theory, limits = _theory(record)
     sections = [("threat", "Attacker"), ("images", "Images"), ("noise", "Noise"), ("guarantees", "Guarantees")]
     sections += [("steps", "Steps"), ("theory", "Theory"), ("reproduce", "Reproduce")]
-    missing = {"noise": not found, "theory": not theory}
+    missing = {"noise": not record.has_truth, "theory": not theory}
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     template = environment.from_string((resources.files("gdiff_jax.auditing") / "page.html").read_text())
     return template.render(
-        about=audit.about,
+        about=record.about,
         sections=[s for s in sections if not missing.get(s[0])],
-        verdict=sentences.verdict(audit),
-        warnings=audit.warnings(),
-        cards=_cards(audit, found),
+        verdict=sentences.verdict(record),
+        warnings=sentences.warnings(record),
+        cards=_cards(record),
         figures=shown,
         gif=f"data:image/gif;base64,{pictures.gif(frames)}" if frames else "",
-        levels=_levels(audit, found),
-        baselines=_baselines(audit),
-        guarantees=_guarantees(audit),
+        levels=_levels(record),
+        baselines=_baselines(record),
+        guarantees=_guarantees(record),
         theory=theory,
         limits=limits,
-        settings=_settings(audit),
+        settings=_settings(record),
     )
 
 
-def write(audit: Audit, folder: Path) -> Path:
+def write(record: AuditRecord, folder: Path) -> Path:
     """Writes report.html, audit.json, trials.csv and figures/, each file whole or not at all; returns the page's path."""
     (folder / "figures").mkdir(parents=True, exist_ok=True)
-    drawn = figures.files(audit)
+    drawn = figures.files(record)
     page = folder / "report.html"
-    texts = {"audit.json": audit.to_json(), "trials.csv": audit.to_csv(), page.name: render(audit, drawn)}
+    texts = {"audit.json": record.to_json(), "trials.csv": record.to_csv(), page.name: render(record, drawn)}
     files = {f"figures/{name}": data for name, data in drawn.items()} | {name: text.encode() for name, text in texts.items()}
     for name, data in files.items():
         write_atomic(folder / name, functools.partial(_put, data))

@@ -31,9 +31,10 @@ def decode(text: str) -> np.ndarray:
 
 def gif(frames: list[str]) -> str:
     """A GIF file, base64, of pictures that `png` made, the last one held for two seconds."""
-    found = [Image.fromarray(decode(f)).convert("RGB").resize((GIF_SIZE, GIF_SIZE), Image.Resampling.NEAREST) for f in frames]
-    durations = [GIF_MS] * (len(found) - 1) + [2000]
-    return _encoded(found[0], "GIF", save_all=True, append_images=found[1:], duration=durations, loop=0)
+    size, resample = (GIF_SIZE, GIF_SIZE), Image.Resampling.NEAREST
+    first, *others = [Image.fromarray(decode(frame)).convert("RGB").resize(size, resample) for frame in frames]
+    durations = [GIF_MS] * len(others) + [2000]
+    return _encoded(first, "GIF", save_all=True, append_images=others, duration=durations, loop=0)
 
 
 def _encoded(picture: Image.Image, kind: str, **options: object) -> str:

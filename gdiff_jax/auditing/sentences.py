@@ -4,98 +4,95 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gdiff_jax.auditing.intervals import Interval
-from gdiff_jax.auditing.summary import Level, attacker_picks, smallest_noise
-
-if TYPE_CHECKING:
-    from gdiff_jax.auditing.result import Audit
+from gdiff_jax.auditing.record import AuditRecord
+from gdiff_jax.auditing.summary import Level, attacker_picks, levels, smallest_noise
+from gdiff_jax.intervals import Interval
 
 FEW_IMAGES = 10
 
 
-def noise_text(audit: Audit, noise: Interval) -> str:
+def noise_text(record: AuditRecord, noise: Interval) -> str:
     """An Interval of `smallest_noise` in words."""
 
     def one(sigma: float) -> str:
         if math.isinf(sigma):
-            return f"above {audit.sigmas[-1]:.3g}"
-        return f"{audit.sigmas[0]:.3g} or less" if sigma <= audit.sigmas[0] else f"{sigma:.2g}"
+            return f"above {record.sigmas[-1]:.3g}"
+        return f"{record.sigmas[0]:.3g} or less" if sigma <= record.sigmas[0] else f"{sigma:.2g}"
 
     bounds = "" if math.isnan(noise.low) else f" [{one(noise.low)}, {one(noise.high)}]"
     return one(noise.value) + bounds
 
 
-def verdict(audit: Audit) -> list[str]:
+def verdict(record: AuditRecord) -> list[str]:
     """The audit's answer, a few sentences with intervals: how bad, and how much noise."""
-    if not audit.has_truth:
-        return _verdict_without_truth(audit)
-    found, about = audit.levels(), audit.about
-    first, images = found[0], len({r["leak"] for r in audit.attacks})
+    if not record.has_truth:
+        return _verdict_without_truth(record)
+    noise_levels, about = levels(record), record.about
+    first, last, images = noise_levels[0], noise_levels[-1], len({r["leak"] for r in record.attacks})
     noise = "without noise" if first.sigma == 0 else f"at the smallest noise tried, sigma {first.sigma:.3g}"
     what = "images" if about["group"] == 1 else f"groups of {about['group']} images"
     count = f"{about['num_images']} images" if about["group"] == 1 else f"{images} groups of {about['group']} images"
     lines = [
         f"If a gradient of {about['victim']} leaks {noise}, {first.recovered.percent()} of images are recovered at "
         f"{about['threshold']:g} dB PSNR or better, with a median of {first.psnr.text()} dB; {first.identified.percent()} are "
-        f"recognised among {audit.candidates} candidates, of which a blind guess names {1 / audit.candidates:.1%} "
+        f"recognised among {record.candidates} candidates, of which a blind guess names {1 / record.candidates:.1%} "
         f"({count} x {about['seeds']} seeds; 95 % intervals)."
     ]
-    chosen, best = smallest_noise(audit), smallest_noise(audit, oracle=True)
+    chosen, best = smallest_noise(record), smallest_noise(record, oracle=True)
     share = f"Fewer than {about['share']:.0%} of images are recovered "
     if chosen.value == 0:
-        lines.append(share + f"at every noise level tried, from sigma {audit.sigmas[0]:.3g} on.")
+        lines.append(share + f"at every noise level tried, from sigma {record.sigmas[0]:.3g} on.")
     elif math.isinf(chosen.value):
         lines.append(
-            f"No noise level tried brings that below {about['share']:.0%}: try more than sigma {audit.sigmas[-1]:.3g}."
+            f"No noise level tried brings that below {about['share']:.0%}: try more than sigma {record.sigmas[-1]:.3g}."
         )
     else:
         lines.append(
-            share + f"from noise of sigma {noise_text(audit, chosen)} on, interpolated between levels (an oracle who "
-            f"picks iterates by the truth: {noise_text(audit, best)}){_epsilon_text(audit, chosen.value)}."
+            share + f"from noise of sigma {noise_text(record, chosen)} on, interpolated between levels (an oracle who "
+            f"picks iterates by the truth: {noise_text(record, best)}){_epsilon_text(record, chosen.value)}."
         )
-    lines += _recognised(audit, found, chosen.value)
-    last = found[-1]
+    lines += _recognised(record, noise_levels, chosen.value)
     if last.recovered.value < about["share"] <= last.recovered.high:
         lines.append(
             f"With {images} {what} even a share of {last.recovered.value:.0%} may be one of {last.recovered.high:.0%}: "
             f"audit more of them before you rely on the {about['share']:.0%}."
         )
-    if all(math.isinf(level.epsilon) for level in found):
-        reason = next((g["reason"] for g in audit.guarantees if g["sigma"] == last.sigma), "no noise")
+    if all(math.isinf(level.epsilon) for level in noise_levels):
+        reason = next((g["reason"] for g in record.guarantees if g["sigma"] == last.sigma), "no noise")
         lines.append(f"There is no differential-privacy guarantee: {reason}. Stronger attacks than these may exist.")
     else:
         lines.append("Attacks show what is possible today; the guarantees below hold against every attack.")
     return lines
 
 
-def _recognised(audit: Audit, found: list[Level], noise: float) -> list[str]:
+def _recognised(record: AuditRecord, noise_levels: list[Level], noise: float) -> list[str]:
     """What a picture below the threshold still gives away, at the first level with that noise."""
-    at = next((level for level in found if level.sigma >= noise), found[-1])
-    kappa = 1 / audit.candidates
+    last = noise_levels[-1]
+    at = next((level for level in noise_levels if level.sigma >= noise), last)
+    kappa = 1 / record.candidates
     if at.identified.low <= kappa:
         return []
     return [
         f"But a poor picture can tell enough: at sigma {at.sigma:.3g} {at.identified.percent()} are still recognised, "
-        f"at sigma {found[-1].sigma:.3g} {found[-1].identified.percent()}."
+        f"at sigma {last.sigma:.3g} {last.identified.percent()}."
     ]
 
 
-def _epsilon_text(audit: Audit, sigma: float) -> str:
-    clip_norm = audit.about.get("clip_norm")
+def _epsilon_text(record: AuditRecord, sigma: float) -> str:
+    clip_norm = record.about.get("clip_norm")
     if not clip_norm or not 0 < sigma < math.inf:
         return ""
     from gdiff_jax.theory import privacy
 
-    epsilon = privacy.gaussian_epsilon(sigma / clip_norm, audit.about["delta"])
-    return f", which guarantees epsilon {epsilon:.4g} at delta {audit.about['delta']:g} for one release"
+    epsilon = privacy.gaussian_epsilon(sigma / clip_norm, record.about["delta"])
+    return f", which guarantees epsilon {epsilon:.4g} at delta {record.about['delta']:g} for one release"
 
 
-def _verdict_without_truth(audit: Audit) -> list[str]:
-    rows = [r for r in audit.attacks if not r["failed"] and r["distance"] is not None]
+def _verdict_without_truth(record: AuditRecord) -> list[str]:
+    rows = [r for r in record.attacks if not r["failed"] and r["distance"] is not None]
     if not rows:
         return ["Every attack on this gradient failed; see the warnings."]
     best = min(rows, key=lambda r: r["distance"])
@@ -107,66 +104,66 @@ def _verdict_without_truth(audit: Audit) -> list[str]:
     ]
 
 
-def warnings(audit: Audit) -> list[str]:
+def warnings(record: AuditRecord) -> list[str]:
     """Signs that the figures mislead, each a sentence or two."""
-    found = []
-    failed = sum(r["failed"] for r in audit.attacks)
+    signs = []
+    failed = sum(r["failed"] for r in record.attacks)
     if failed:
-        found.append(
-            f"{failed} of {len(audit.attacks)} trials ended in numbers that are not finite; they count as not recovered."
+        signs.append(
+            f"{failed} of {len(record.attacks)} trials ended in numbers that are not finite; they count as not recovered."
         )
-    found += _rank_warnings(audit) + _curve_warnings(audit)
-    if not audit.has_truth:
-        return found
-    all_levels, leaks = audit.levels(), len({r["leak"] for r in audit.attacks})
+    signs += _rank_warnings(record) + _curve_warnings(record)
+    if not record.has_truth:
+        return signs
+    noise_levels, leaks = levels(record), len({r["leak"] for r in record.attacks})
     if leaks < FEW_IMAGES:
-        found.append(f"Only {leaks} leaks: intervals over images are wide, and rest on the images chosen.")
-    first = all_levels[0]
-    for name, rows in (("a sample of the prior", audit.prior_only), ("the mean image", audit.mean_image)):
+        signs.append(f"Only {leaks} leaks: intervals over images are wide, and rest on the images chosen.")
+    first = noise_levels[0]
+    for name, rows in (("a sample of the prior", record.prior_only), ("the mean image", record.mean_image)):
         base = [r["psnr"] for r in rows if r["psnr"] is not None]
         if base and first.psnr.value <= np.median(base):
-            found.append(
+            signs.append(
                 f"At sigma {first.sigma:.3g} the attack is no better than {name} ({first.psnr.value:.1f} against "
                 f"{np.median(base):.1f} dB): it failed, which is no evidence that the gradient is safe."
             )
-    spread = _seed_spread(audit, first.sigma)
+    spread = _seed_spread(record, first.sigma)
     if spread > 3:
-        found.append(
+        signs.append(
             f"Seeds differ by {spread:.1f} dB (median range over the seeds of an image at sigma {first.sigma:.3g}): with more "
             "seeds an attacker may do better than the medians say."
         )
-    gaps = [level.oracle.value - level.psnr.value for level in all_levels]
+    gaps = [level.oracle.value - level.psnr.value for level in noise_levels]
     worst = int(np.nanargmax(gaps)) if np.isfinite(gaps).any() else 0
     if gaps[worst] > 2:
-        found.append(
-            f"At sigma {all_levels[worst].sigma:.3g} an oracle gains {gaps[worst]:.1f} dB over the attacker's choice: a better "
-            "rule of choice, or of when to stop, would make the attack stronger."
+        signs.append(
+            f"At sigma {noise_levels[worst].sigma:.3g} an oracle gains {gaps[worst]:.1f} dB over the attacker's choice: "
+            "a better rule of choice, or of when to stop, would make the attack stronger."
         )
-    over = [level.sigma for level in all_levels if level.distance_over_noise < 0.8]
+    over = [level.sigma for level in noise_levels if level.distance_over_noise < 0.8]
     if over:
         sigmas = ", ".join(f"{s:.3g}" for s in over)
         advice = " For an attacker who knows the noise, calibrated-mean may do better there."
-        found.append(
+        signs.append(
             f"At sigma {sigmas} the attack fits the noise: its gradient is closer to the leak than the true one. Read these "
-            f"levels as a lower bound of the risk.{advice * ('calibrated-mean' not in audit.methods)}"
+            f"levels as a lower bound of the risk.{advice * ('calibrated-mean' not in record.methods)}"
         )
-    accuracy = np.mean([r["label_accuracy"] for r in audit.attacks])
+    accuracy = np.mean([r["label_accuracy"] for r in record.attacks])
     if accuracy < 1:
-        found.append(f"The attacker's labels were right in {accuracy:.0%} of trials.")
-    return found
+        signs.append(f"The attacker's labels were right in {accuracy:.0%} of trials.")
+    return signs
 
 
-def _seed_spread(audit: Audit, sigma: float) -> float:
+def _seed_spread(record: AuditRecord, sigma: float) -> float:
     """Median over images of max - min over seeds of the attacker's PSNR; 0 with one seed."""
-    found: dict[int, list[float]] = defaultdict(list)
-    for row in attacker_picks(audit.at(sigma)):
+    psnr: dict[int, list[float]] = defaultdict(list)
+    for row in attacker_picks(record.at(sigma)):
         if row["psnr"] is not None:
-            found[row["image"]].append(row["psnr"])
-    return float(np.median([max(v) - min(v) for v in found.values()])) if found else 0.0
+            psnr[row["image"]].append(row["psnr"])
+    return float(np.median([max(v) - min(v) for v in psnr.values()])) if psnr else 0.0
 
 
-def _rank_warnings(audit: Audit) -> list[str]:
-    spectra = (audit.theory or {}).get("spectra", [])
+def _rank_warnings(record: AuditRecord) -> list[str]:
+    spectra = (record.theory or {}).get("spectra", [])
     lost = [s for s in spectra if s.get("rank") is not None and s["rank"] < s["dimensions"]]
     if not lost:
         return []
@@ -177,12 +174,12 @@ def _rank_warnings(audit: Audit) -> list[str]:
     ]
 
 
-def _curve_warnings(audit: Audit) -> list[str]:
+def _curve_warnings(record: AuditRecord) -> list[str]:
     """Of attacks that stopped getting closer early, far from what noise explains, at the smallest noise."""
-    sigma, found = audit.sigmas[0], []
-    for method in audit.methods:
-        rows = [r for r in audit.at(sigma) if r["method"] == method and not r["failed"]]
-        curves = [audit.curve(r)["distance"] for r in rows]
+    sigma, plateaus = record.sigmas[0], []
+    for method in record.methods:
+        rows = [r for r in record.at(sigma) if r["method"] == method and not r["failed"]]
+        curves = [record.curve(r)["distance"] for r in rows]
         curves = [c for c in curves if len(c) > 9 and np.isfinite(c).all()]
         if not curves:
             continue
@@ -190,8 +187,8 @@ def _curve_warnings(audit: Audit) -> list[str]:
         floor = np.median([r["noise_norm"] or 0 for r in rows])
         settled = int(np.argmax(median <= 1.05 * median[-1]))
         if settled < len(median) / 2 and median[-1] > max(2 * floor, 0.1 * median[0]):
-            found.append(
+            plateaus.append(
                 f"{method} came no closer to the leak after step {settled} of {len(median)} at sigma {sigma:.3g}, at "
                 f"{median[-1] / median[0]:.0%} of its first distance: an early plateau, of the attack and not of the risk."
             )
-    return found
+    return plateaus

@@ -10,38 +10,38 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from gdiff_jax.auditing import pictures, summary
-from gdiff_jax.auditing.result import SHOWN, Audit
+from gdiff_jax.auditing.record import SHOWN, AuditRecord, Row
 
 
 def _tight(pad: float) -> ConstrainedLayoutEngine:
     return ConstrainedLayoutEngine(w_pad=pad, h_pad=pad, wspace=0, hspace=0)
 
 
-def reconstructions(audit: Audit) -> Figure:
+def reconstructions(record: AuditRecord) -> Figure:
     """The truth, and what the attacker chose at each noise level, seed 0, not selected; numbers are PSNR in dB."""
-    return _sheet(audit, "found", lambda r: f"{r['psnr']:.1f}", False)
+    return _sheet(record, "found", lambda r: f"{r['psnr']:.1f}", False)
 
 
-def recognised(audit: Audit) -> Figure:
+def recognised(record: AuditRecord) -> Figure:
     """The same of what the attacker chose to recognise the image by; numbers are its place among the candidates."""
-    return _sheet(audit, "recognised", lambda r: "recognised" if r["rank"] == 0 else f"place {r['rank'] + 1}", True)
+    return _sheet(record, "recognised", lambda r: "recognised" if r["rank"] == 0 else f"place {r['rank'] + 1}", True)
 
 
-def _sheet(audit: Audit, kind: str, note: Callable[[summary.Row], str], recognise: bool) -> Figure:
-    shown = [i for i in range(SHOWN) if f"truth/{i}" in audit.pictures]
-    heads = ["truth", *[f"σ = {s:.3g}" for s in audit.sigmas], "prior only"]
-    keys = lambda i: [f"truth/{i}", *[f"{kind}/{s!r}/{i}" for s in audit.sigmas], f"prior/{i}"]
-    picks = {s: summary.attacker_picks(audit.at(s), recognise) for s in audit.sigmas}
-    told = {(s, r["image"]): note(r) for s, rows in picks.items() for r in rows if r["seed"] == 0}
+def _sheet(record: AuditRecord, kind: str, note: Callable[[Row], str], recognise: bool) -> Figure:
+    shown = [i for i in range(SHOWN) if f"truth/{i}" in record.pictures]
+    heads = ["truth", *[f"σ = {s:.3g}" for s in record.sigmas], "prior only"]
+    keys = lambda i: [f"truth/{i}", *[f"{kind}/{s!r}/{i}" for s in record.sigmas], f"prior/{i}"]
+    picks = {s: summary.attacker_picks(record.at(s), recognise) for s in record.sigmas}
+    note_at = {(s, r["image"]): note(r) for s, rows in picks.items() for r in rows if r["seed"] == 0}
     figure = Figure(
         figsize=(1.05 * len(heads) + 0.2, 1.22 * len(shown) + 0.3),
         layout=_tight(0.02),
     )
     axes = figure.subplots(len(shown), len(heads), squeeze=False)
     for line, i in zip(axes, shown, strict=True):
-        notes = ["", *[told.get((s, i), "failed") for s in audit.sigmas], ""]
+        notes = ["", *[note_at.get((s, i), "failed") for s in record.sigmas], ""]
         for ax, key, text in zip(line, keys(i), notes, strict=True):
-            _picture(ax, audit.pictures.get(key), text)
+            _picture(ax, record.pictures.get(key), text)
     for ax, head in zip(axes[0], heads, strict=True):
         ax.set_title(head, fontsize=9)
     return figure
@@ -57,10 +57,10 @@ def _picture(ax: Axes, picture: str | None, note: str) -> None:
         ax.imshow(pictures.decode(picture), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
 
 
-def attempts(audit: Audit) -> Figure:
+def attempts(record: AuditRecord) -> Figure:
     """What was made of a gradient whose image is not known, the closest in gradient first."""
-    rows = sorted(summary.attacker_picks(audit.attacks) or [], key=lambda r: r["distance"])
-    seeds = [int(name.rsplit("/", 1)[1]) for name in audit.pictures if name.startswith("found/")]
+    rows = sorted(summary.attacker_picks(record.attacks), key=lambda r: r["distance"])
+    seeds = [int(name.rsplit("/", 1)[1]) for name in record.pictures if name.startswith("found/")]
     best = {r["seed"]: r for r in reversed(rows)}
     seeds.sort(key=lambda seed: best[seed]["distance"])
     figure = Figure(figsize=(1.6 * max(len(seeds), 2), 2.0), layout="constrained")
@@ -68,18 +68,17 @@ def attempts(audit: Audit) -> Figure:
     for ax, seed in zip(axes, seeds, strict=True):
         row = best[seed]
         relative = row["distance"] / row["gradient_norm"]
-        _picture(
-            ax, audit.pictures[f"found/{audit.sigmas[0]!r}/{seed}"], f"{row['method']}, seed {seed}\n{relative:.1%} unexplained"
-        )
+        note = f"{row['method']}, seed {seed}\n{relative:.1%} unexplained"
+        _picture(ax, record.pictures[f"found/{record.sigmas[0]!r}/{seed}"], note)
     return figure
 
 
-def film(audit: Audit) -> Figure:
+def film(record: AuditRecord) -> Figure:
     """One reconstruction over the reverse steps, from noise to image."""
-    names = [n for n in audit.pictures if n.startswith("film/")]
+    names = [n for n in record.pictures if n.startswith("film/")]
     some = [names[round(k)] for k in np.linspace(0, len(names) - 1, min(10, len(names)))]
     figure = Figure(figsize=(1.02 * len(some), 1.25), layout=_tight(0.01))
-    times = audit.about["film_steps"]
+    times = record.about["film_steps"]
     for ax, name in zip(figure.subplots(1, len(some), squeeze=False)[0], some, strict=True):
-        _picture(ax, audit.pictures[name], f"t = {times[int(name[5:])]}")
+        _picture(ax, record.pictures[name], f"t = {times[int(name[5:])]}")
     return figure

@@ -9,21 +9,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
-from gdiff_jax.auditing.intervals import RESAMPLES, Interval, median_interval, resampled, share_interval
-
-if TYPE_CHECKING:
-    from gdiff_jax.auditing.result import Audit
-
-Row = dict[str, Any]
-PRIOR_ONLY = "prior-only"
-
-
-COMBINED = ("calibrated-mean", "dsg-mean")  # of least expected error: near the truth, but also near the mean image
+from gdiff_jax.auditing.record import COMBINED, PRIOR_ONLY, AuditRecord, Row
+from gdiff_jax.intervals import RESAMPLES, Interval, median_interval, resampled, share_interval
 
 
 def attacker_picks(rows: list[Row], recognise: bool = False) -> list[Row]:
@@ -34,21 +25,21 @@ def attacker_picks(rows: list[Row], recognise: bool = False) -> list[Row]:
     methods in the running the one whose image's gradient is closest to the leak is taken. With all in the running, that choice
     would fall on what fits the noise (benchmarks/results/calibration.md).
     """
-    by_leak: dict[tuple[int, int], dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
+    leaks: dict[tuple[int, int], dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
         if row["method"] != PRIOR_ONLY and not row["failed"] and row["distance"] is not None:
-            by_leak[row["leak"], row["seed"]][row["method"]].append(row)
-    distance = lambda found: found[0]["distance"]
-    return [row for found in by_leak.values() for row in min(_in_the_running(found, recognise).values(), key=distance)]
+            leaks[row["leak"], row["seed"]][row["method"]].append(row)
+    distance = lambda rows: rows[0]["distance"]
+    return [row for by_method in leaks.values() for row in min(_in_the_running(by_method, recognise).values(), key=distance)]
 
 
-def _in_the_running(found: dict[str, list[Row]], recognise: bool) -> dict[str, list[Row]]:
+def _in_the_running(by_method: dict[str, list[Row]], recognise: bool) -> dict[str, list[Row]]:
     if recognise:
-        kept = {method: rows for method, rows in found.items() if method not in COMBINED}
-        return kept or found
-    if not any(method in COMBINED for method in found):
-        return found
-    return {method: rows for method, rows in found.items() if method in (*COMBINED, "analytic")}
+        others = {method: rows for method, rows in by_method.items() if method not in COMBINED}
+        return others or by_method
+    if not any(method in COMBINED for method in by_method):
+        return by_method
+    return {method: rows for method, rows in by_method.items() if method in (*COMBINED, "analytic")}
 
 
 def oracle_psnr(rows: list[Row]) -> dict[tuple[int, int], float]:
@@ -56,20 +47,20 @@ def oracle_psnr(rows: list[Row]) -> dict[tuple[int, int], float]:
     best: dict[tuple[int, int], float] = {}
     for row in rows:
         if row["method"] != PRIOR_ONLY and not row["failed"]:
-            seen = [v for v in (row["psnr"], row.get("psnr_of_best_step")) if v is not None]
-            if seen:
+            scores = [v for v in (row["psnr"], row.get("psnr_of_best_step")) if v is not None]
+            if scores:
                 key = row["image"], row["seed"]
-                best[key] = max([*seen, best.get(key, -math.inf)])
+                best[key] = max([*scores, best.get(key, -math.inf)])
     return best
 
 
-def by_leak(rows: Iterable[Row], value: Any) -> list[list[float]]:
-    """`value(row)` of the rows, grouped by the private images that a leak is of."""
+def by_leak(rows: Iterable[Row], value: Callable[[Row], float | None]) -> list[list[float]]:
+    """`value(row)` of the rows, without those of None, grouped by the private images that a leak is of."""
     groups: dict[int, list[float]] = defaultdict(list)
     for row in rows:
-        found = value(row)
-        if found is not None:
-            groups[row["leak"]].append(found)
+        number = value(row)
+        if number is not None:
+            groups[row["leak"]].append(number)
     return list(groups.values())
 
 
@@ -93,15 +84,20 @@ class Level:
     distance_over_noise: float  # median || grad - leak || over || noise ||, nan without noise
 
 
-def levels(audit: Audit) -> list[Level]:
-    """One a noise level, ascending; empty for a gradient whose image is not known."""
-    return [_level(audit, sigma) for sigma in audit.sigmas] if audit.has_truth else []
+def levels(record: AuditRecord) -> list[Level]:
+    """One a noise level, ascending; empty for a gradient whose image is not known.
+
+    Computed once per record, since each bootstraps: verdict, warnings, page and figures all ask.
+    """
+    if "levels" not in record.memo:
+        record.memo["levels"] = [_level(record, sigma) for sigma in record.sigmas] if record.has_truth else []
+    return record.memo["levels"]
 
 
-def _level(audit: Audit, sigma: float) -> Level:
-    rows = audit.at(sigma)
+def _level(record: AuditRecord, sigma: float) -> Level:
+    rows = record.at(sigma)
     picks, to_recognise = attacker_picks(rows), attacker_picks(rows, recognise=True)
-    epsilon = next((g["epsilon"] for g in audit.guarantees if g["sigma"] == sigma), None)
+    epsilon = next((g["epsilon"] for g in record.guarantees if g["sigma"] == sigma), None)
     oracle: dict[int, list[float]] = defaultdict(list)
     leak_of = {row["image"]: row["leak"] for row in rows}
     for (image, _), psnr in oracle_psnr(rows).items():
@@ -118,9 +114,9 @@ def _level(audit: Audit, sigma: float) -> Level:
         ssim=median_interval(by_leak(picks, lambda r: r.get("ssim"))),
         lpips=median_interval(by_leak(picks, lambda r: r.get("lpips"))),
         oracle=median_interval(oracle.values()),
-        recovered=share_interval(recovered_groups(audit, sigma)),
-        recovered_oracle=share_interval(recovered_groups(audit, sigma, oracle=True)),
-        identified=share_interval(_hits(audit, sigma, {(r["image"], r["seed"]): r["rank"] == 0 for r in to_recognise})),
+        recovered=share_interval(recovered_groups(record, sigma)),
+        recovered_oracle=share_interval(recovered_groups(record, sigma, oracle=True)),
+        identified=share_interval(_hits(record, sigma, {(r["image"], r["seed"]): r["rank"] == 0 for r in to_recognise})),
         distance_over_noise=float(np.median(ratios)) if ratios and sigma > 0 else math.nan,
     )
 
@@ -130,15 +126,15 @@ def _counted(picks: list[Row]) -> str:
     return ", ".join(f"{method} {count}" for method, count in Counter(row["method"] for row in picks).most_common())
 
 
-def recovered_groups(audit: Audit, sigma: float, oracle: bool = False) -> list[list[float]]:
+def recovered_groups(record: AuditRecord, sigma: float, oracle: bool = False) -> list[list[float]]:
     """Per leak's images, whether each (image, seed) came back at the threshold of the audit."""
-    rows, threshold = audit.at(sigma), audit.about["threshold"]
+    rows, threshold = record.at(sigma), record.about["threshold"]
     scores = oracle_psnr(rows) if oracle else {(r["image"], r["seed"]): r["psnr"] for r in attacker_picks(rows)}
-    return _hits(audit, sigma, {key: score is not None and score >= threshold for key, score in scores.items()})
+    return _hits(record, sigma, {key: score is not None and score >= threshold for key, score in scores.items()})
 
 
-def _hits(audit: Audit, sigma: float, hit: dict[tuple[int, int], bool]) -> list[list[float]]:
-    trials = {(r["image"], r["seed"]): r for r in audit.at(sigma)}
+def _hits(record: AuditRecord, sigma: float, hit: dict[tuple[int, int], bool]) -> list[list[float]]:
+    trials = {(r["image"], r["seed"]): r for r in record.at(sigma)}
     return by_leak(trials.values(), lambda r: float(hit.get((r["image"], r["seed"]), False)))
 
 
@@ -158,30 +154,30 @@ def crossing(sigmas: Sequence[float], psnr: Sequence[float], threshold: float) -
     return low + part * (high - low) if low == 0 else math.exp(math.log(low) + part * math.log(high / low))
 
 
-def smallest_noise(audit: Audit, oracle: bool = False) -> Interval:
+def smallest_noise(record: AuditRecord, oracle: bool = False) -> Interval:
     """The noise from which on fewer than the audit's share of images is recovered, and its interval by bootstrap over images.
 
     Each image and seed has a `crossing` of its own; of these it is the one that leaves fewer than the share above it. 0 and inf
     are the ends of the grid.
     """
     scores = []
-    for sigma in audit.sigmas:
-        rows = audit.at(sigma)
+    for sigma in record.sigmas:
+        rows = record.at(sigma)
         scores.append(oracle_psnr(rows) if oracle else {(r["image"], r["seed"]): r["psnr"] for r in attacker_picks(rows)})
-    units = {(r["image"], r["seed"]): r for r in audit.at(audit.sigmas[0])}
+    units = {(r["image"], r["seed"]): r for r in record.at(record.sigmas[0])}
 
-    def of(row: Row) -> float:
-        found = [s.get((row["image"], row["seed"])) for s in scores]
-        return crossing(audit.sigmas, [-math.inf if v is None else v for v in found], audit.about["threshold"])
+    def crossing_of(row: Row) -> float:
+        psnr = [at_level.get((row["image"], row["seed"])) for at_level in scores]
+        return crossing(record.sigmas, [-math.inf if v is None else v for v in psnr], record.about["threshold"])
 
-    groups = [np.array(g) for g in by_leak(units.values(), of)]
+    groups = [np.array(g) for g in by_leak(units.values(), crossing_of)]
 
     def enough(crossings: np.ndarray) -> float:
-        allowed = math.ceil(audit.about["share"] * len(crossings)) - 1  # so many may still be recovered
+        allowed = math.ceil(record.about["share"] * len(crossings)) - 1  # so many may still be recovered
         return float(np.sort(crossings)[::-1][allowed])
 
     value = enough(np.concatenate(groups))
     if len(groups) < 3:
         return Interval(value, math.nan, math.nan)
-    found = sorted(enough(sample) for sample in resampled(groups))
-    return Interval(value, found[int(0.025 * RESAMPLES)], found[int(0.975 * RESAMPLES) - 1])
+    estimates = sorted(enough(sample) for sample in resampled(groups))
+    return Interval(value, estimates[int(0.025 * RESAMPLES)], estimates[int(0.975 * RESAMPLES) - 1])

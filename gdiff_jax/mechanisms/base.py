@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import typing
 from collections.abc import Callable
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +25,11 @@ def pytree(cls: type[T]) -> type[T]:
 class Mechanism(Protocol):
     """See the package's docstring."""
 
-    differentiable: ClassVar[bool]
-    keeps_pattern: ClassVar[bool]
+    @property
+    def differentiable(self) -> bool: ...
+
+    @property
+    def keeps_pattern(self) -> bool: ...
 
     def __call__(self, key: jax.Array, gradient: Gradient) -> Gradient: ...
 

@@ -19,17 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import orbax.checkpoint as ocp
 
 from gdiff_jax import modules
+from gdiff_jax.files import cache_folder
 from gdiff_jax.modules import Params
 from gdiff_jax.priors.unet2d_config import UNet2DConfig
 from gdiff_jax.priors.weights import CONVERTER_VERSION
-
-
-def folder() -> Path:
-    """The environment's GDIFF_JAX_CACHE, or gdiff_jax in the user's cache folder."""
-    return Path(os.environ.get("GDIFF_JAX_CACHE") or Path.home() / ".cache" / "gdiff_jax").absolute()
 
 
 def cached(spec: modules.Spec, convert: Callable[[], Params], about: dict[str, Any]) -> Params:
@@ -42,9 +37,11 @@ def cached(spec: modules.Spec, convert: Callable[[], Params], about: dict[str, A
     """
     if jax.process_count() > 1:  # orbax would take the hosts' own disks for one that they share
         return convert()
+    import orbax.checkpoint as ocp  # not at the start, which need not wait: a bundled prior is not kept here
+
     about = {**about, "converter": CONVERTER_VERSION, "config": repr(spec)}
     key = hashlib.sha256(json.dumps([about["sha256"], about["converter"], about["config"]]).encode()).hexdigest()[:32]
-    entry = folder() / key
+    entry = cache_folder() / key
     if os.path.exists(entry):
         try:
             note = json.loads((entry / "about.json").read_text())
@@ -65,6 +62,8 @@ def cached(spec: modules.Spec, convert: Callable[[], Params], about: dict[str, A
 
 
 def _write(entry: Path, params: Params, about: dict[str, Any]) -> None:
+    import orbax.checkpoint as ocp
+
     entry.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix="partial-", dir=entry.parent))
     try:
@@ -84,6 +83,8 @@ def latest_ema(checkpoints: Path, spec: UNet2DConfig) -> tuple[Params, str]:
     Raises:
       ValueError: where there is none, or it is damaged or of another network.
     """
+    import orbax.checkpoint as ocp
+
     manager = ocp.CheckpointManager(checkpoints.absolute(), options=ocp.CheckpointManagerOptions(read_only=True))
     step = manager.latest_step()
     if step is None:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
-from gdiff_jax import modules
+from gdiff_jax import modules, tensor_files
 from gdiff_jax.modules import Params
 from gdiff_jax.priors import cache, sources, weights
 from gdiff_jax.priors.adm import ADMConfig
@@ -184,7 +184,7 @@ def load_prior(
             digest = weights.sha256(found.weights)
 
             def convert() -> Params:
-                converted = weights.to_params(found.config, weights.read_tensors(found.weights), name)
+                converted = weights.to_params(found.config, tensor_files.read_tensors(found.weights), name)
                 if weights.sha256(found.weights) != digest:
                     raise ValueError(f"{found.weights} changed while it was read; try again")
                 return converted

@@ -11,9 +11,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub as hub
 import numpy as np
-from diffusers.configuration_utils import ConfigMixin
 
 from gdiff_jax.priors.adm import ADMConfig
 from gdiff_jax.priors.unet2d_config import UNet2DConfig
@@ -34,14 +32,6 @@ _VARIANCES: dict[str, VarianceType] = {
     "fixed_large": "fixed_large",
     "learned_range": "learned_range",
 }
-
-
-class _NetworkConfig(ConfigMixin):
-    config_name = "config.json"
-
-
-class _SchedulerConfig(ConfigMixin):
-    config_name = "scheduler_config.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,6 +119,8 @@ def find(name: str, config: Mapping[str, Any] | None = None) -> Source:
 
 
 def _hub(repo: str, revision: str | None) -> Source:
+    import huggingface_hub as hub  # not at the start, which need not wait for what few priors need
+
     try:
         for name in _WEIGHT_FILES:  # one format and variant, not all that there are
             patterns = [*_CONFIGS, name, f"unet/{name}"]
@@ -142,15 +134,18 @@ def _hub(repo: str, revision: str | None) -> Source:
     return dataclasses.replace(_folder(folder), revision=folder.name)
 
 
-def _load(kind: type[ConfigMixin], folder: Path) -> dict[str, Any]:
-    if not (folder / kind.config_name).is_file():
-        raise FileNotFoundError(f"prior {str(folder)!r}: {kind.config_name} is missing in the folder")
+def _load(file_name: str, folder: Path) -> dict[str, Any]:
+    from diffusers.configuration_utils import ConfigMixin  # not at the start, which need not wait: it takes most of a second
+
+    if not (folder / file_name).is_file():
+        raise FileNotFoundError(f"prior {str(folder)!r}: {file_name} is missing in the folder")
+    kind: Any = type("_Config", (ConfigMixin,), {"config_name": file_name})
     try:
         config = kind.load_config(folder)
     except (OSError, ValueError, RecursionError) as error:  # what diffusers raises for broken JSON, and JSON for deep one
         raise ValueError(f"prior {str(folder)!r}: {error}") from None
     if not isinstance(config, dict):
-        raise ValueError(f"prior {str(folder)!r}: {kind.config_name} holds no JSON object")
+        raise ValueError(f"prior {str(folder)!r}: {file_name} holds no JSON object")
     return dict(config)
 
 
@@ -158,10 +153,10 @@ def _folder(folder: Path) -> Source:
     """Root layout (all in one folder), pipeline layout (`unet/`, `scheduler/`), or the output of a training run of ours."""
     network = folder / "unet" if (folder / "unet").is_dir() else folder
     scheduler = folder / "scheduler" if (folder / "scheduler").is_dir() else folder
-    config = _load(_NetworkConfig, network)
+    config = _load("config.json", network)
     if (kind := config.get("_class_name", "UNet2DModel")) != "UNet2DModel":
         raise ValueError(f"prior {str(folder)!r}: a {kind} is not implemented; implemented: UNet2DModel")
-    diffusion = read_scheduler(_load(_SchedulerConfig, scheduler))
+    diffusion = read_scheduler(_load("scheduler_config.json", scheduler))
     mean = network / "mean_image.npy"
     return Source(
         config=UNet2DConfig.from_diffusers(config),

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -29,27 +28,14 @@ from gdiff_jax.priors.layers import (
     upsampling_conv,
     zeros,
 )
-
-if TYPE_CHECKING:
-    from gdiff_jax.priors.unet2d_config import UNet2DConfig
-
-DOWN_BLOCKS: tuple[str, ...] = ("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D")
-UP_BLOCKS: tuple[str, ...] = ("UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D")
-
-ACTIVATIONS = {
-    "silu": jax.nn.silu,
-    "swish": jax.nn.silu,
-    "mish": jax.nn.mish,
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-    "relu": jax.nn.relu,
-}
+from gdiff_jax.priors.unet2d_fields import ACTIVATIONS, UNet2DFields
 
 
-def _time_dim(config: UNet2DConfig) -> int:
+def _time_dim(config: UNet2DFields) -> int:
     return config.time_embedding_dim or 4 * config.block_out_channels[0]
 
 
-def _norm(channels: int, config: UNet2DConfig) -> GroupNorm:
+def _norm(channels: int, config: UNet2DFields) -> GroupNorm:
     return GroupNorm(channels, config.norm_num_groups, config.norm_eps)
 
 
@@ -63,7 +49,7 @@ class ResnetBlock(nnx.Module):
         self,
         c_in: int,
         c_out: int,
-        config: UNet2DConfig,
+        config: UNet2DFields,
         rngs: nnx.Rngs,
         scale: float = 1,
         resample: Callable[[jax.Array], jax.Array] | None = None,
@@ -92,7 +78,7 @@ class ResnetBlock(nnx.Module):
 class Attention(nnx.Module):
     """Self-attention over the pixels, residual; divided by `scale` at the end."""
 
-    def __init__(self, channels: int, config: UNet2DConfig, rngs: nnx.Rngs, norm: GroupNorm | None, scale: float = 1):
+    def __init__(self, channels: int, config: UNet2DFields, rngs: nnx.Rngs, norm: GroupNorm | None, scale: float = 1):
         if norm is not None:
             self.group_norm = norm
         self.to_q = Linear(channels, channels, rngs=rngs)
@@ -111,7 +97,7 @@ class Attention(nnx.Module):
 
 
 class Downsample(nnx.Module):
-    def __init__(self, channels: int, config: UNet2DConfig, rngs: nnx.Rngs):
+    def __init__(self, channels: int, config: UNet2DFields, rngs: nnx.Rngs):
         # diffusers: padding 0 means one row below and one column to the right.
         pad = (config.downsample_padding, 1)
         self.conv = conv(channels, channels, 3, stride=2, padding=(pad, pad), rngs=rngs)
@@ -128,7 +114,7 @@ class Upsample(nnx.Module):
         return self.conv(x)
 
 
-def _resamples_by_resnet(block_type: str, config: UNet2DConfig) -> bool:
+def _resamples_by_resnet(block_type: str, config: UNet2DFields) -> bool:
     """As diffusers has it: the type's own name decides, and only blocks with attention look at the config."""
     if block_type.startswith("Resnet"):
         return True
@@ -138,7 +124,7 @@ def _resamples_by_resnet(block_type: str, config: UNet2DConfig) -> bool:
 class Block(nnx.Module):
     """The resnets, attentions and the resampler of one level, down or up."""
 
-    def __init__(self, block_type: str, channels: list[tuple[int, int]], config: UNet2DConfig, rngs: nnx.Rngs):
+    def __init__(self, block_type: str, channels: list[tuple[int, int]], config: UNet2DFields, rngs: nnx.Rngs):
         self.resnets = nnx.List([ResnetBlock(a, b, config, rngs) for a, b in channels])
         if block_type.startswith("Attn"):
             self.attentions = nnx.List([Attention(b, config, rngs, _norm(b, config)) for _, b in channels])
@@ -149,7 +135,7 @@ class Block(nnx.Module):
 
 
 class TimeEmbedding(nnx.Module):
-    def __init__(self, config: UNet2DConfig, rngs: nnx.Rngs):
+    def __init__(self, config: UNet2DFields, rngs: nnx.Rngs):
         self.linear_1 = Linear(config.block_out_channels[0], _time_dim(config), rngs=rngs)
         self.linear_2 = Linear(_time_dim(config), _time_dim(config), rngs=rngs)
 
@@ -158,7 +144,7 @@ class TimeEmbedding(nnx.Module):
 
 
 class MidBlock(nnx.Module):
-    def __init__(self, channels: int, config: UNet2DConfig, rngs: nnx.Rngs):
+    def __init__(self, channels: int, config: UNet2DFields, rngs: nnx.Rngs):
         scale = config.mid_block_scale_factor
         self.resnets = nnx.List([ResnetBlock(channels, channels, config, rngs, scale) for _ in range(2)])
         if config.add_attention:
@@ -178,7 +164,7 @@ class MidBlock(nnx.Module):
 class UNet2D(nnx.Module):
     """(N, H, W, C) and (N,) -> (N, H, W, C or 2 C), float32; the blocks compute in the dtype of x."""
 
-    def __init__(self, config: UNet2DConfig, rngs: nnx.Rngs):
+    def __init__(self, config: UNet2DFields, rngs: nnx.Rngs):
         widths, layers = config.block_out_channels, config.layers_per_block
         self.config = config
         self.time_embedding = TimeEmbedding(config, rngs)

@@ -1,4 +1,4 @@
-"""Weight files of torch models, read without torch and without trust, and their change of layout to ours and back.
+"""Tensors of torch models by diffusers' names as parameters of ours, and back.
 
 A file is refused as a whole, with all that is wrong in it, or read as a whole: every tensor is used exactly once.
 """
@@ -6,24 +6,17 @@ A file is refused as a whole, with all that is wrong in it, or read as a whole: 
 from __future__ import annotations
 
 import collections
-import functools
 import hashlib
-import math
-import pickle
 import re
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
-import safetensors
 
 from gdiff_jax import modules
 from gdiff_jax.modules import Params
-
-Tensors = dict[str, np.ndarray]
+from gdiff_jax.tensor_files import Tensors, listed, to_our_layout
 
 # Of the program that `to_params` is: a cache of what an older one made must not be read.
 CONVERTER_VERSION = 1
@@ -34,105 +27,6 @@ def sha256(path: Path) -> str:
     """Hex digest of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def read_tensors(path: Path) -> Tensors:
-    """Tensors by name, of a `.safetensors` file or a zip-format torch pickle (`.bin`, `.pt`, `.pth`, `.ckpt`).
-
-    Raises:
-      ValueError: where the file is broken, or is a pickle that asks for anything but plain tensors; nothing in it is run.
-    """
-    if path.suffix == ".safetensors":
-        try:
-            with safetensors.safe_open(path, framework="numpy") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-        except Exception as error:  # safetensors raises its own type, and others for a truncated header
-            raise ValueError(f"{path} is not a whole safetensors file ({error})") from None
-    if not zipfile.is_zipfile(path):
-        raise ValueError(
-            f"{path} is no zip-format torch file: it is truncated, or a legacy pickle, which cannot be read safely. "
-            'Convert it where torch is installed: python -c "import torch, safetensors.torch as s; '
-            f"s.save_file(torch.load('{path.name}', weights_only=True), '{path.stem}.safetensors')\""
-        )
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return _read_torch_zip(archive)
-    except Exception as error:  # a hostile or broken pickle may raise anything
-        raise ValueError(f"{path} cannot be read as a torch file of plain tensors ({error})") from None
-
-
-_STORAGES = {
-    "DoubleStorage": np.dtype(np.float64),
-    "FloatStorage": np.dtype(np.float32),
-    "HalfStorage": np.dtype(np.float16),
-    "BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
-    "LongStorage": np.dtype(np.int64),
-    "IntStorage": np.dtype(np.int32),
-    "BoolStorage": np.dtype(np.bool_),
-}
-
-
-class _Unpickler(pickle.Unpickler):
-    """Knows OrderedDict, `_rebuild_tensor_v2` and torch's storage types, each as a function of this module; nothing else."""
-
-    def __init__(self, archive: zipfile.ZipFile, root: str):
-        super().__init__(archive.open(f"{root}data.pkl"))
-        self.archive, self.root = archive, root
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("collections", "OrderedDict"):
-            return collections.OrderedDict
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return _rebuild
-        if module == "torch" and name in _STORAGES:
-            return _STORAGES[name]
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which a file of tensors does not need")
-
-    def persistent_load(self, pid: Any) -> np.ndarray:
-        kind, dtype, key, _, count = pid
-        if kind != "storage" or not isinstance(dtype, np.dtype) or not isinstance(key, str):
-            raise pickle.UnpicklingError(f"it asks for {kind} {key} of {dtype}, which is no tensor storage")
-        return self._storage(dtype, key, count)
-
-    @functools.cache  # noqa: B019 - the reader lives for one file
-    def _storage(self, dtype: np.dtype, key: str, count: int) -> np.ndarray:
-        raw = self.archive.read(f"{self.root}data/{key}")  # checks the CRC
-        if len(raw) != count * dtype.itemsize:
-            raise ValueError(f"storage {key} holds {len(raw)} bytes, {count} of {dtype} were announced")
-        return np.frombuffer(raw, dtype)
-
-
-def _rebuild(
-    storage: Any, offset: Any, shape: Any, strides: Any, requires_grad: Any, hooks: Any, metadata: Any = None
-) -> np.ndarray:
-    """A strided view of a storage, never beyond its end; hooks are never run, metadata (a negated view, say) is refused."""
-    if metadata:
-        raise ValueError(f"a tensor with metadata {metadata!r}")
-    if not isinstance(storage, np.ndarray) or len(shape) != len(strides):
-        raise ValueError("a tensor without a storage, or without a stride a dimension")
-    if not all(type(n) is int and n >= 0 for n in (offset, *shape, *strides)):
-        raise ValueError(f"a tensor of offset {offset}, shape {shape} and strides {strides}")
-    end = offset + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True)) + 1
-    if math.prod(shape) and end > storage.size:
-        raise ValueError(f"a tensor of shape {shape} reaches to {end} in a storage of {storage.size}")
-    if math.prod(shape) > storage.size:
-        raise ValueError(f"a tensor of shape {shape} repeats the elements of a storage of {storage.size}")
-    size = storage.itemsize
-    return np.lib.stride_tricks.as_strided(storage[offset:], shape, [stride * size for stride in strides], writeable=False)
-
-
-def _read_torch_zip(archive: zipfile.ZipFile) -> Tensors:
-    (pickled,) = (name for name in archive.namelist() if name.endswith("data.pkl"))
-    root = pickled.removesuffix("data.pkl")
-    if f"{root}byteorder" in archive.namelist() and archive.read(f"{root}byteorder") != b"little":
-        raise ValueError("its byte order is not little-endian")
-    tensors = _Unpickler(archive, root).load()
-    if not isinstance(tensors, dict):
-        raise ValueError(f"it holds a {type(tensors).__name__}, not a state dict")
-    for name, value in tensors.items():
-        if not isinstance(name, str) or not isinstance(value, np.ndarray):
-            raise ValueError(f"entry {name!r} is a {type(value).__name__}, not a tensor")
-    return dict(tensors)
 
 
 # Names that diffusers gave its attention before 0.18.
@@ -146,15 +40,6 @@ def _modern(name: str) -> str:
 def _torch_name(name: str) -> str:
     stem, leaf = name.rsplit(".", 1)
     return f"{stem}.{'bias' if leaf == 'bias' else 'weight'}"
-
-
-def to_our_layout(value: np.ndarray, ndim: int) -> np.ndarray:
-    """OIHW to HWIO, or (out, in) to (in, out); 1 x 1 convolutions become matrices where ours is one."""
-    if ndim == 2 and value.ndim > 2 and math.prod(value.shape[2:]) == 1:
-        value = value.reshape(value.shape[:2])
-    if value.ndim not in (2, 4):
-        return value
-    return value.transpose((2, 3, 1, 0) if value.ndim == 4 else (1, 0))
 
 
 def to_params(spec: modules.Spec, tensors: Tensors, source: str) -> Params:
@@ -194,12 +79,6 @@ def to_params(spec: modules.Spec, tensors: Tensors, source: str) -> Params:
     if any(problems.values()):
         raise ValueError(f"the weights in {source} do not fit its config; {listed(problems)}")
     return params
-
-
-def listed(problems: dict[str, list[str]]) -> str:
-    """What is wrong with the arrays of a file, the first of each kind by name."""
-    more = lambda names: f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return "; ".join(f"{title}: {', '.join(names[:5])}{more(names)}" for title, names in problems.items() if names)
 
 
 def to_torch(params: Params, dtype: Any = np.float16) -> Tensors:

@@ -1,13 +1,15 @@
 """Reverse diffusion, unguided or guided by an objective: one method, one file."""
 
-from gdiff_jax.samplers.base import Start, StepInfo, batched, start_from
+from gdiff_jax.samplers.base import Start, batched, start_from
 from gdiff_jax.samplers.dps import dps_sample, dps_step
-from gdiff_jax.samplers.dsg import dsg_sample, dsg_step
+from gdiff_jax.samplers.dsg import SignalInfo, dsg_sample, dsg_step
 from gdiff_jax.samplers.ensemble import mean_of_chains, posterior_mean
 from gdiff_jax.samplers.red_diff import red_diff_sample
 from gdiff_jax.samplers.unguided import unguided_sample, unguided_step
+from gdiff_jax.trace import StepInfo
 
 __all__ = [
+    "SignalInfo",
     "Start",
     "StepInfo",
     "batched",

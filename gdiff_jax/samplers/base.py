@@ -8,30 +8,17 @@ trials is a `jax.vmap` over keys and objectives. Nothing here knows of victims o
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
 
 from gdiff_jax.schedule import Schedule
+from gdiff_jax.trace import Objective, StepInfo, x0_error
 
 Denoise = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array | None]]
-Objective = Callable[[jax.Array], jax.Array]
-
-
-class StepInfo(NamedTuple):
-    """What a step reports, float32 scalars; the trace of a sampler stacks them to (num_steps,), noisiest step first."""
-
-    distance: jax.Array  # objective(x0hat); nan where the step was not guided
-    guidance_norm: jax.Array  # || grad_{x_t} objective(x0hat(x_t)) ||; nan where the step was not guided
-    x0_error: jax.Array  # mean over pixels of (x0hat - truth)^2, images in [-1, 1]; nan without a truth
-    # Share of signal in the guidance and its parts, see `Share`; nan where a sampler was given no signal.
-    signal: jax.Array | float = float("nan")
-    pull: jax.Array | float = float("nan")
-    noise_pull: jax.Array | float = float("nan")
-    curvature: jax.Array | float = float("nan")
+Report = TypeVar("Report")  # what a step reports, a pytree: a `StepInfo`, or what else a method has to say
 
 
 class Share(NamedTuple):
@@ -63,7 +50,13 @@ class Signal(Protocol):
     """
 
     def __call__(
-        self, key: jax.Array, n: jax.Array, held: jax.Array, x0: jax.Array, distance: jax.Array, gradient: jax.Array
+        self,
+        key: jax.Array,
+        steps_before: jax.Array,
+        last_noise_pull: jax.Array,
+        x0: jax.Array,
+        distance: jax.Array,
+        gradient: jax.Array,
     ) -> Share: ...
 
 
@@ -106,12 +99,6 @@ def _each(denoise: Denoise, x_t: jax.Array, t: jax.Array) -> tuple[jax.Array, ja
     return jax.vmap(denoise, (0, None))(x_t, t)
 
 
-class Step(Protocol):
-    """One reverse step: x_t and index i to x_{t-1}."""
-
-    def __call__(self, key: jax.Array, x: jax.Array, i: jax.Array) -> tuple[jax.Array, StepInfo]: ...
-
-
 def _predict_x0(denoise: Denoise, schedule: Schedule, x: jax.Array, i: jax.Array, clip: bool) -> tuple[jax.Array, Any]:
     eps, v = denoise(x, schedule.t[i])
     x0 = schedule.predict_x0(x, eps, i)
@@ -150,78 +137,62 @@ def guided_posterior(
     else:
         x0, v = _predict_x0(denoise, schedule, x, i, clip)
     distance, grad = jax.value_and_grad(objective)(x0)
-    told = None if share is None else share(x0, distance, grad)
+    worth = None if share is None else share(x0, distance, grad)
     if through_prior:
         (grad,) = pull(grad)
-    info = StepInfo(distance, jnp.linalg.norm(grad), x0_error(x0, truth), *(told or ()))
-    return _posterior(schedule, x0, v, x, i), grad, told, info
-
-
-def x0_error(x0: jax.Array, truth: jax.Array | None) -> jax.Array:
-    """Mean squared error of x0hat, or nan without a truth."""
-    return jnp.full((), jnp.nan, x0.dtype) if truth is None else jnp.square(x0 - truth).mean()
+    info = StepInfo(distance, jnp.linalg.norm(grad), x0_error(x0, truth))
+    return _posterior(schedule, x0, v, x, i), grad, worth, info
 
 
 def reverse(
-    key: jax.Array, step: Step, schedule: Schedule, shape: tuple[int, ...], start: Start | None = None
-) -> tuple[jax.Array, StepInfo]:
-    """Runs `step` from pure noise at the last index down to 0, as one `lax.scan`; from `start`, as one loop.
-
-    Step i draws from fold_in(key, i), so what a step draws depends on neither the other steps nor the other trials. The trace
-    has an entry for every kept step; those above a start are nan. From a start it cannot be differentiated in reverse.
-    """
-
-    def alone(key: jax.Array, state: tuple[jax.Array], i: jax.Array) -> tuple[tuple[jax.Array], StepInfo]:
-        x, info = step(key, state[0], i)
-        return (x,), info
-
-    return _reverse(key, alone, schedule, shape, start)
-
-
-def reverse_guided(
     key: jax.Array,
-    step: Callable[[jax.Array, jax.Array, jax.Array, ShareOf | None], tuple[jax.Array, StepInfo]],
+    step: Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Report]],
     schedule: Schedule,
     shape: tuple[int, ...],
     start: Start | None = None,
-    signal: Signal | None = None,
-    interval: int = 1,
-) -> tuple[jax.Array, StepInfo]:
-    """`reverse` of a step(key, x, i, share), guided where i is a multiple of `interval`, with the share of signal in it."""
-    if signal is None:
-        return reverse(key, lambda key, x, i: step(key, x, i, None), schedule, shape, start)
-    first = (schedule.num_steps - 1 if start is None else start.step) // interval
+) -> tuple[jax.Array, Report]:
+    """Runs `step` from pure noise at the last index down to 0, as one `lax.scan`; from `start`, as one loop.
 
-    def remembering(key: jax.Array, state: Any, i: jax.Array) -> tuple[Any, StepInfo]:
-        x, held = state
-        x, info = step(key, x, i, functools.partial(signal, jax.random.fold_in(key, 1), first - i // interval, held))
-        return (x, jnp.where(jnp.isnan(info.noise_pull), held, info.noise_pull)), info
+    A step(key, x, i) makes x_{t-1} of x_t and its index i, and a report. Step i draws from fold_in(key, i), so what a step
+    draws depends on neither the other steps nor the other trials. The trace has a report for every kept step; those above a
+    start are nan. From a start it cannot be differentiated in reverse.
+    """
 
-    return _reverse(key, remembering, schedule, shape, start, jnp.nan)
+    def alone(key: jax.Array, state: tuple[jax.Array], i: jax.Array) -> tuple[tuple[jax.Array], Report]:
+        x, info = step(key, state[0], i)
+        return (x,), info
+
+    return reverse_with_memory(key, alone, schedule, shape, start)
 
 
-def _reverse(
-    key: jax.Array, step: Any, schedule: Schedule, shape: tuple[int, ...], start: Start | None, *memory: float
-) -> tuple[jax.Array, StepInfo]:
-    """Of a step whose state is (x, *memory)."""
+def reverse_with_memory(
+    key: jax.Array,
+    step: Callable[[jax.Array, Any, jax.Array], tuple[Any, Report]],
+    schedule: Schedule,
+    shape: tuple[int, ...],
+    start: Start | None,
+    *memory: float,
+) -> tuple[jax.Array, Report]:
+    """`reverse` of a step(key, (x, *memory), i), which makes the state of the step below, and a report."""
     key_init, key_steps = jax.random.split(key)
     last = schedule.num_steps - 1
     x = jax.random.normal(key_init, shape) if start is None else start.x
     state: Any = (x, *(jnp.asarray(m, x.dtype) for m in memory))
 
-    def run(state: Any, i: jax.Array) -> tuple[Any, StepInfo]:
+    def run(state: Any, i: jax.Array) -> tuple[Any, Report]:
         return step(jax.random.fold_in(key_steps, i), state, i)
 
     if start is None:
         (x, *_), trace = jax.lax.scan(run, state, jnp.arange(last, -1, -1))
         return x, trace
 
-    def below(carry: tuple[jax.Array, Any, StepInfo]) -> tuple[jax.Array, Any, StepInfo]:
+    def below(carry: tuple[jax.Array, Any, Report]) -> tuple[jax.Array, Any, Report]:
         i, state, trace = carry
         state, info = run(state, i)
         return i - 1, state, jax.tree.map(lambda all_steps, value: all_steps.at[last - i].set(value), trace, info)
 
     # A loop of as many steps as there are: under vmap as many as the earliest start of the trials needs.
-    untold = StepInfo(*[jnp.full((schedule.num_steps,), jnp.nan, x.dtype)] * len(StepInfo._fields))
-    _, (x, *_), trace = jax.lax.while_loop(lambda carry: carry[0] >= 0, below, (jnp.asarray(start.step), state, untold))
+    _, report = jax.eval_shape(run, state, jnp.asarray(last))
+    not_run = jax.tree.map(lambda leaf: jnp.full((schedule.num_steps, *leaf.shape), jnp.nan, leaf.dtype), report)
+    _, (x, *_), trace = jax.lax.while_loop(lambda carry: carry[0] >= 0, below, (jnp.asarray(start.step), state, not_run))
     return x, trace

@@ -10,8 +10,9 @@ from typing import Any
 import jax
 
 from gdiff_jax.samplers import base
-from gdiff_jax.samplers.base import Denoise, Objective, Start, StepInfo
+from gdiff_jax.samplers.base import Denoise, Start
 from gdiff_jax.schedule import Schedule
+from gdiff_jax.trace import Objective, StepInfo
 
 
 def dps_step(

@@ -6,12 +6,31 @@ strong the guidance, the iterate stays as noisy as the prior expects it.
 
 from __future__ import annotations
 
+import functools
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 
 from gdiff_jax.samplers import base
-from gdiff_jax.samplers.base import Denoise, Objective, ShareOf, Signal, Start, StepInfo
+from gdiff_jax.samplers.base import Denoise, ShareOf, Signal, Start
 from gdiff_jax.schedule import Schedule
+from gdiff_jax.trace import Objective, StepInfo, x0_error
+
+
+class SignalInfo(NamedTuple):
+    """What a step reports whose guidance is judged by a `Signal`: a `StepInfo`'s fields, then a `Share`'s.
+
+    Float32 scalars; nan where the step was not guided.
+    """
+
+    distance: jax.Array
+    guidance_norm: jax.Array
+    x0_error: jax.Array
+    signal: jax.Array
+    pull: jax.Array
+    noise_pull: jax.Array
+    curvature: jax.Array
 
 
 def _unit(v: jax.Array) -> jax.Array:
@@ -34,28 +53,28 @@ def dsg_step(
     through_prior: bool = True,
     share: ShareOf | None = None,
     truth: jax.Array | None = None,
-) -> tuple[jax.Array, StepInfo]:
+) -> tuple[jax.Array, StepInfo | SignalInfo]:
     """x_{t-1} = mu + r dm / ||dm||. Arguments as in `dsg_sample`; x is x_t, i the index of the step."""
     z = jax.random.normal(key, x.shape)
     root_n = x.size**0.5
 
-    def guided(x: jax.Array) -> tuple[jax.Array, StepInfo]:
-        p, grad, told, info = base.guided_posterior(denoise, objective, schedule, x, i, clip, through_prior, share, truth)
+    def guided(x: jax.Array) -> tuple[jax.Array, StepInfo | SignalInfo]:
+        p, grad, worth, info = base.guided_posterior(denoise, objective, schedule, x, i, clip, through_prior, share, truth)
         # The paper's r = sqrt(n) sigma, d* = -r G/||G||, ds = sigma z, dm = ds + rate (d* - ds), all divided by sigma, which
         # is 0 in the last step; a learned sigma then scales each pixel, and the sphere becomes an ellipsoid [inferred].
         toward = -root_n * _unit(grad)
         turn = guidance_rate
-        if told is not None:  # no further than the cosine to the clean guidance allows, nor past its least distance
+        if worth is not None:  # no further than the cosine to the clean guidance allows, nor past its least distance
             radius = jnp.linalg.norm(p.std * toward)
-            turn = jnp.minimum(jnp.sqrt(told.signal) * turn, told.length() / jnp.where(radius > 0, radius, 1.0))
+            turn = jnp.minimum(jnp.sqrt(worth.signal) * turn, worth.length() / jnp.where(radius > 0, radius, 1.0))
         mixed = z + turn * (toward - z)
-        return p.mean + p.std * root_n * _unit(mixed), info
+        return p.mean + p.std * root_n * _unit(mixed), info if worth is None else SignalInfo(*info, *worth)
 
-    def skipped(x: jax.Array) -> tuple[jax.Array, StepInfo]:
+    def skipped(x: jax.Array) -> tuple[jax.Array, StepInfo | SignalInfo]:
         p = base.posterior(denoise, schedule, x, i, clip)
         nan = jnp.full((), jnp.nan, x.dtype)
-        told = () if share is None else (nan, nan, nan, nan)
-        return p.mean + p.std * z, StepInfo(nan, nan, base.x0_error(p.x0, truth), *told)
+        info = StepInfo(nan, nan, x0_error(p.x0, truth))
+        return p.mean + p.std * z, info if share is None else SignalInfo(*info, nan, nan, nan, nan)
 
     if interval == 1:
         return guided(x)
@@ -76,7 +95,7 @@ def dsg_sample(
     signal: Signal | None = None,
     start: Start | None = None,
     truth: jax.Array | None = None,
-) -> tuple[jax.Array, StepInfo]:
+) -> tuple[jax.Array, StepInfo | SignalInfo]:
     """One reconstruction by DSG.
 
     Args:
@@ -99,15 +118,26 @@ def dsg_sample(
       truth: (H, W, C); only fills `x0_error` of the trace, the sampler does not use it.
 
     Returns:
-      image (H, W, C), about [-1, 1], and the trace. The last step is unguided: the posterior's deviation there is 0.
+      image (H, W, C), about [-1, 1], and the trace, a `SignalInfo` where there is a `signal`. The last step is unguided: the
+      posterior's deviation there is 0.
     """
     if interval < 1:
         raise ValueError(f"interval {interval} must be at least 1; 1 guides every step")
 
-    def step(key: jax.Array, x: jax.Array, i: jax.Array, share: ShareOf | None) -> tuple[jax.Array, StepInfo]:
+    def step(key: jax.Array, x: jax.Array, i: jax.Array, share: ShareOf | None = None) -> tuple[jax.Array, Any]:
         return dsg_step(
             key, x, i, denoise, objective, schedule,
             guidance_rate=guidance_rate, interval=interval, clip=clip, through_prior=through_prior, share=share, truth=truth,
         )  # fmt: skip
 
-    return base.reverse_guided(key, step, schedule, shape, start, signal, interval)
+    if signal is None:
+        return base.reverse(key, step, schedule, shape, start)
+    first = (schedule.num_steps - 1 if start is None else start.step) // interval
+
+    def judged(key: jax.Array, state: Any, i: jax.Array) -> tuple[Any, SignalInfo]:
+        x, noise_pull = state
+        share = functools.partial(signal, jax.random.fold_in(key, 1), first - i // interval, noise_pull)
+        x, info = step(key, x, i, share)
+        return (x, jnp.where(jnp.isnan(info.noise_pull), noise_pull, info.noise_pull)), info
+
+    return base.reverse_with_memory(key, judged, schedule, shape, start, jnp.nan)

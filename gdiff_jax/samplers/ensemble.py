@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from gdiff_jax.metrics import match_images
-from gdiff_jax.samplers.base import StepInfo
+from gdiff_jax.samplers.base import Report
 
 CHAINS = 4
 
@@ -39,8 +39,8 @@ def posterior_mean(samples: jax.Array, mean: jax.Array) -> tuple[jax.Array, jax.
 
 
 def mean_of_chains(
-    key: jax.Array, sample: Callable[[jax.Array], tuple[jax.Array, StepInfo]], mean: jax.Array, chains: int = CHAINS
-) -> tuple[jax.Array, StepInfo]:
+    key: jax.Array, sample: Callable[[jax.Array], tuple[jax.Array, Report]], mean: jax.Array, chains: int = CHAINS
+) -> tuple[jax.Array, Report]:
     """`posterior_mean` of independent reconstructions of one leak, clipped to [-1, 1].
 
     Args:
@@ -53,11 +53,11 @@ def mean_of_chains(
       The image (H, W, C), or for a leak of several (B, H, W, C), and the trace of the first chain, which does not end in that
       image. One chain that is not finite makes the image so.
     """
-    found, trace = jax.vmap(sample)(jax.random.split(key, chains))
-    found, mean = jnp.clip(found, -1.0, 1.0), jnp.broadcast_to(mean, found.shape[-3:])
-    if found.ndim == 4:
-        image, _ = posterior_mean(found, mean)
+    samples, trace = jax.vmap(sample)(jax.random.split(key, chains))
+    samples, mean = jnp.clip(samples, -1.0, 1.0), jnp.broadcast_to(mean, samples.shape[-3:])
+    if samples.ndim == 4:
+        image, _ = posterior_mean(samples, mean)
     else:  # a chain has the images of a group in an order of its own: they are combined in the first chain's
-        found = jax.vmap(lambda images: images[match_images(images, found[0])])(found)
-        image, _ = jax.vmap(posterior_mean, (1, None))(found, mean)
+        samples = jax.vmap(lambda images: images[match_images(images, samples[0])])(samples)
+        image, _ = jax.vmap(posterior_mean, (1, None))(samples, mean)
     return image, jax.tree.map(lambda a: a[0], trace)

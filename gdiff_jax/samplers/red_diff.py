@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gdiff_jax.samplers.base import Denoise, Objective, StepInfo, x0_error
+from gdiff_jax.samplers.base import Denoise
 from gdiff_jax.schedule import Schedule
+from gdiff_jax.trace import Objective, StepInfo, x0_error
 
 
 def red_diff_sample(

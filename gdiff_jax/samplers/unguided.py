@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from gdiff_jax.samplers import base
-from gdiff_jax.samplers.base import Denoise, StepInfo
+from gdiff_jax.samplers.base import Denoise
 from gdiff_jax.schedule import Schedule
+from gdiff_jax.trace import StepInfo, x0_error
 
 
 def unguided_step(
@@ -24,7 +25,7 @@ def unguided_step(
     p = base.posterior(denoise, schedule, x, i, clip)
     z = jax.random.normal(key, x.shape)
     nan = jnp.full((), jnp.nan, x.dtype)
-    return p.mean + p.std * z, StepInfo(nan, nan, base.x0_error(p.x0, truth))
+    return p.mean + p.std * z, StepInfo(nan, nan, x0_error(p.x0, truth))
 
 
 def unguided_sample(

@@ -9,3 +9,14 @@
 | all of it for one victim, in plain numbers | `summary` |
 | what does the noise guarantee (epsilon, delta, mu, advantage, gamma) | `privacy` |
 """
+
+import importlib
+from types import ModuleType
+
+_SUBMODULES = ("jacobian", "jensen", "limits", "privacy", "spectrum", "summary")
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name in _SUBMODULES:  # when it is asked for: privacy waits half a second for dp_accounting
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -16,6 +16,7 @@ import optax
 from flax import nnx
 
 from gdiff_jax import modules
+from gdiff_jax.first_dense import FirstDense
 from gdiff_jax.modules import Params, Statistics
 from gdiff_jax.victims import networks, vit
 
@@ -159,10 +160,10 @@ class Victim:
         return self.last_kernel.replace("kernel", "bias")
 
     @property
-    def first_dense(self) -> tuple[str, str] | None:
-        """Names of kernel (pixels, neurons) and bias of a first layer that is dense and sees the whole image; else None."""
+    def first_dense(self) -> FirstDense | None:
+        """Of a first layer that is dense and sees the whole image; else None."""
         layer = self.network.first_dense
-        return None if layer is None else (f"{layer}.kernel", f"{layer}.bias")
+        return None if layer is None else FirstDense(f"{layer}.kernel", f"{layer}.bias")
 
     @property
     def has_batch_norm(self) -> bool:

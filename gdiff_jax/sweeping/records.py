@@ -19,11 +19,12 @@ import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 
-from experiments.cli import ConfigError, RunError, write_atomic
+from gdiff_jax.errors import ConfigError, RunError
+from gdiff_jax.files import write_atomic
 from gdiff_jax.provenance import this_run
 
 Row = dict[str, Any]
@@ -50,6 +51,40 @@ def _digest(*parts: bytes) -> str:
     return sha.hexdigest()
 
 
+class MemoryStore:
+    """The records of one process that leaves nothing on disk: what a `Store` is asked while trials run."""
+
+    folder: Path | None = None
+
+    def __init__(self, identity: dict[str, Any] | None = None):
+        self.identity = identity or {}
+        self._chunks: dict[int, tuple[list[Row], dict[str, np.ndarray]]] = {}
+
+    def open(self, run: int = 0) -> None:
+        """Nothing to make."""
+
+    def close(self) -> None:
+        """Nothing to let go of."""
+
+    def exists(self, chunk: int) -> bool:
+        return chunk in self._chunks
+
+    is_done = exists
+
+    def discard(self, chunks: Iterable[int]) -> None:
+        for chunk in chunks:
+            self._chunks.pop(chunk, None)
+
+    def save(self, chunk: int, rows: list[Row], arrays: dict[str, np.ndarray]) -> None:
+        self._chunks[chunk] = json.loads(strict_json(rows)), arrays  # the rows as they would be read back
+
+    def rows(self, chunks: Iterable[int]) -> list[Row]:
+        return [row for chunk in chunks for row in self._chunks[chunk][0]]
+
+    def arrays(self, chunk: int) -> dict[str, np.ndarray]:
+        return self._chunks[chunk][1]
+
+
 class Store:
     """The output folder of one configuration."""
 
@@ -66,6 +101,7 @@ class Store:
         self.folder = folder
         self.identity = json.loads(strict_json(identity))
         self.runs: list[dict[str, Any]] = []
+        self._lock: TextIO | None = None
         path = folder / "manifest.json"
         if path.is_file():
             try:
@@ -80,13 +116,13 @@ class Store:
             elif self._holds_own_chunks():
                 print(f"{path} is damaged and is made anew; the records are of this configuration, by their seals")
             elif not intact:
-                raise ConfigError(f"--out {folder}: its manifest.json cannot be read or was altered; give another folder")
+                raise ConfigError(f"{folder}: its manifest.json cannot be read or was altered; give another folder")
             else:
                 other = [k for k in keys if theirs.get(k) != self.identity.get(k)]
                 what = "; ".join(f"{k} was {theirs.get(k)!r}, is {self.identity.get(k)!r}" for k in other[:3])
-                raise ConfigError(f"--out {folder} holds another configuration ({what}); give another folder")
+                raise ConfigError(f"{folder} holds another configuration ({what}); give another folder")
         elif folder.exists() and (not folder.is_dir() or self._is_of_something_else()):
-            raise ConfigError(f"--out {folder} exists and is not a sweep's output; give another folder")
+            raise ConfigError(f"{folder} exists and is not a sweep's output; give another folder")
 
     def _is_of_something_else(self) -> bool:
         # A run that died before its manifest was whole leaves that part of it, and the lock.
@@ -105,16 +141,21 @@ class Store:
           ConfigError: where another sweep is writing to it.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = open(self.folder / ".lock", "w")  # noqa: SIM115  # until the process ends, however it ends
+        self._lock = open(self.folder / ".lock", "w")  # noqa: SIM115 - until `close`
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ConfigError(f"--out {self.folder}: another sweep writes to it; wait for it or give another folder") from None
+            raise ConfigError(f"{self.folder}: another sweep writes to it; wait for it or give another folder") from None
         except OSError:
             pass  # a file system without locks
         runs = [*self.runs, {"run": run, **this_run()}]
         manifest = {"identity": self.identity, "runs": runs, "sha256": _digest(strict_json([self.identity, runs]).encode())}
         write_atomic(self.folder / "manifest.json", lambda p: p.write_text(json.dumps(manifest, indent=2) + "\n"))
+
+    def close(self) -> None:
+        """Lets go of the lock; the end of the process does too, however it ends."""
+        if self._lock is not None:
+            self._lock.close()
 
     def is_shared(self, run: int) -> bool:
         """Whether this process sees the manifest that another one wrote with `open(run)`."""
@@ -162,7 +203,7 @@ class Store:
         """Arrays first, rows last: the rows are what says that the chunk is done."""
         (self.folder / "chunks").mkdir(parents=True, exist_ok=True)
         buffer = io.BytesIO()
-        np.savez_compressed(buffer, **arrays)
+        np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]  # no array is named allow_pickle
         packed = buffer.getvalue()
         text = "".join(strict_json(row) + "\n" for row in rows).encode()
         write_atomic(self._path(chunk, ".npz"), lambda p: p.write_bytes(packed))

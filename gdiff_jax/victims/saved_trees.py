@@ -13,16 +13,19 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.cli import ConfigError
+from gdiff_jax import tensor_files
 from gdiff_jax.modules import Params
-from gdiff_jax.priors import weights
 
 _TORCH = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
 Orders = dict[str, tuple[int, int, int] | None]  # by a dense kernel's name: (C, H, W); None: rows as they are
 
 
 def parse_orders(texts: tuple[str, ...]) -> Orders:
-    """`fc1.kernel:16x8x8`: its rows are flattened (C, H, W) = (16, 8, 8); `fc1.kernel:as-is`: they are in our order."""
+    """`fc1.kernel:16x8x8`: its rows are flattened (C, H, W) = (16, 8, 8); `fc1.kernel:as-is`: they are in our order.
+
+    Raises:
+      ValueError: naming a text that is neither.
+    """
     orders: Orders = {}
     for text in texts:
         name, colon, shape = text.partition(":")
@@ -33,45 +36,49 @@ def parse_orders(texts: tuple[str, ...]) -> Orders:
             c, h, w = map(int, parts)
             orders[name] = (c, h, w)
         else:
-            raise ConfigError(f"--flattened {text!r} is not NAME:CxHxW, such as fc1.kernel:16x8x8, nor NAME:as-is")
+            raise ValueError(f"{text!r} is not NAME:CxHxW, such as fc1.kernel:16x8x8, nor NAME:as-is")
     return orders
 
 
-def read(flag: str, path: str) -> dict[str, np.ndarray]:
-    """The arrays of a file by name; ConfigError where it cannot be read."""
+def read(path: str) -> dict[str, np.ndarray]:
+    """The arrays of a file by name.
+
+    Raises:
+      ValueError: where it cannot be read.
+    """
     file = Path(path)
     if not file.is_file():
-        raise ConfigError(f"--{flag} {path} does not exist; give a .npz, .safetensors or torch .pt file of arrays by name")
+        raise ValueError(f"{path} does not exist; give a .npz, .safetensors or torch .pt file of arrays by name")
     try:
         if file.suffix != ".npz":
-            return weights.read_tensors(file)
+            return tensor_files.read_tensors(file)
         with np.load(file, allow_pickle=False) as arrays:
             return {name: arrays[name] for name in arrays.files}
     except Exception as error:  # zipfile, OSError, ValueError, by what is broken
-        raise ConfigError(f"--{flag} {path} cannot be read: {error}") from None
+        raise ValueError(f"{path} cannot be read: {error}") from None
 
 
-def fit(flag: str, path: str, expected: Params, orders: Orders) -> dict[str, np.ndarray]:
+def fit(path: str, expected: Params, orders: Orders) -> dict[str, np.ndarray]:
     """The file's arrays as the parameters `expected`, each used once, in float32.
 
     Raises:
-      ConfigError: with all that is missing, unexpected, of another shape, not finite, or of an order that must be told.
+      ValueError: with all that is missing, unexpected, of another shape, not finite, or of an order that must be told.
     """
-    found = {_plain(name): value for name, value in read(flag, path).items()}
+    arrays = {_plain(name): value for name, value in read(path).items()}
     problems: dict[str, list[str]] = {"missing": [], "of another shape": [], "not finite": [], "of an unknown order": []}
     unknown = [name for name in orders if name not in expected]
     if unknown:
-        raise ConfigError(f"--flattened {unknown[0]}: the victim has no such array; it has {', '.join(expected)}")
+        raise ValueError(f"flattened {unknown[0]}: the victim has no such array; it has {', '.join(expected)}")
     tree = {}
     for name, target in expected.items():
         torch = _torch_name(name)
-        if name in found:
-            value = found.pop(name)
-        elif torch in found:
-            value = weights.to_our_layout(found.pop(torch), target.ndim)
+        if name in arrays:
+            value = arrays.pop(name)
+        elif torch in arrays:
+            value = tensor_files.to_our_layout(arrays.pop(torch), target.ndim)
             if value.ndim == 2 and value.shape == target.shape and _is_flattened(name, value, expected):
                 if name not in orders:
-                    problems["of an unknown order"].append(f"{name} {value.shape} (say --flattened={name}:CxHxW, or as-is)")
+                    problems["of an unknown order"].append(f"{name} {value.shape} (say flattened={name}:CxHxW, or as-is)")
                     continue
                 value = _reordered(name, value, orders[name])
         else:
@@ -82,9 +89,9 @@ def fit(flag: str, path: str, expected: Params, orders: Orders) -> dict[str, np.
         elif value.dtype.kind not in "fV" or not np.isfinite(value.astype(np.float32)).all():
             problems["not finite"].append(name)
         tree[name] = np.ascontiguousarray(value.astype(np.float32))
-    problems["not of the victim"] = sorted(found)
+    problems["not of the victim"] = sorted(arrays)
     if any(problems.values()):
-        raise ConfigError(f"--{flag} {path} does not fit the victim; {weights.listed(problems)}")
+        raise ValueError(f"{path} does not fit the victim; {tensor_files.listed(problems)}")
     return tree
 
 
@@ -107,6 +114,6 @@ def _reordered(name: str, kernel: np.ndarray, order: tuple[int, int, int] | None
     if order is None:
         return kernel
     if math.prod(order) != len(kernel):
-        told = f"{name}:{'x'.join(map(str, order))}"
-        raise ConfigError(f"--flattened {told}: {name} has {len(kernel)} rows, not {math.prod(order)}")
+        shape = "x".join(map(str, order))
+        raise ValueError(f"flattened {name}:{shape}: {name} has {len(kernel)} rows, not {math.prod(order)}")
     return kernel.reshape(*order, -1).transpose(1, 2, 0, 3).reshape(len(kernel), -1)

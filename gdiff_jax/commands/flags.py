@@ -1,58 +1,55 @@
-"""What every experiment shares at its command line: flags made from a frozen dataclass, one-line errors, atomic files."""
+"""What every command shares: flags made from its settings, one-line errors with an exit code, an end at once on signals."""
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import os
 import signal
 import sys
 import threading
+import types
 import typing
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
-import jax
 from absl import app, flags, logging
 
-from gdiff_jax.files import write_atomic
-from gdiff_jax.priors import cache
+from gdiff_jax import options
+from gdiff_jax.errors import ConfigError, RunError
+from gdiff_jax.files import cache_folder
 
-__all__ = ["NO_SPACE", "ConfigError", "RunError", "define_flags", "given", "option", "read_flags", "run", "write_atomic"]
-
-
-class ConfigError(ValueError):
-    """A value the user gave that cannot be used: shown as one line, exit code 2, nothing written."""
-
-
-class RunError(RuntimeError):
-    """What stopped a run that had begun, and how to go on: shown as one line, exit code 1; what is finished is kept."""
-
+C = TypeVar("C")
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def option(default: Any, help: str, bare: bool = False) -> Any:
-    """A dataclass field that becomes a flag with this help; a `bare` one may stand without a value and means its default."""
-    return dataclasses.field(default=default, metadata={"help": help, "bare": bare})
-
-
-def define_flags(config: type) -> None:
-    """One absl flag for each field of the dataclass `config`, with its type, default and help."""
-    hints = typing.get_type_hints(config)
-    for field in dataclasses.fields(config):
-        text, kind = field.metadata["help"], hints[field.name]
+def define_flags(defaults: Any) -> None:
+    """One absl flag for each option of `defaults` (see `gdiff_jax.options`), with its type, default and help."""
+    for owner, field in options.leaves(defaults):
+        name, default, text = field.name, getattr(owner, field.name), field.metadata["help"]
+        kind = _without_none(typing.get_type_hints(type(owner))[name])
         if typing.get_origin(kind) is tuple:
-            of = typing.get_args(kind)[0]
-            parser = _TupleParser(of, field.default)
-            flag = flags.Flag(parser, flags.CsvListSerializer(","), field.name, field.default, text)
-            flag.boolean = field.metadata["bare"]  # what lets absl take `--name` without a value
+            parser = _TupleParser(typing.get_args(kind)[0], field.metadata["bare"])
+            flag = flags.Flag(parser, flags.CsvListSerializer(","), name, default, text)
+            flag.boolean = field.metadata["bare"] is not None  # what lets absl take `--name` without a value
             flags.DEFINE_flag(flag)
         else:
-            define = {bool: flags.DEFINE_bool, int: flags.DEFINE_integer, float: flags.DEFINE_float, str: flags.DEFINE_string}
-            define[kind](field.name, field.default, text)
+            define: dict[type, Callable[..., Any]] = {
+                bool: flags.DEFINE_bool,
+                int: flags.DEFINE_integer,
+                float: flags.DEFINE_float,
+                str: flags.DEFINE_string,
+            }
+            define[kind](name, default, text)
         # --help lists the flags of the main program, which for absl are those registered under its name.
-        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[field.name])
+        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
+
+
+def _without_none(kind: Any) -> Any:
+    """`T` of `T | None`."""
+    if isinstance(kind, types.UnionType):
+        (kind,) = (k for k in typing.get_args(kind) if k is not types.NoneType)
+    return kind
 
 
 class _TupleParser(flags.ArgumentParser):
@@ -60,16 +57,16 @@ class _TupleParser(flags.ArgumentParser):
 
     syntactic_help = "values separated by commas"
 
-    def __init__(self, of: type, default: tuple[Any, ...]):
+    def __init__(self, of: type, bare: tuple[Any, ...] | None):
         super().__init__()
         self.of = of
-        self.default = default
+        self.bare = bare
 
     def parse(self, argument: Any) -> tuple[Any, ...]:
         if not isinstance(argument, str):
             return tuple(argument)
-        if argument == "true":  # what absl passes for a flag without a value
-            return self.default
+        if self.bare is not None and argument == "true":  # what absl passes for a flag without a value
+            return self.bare
         try:
             return tuple(self.of(part.strip()) for part in argument.split(",") if part.strip())
         except ValueError:
@@ -79,14 +76,9 @@ class _TupleParser(flags.ArgumentParser):
         return f"list of {self.of.__name__}"
 
 
-def read_flags(config: type) -> Any:
-    """The dataclass filled from the parsed flags."""
-    return config(**{f.name: flags.FLAGS[f.name].value for f in dataclasses.fields(config)})
-
-
-def given(name: str) -> bool:
-    """Whether the user wrote this flag."""
-    return bool(flags.FLAGS[name].present)
+def read_flags(defaults: C) -> C:
+    """`defaults` with the values of the parsed flags."""
+    return options.replace(defaults, **{name: flags.FLAGS[name].value for name in options.flat(defaults)})
 
 
 def run(main: Callable[[], None]) -> None:
@@ -102,6 +94,7 @@ def run(main: Callable[[], None]) -> None:
         return rest
 
     def guarded(_: list[str]) -> None:
+        keep_compiled()
         try:
             main()
         except ConfigError as error:
@@ -115,14 +108,13 @@ def run(main: Callable[[], None]) -> None:
             _fail(f"{error.strerror}{where}; what is finished is kept. Free space and give the same command again", 1)
 
     end_at_once_on_signals()
-    keep_compiled()
     logging.set_verbosity(logging.WARNING)  # jax and orbax tell each step of theirs at INFO
     app.run(guarded, flags_parser=parse)
 
 
 def _leave(code: int) -> typing.NoReturn:
     """Ends the process; one of several without JAX's farewell, which waits for those that may be dead."""
-    if jax.distributed.is_initialized():
+    if "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized():
         sys.stdout.flush()
         os._exit(code)
     sys.exit(code)
@@ -149,8 +141,10 @@ def _end(number: int) -> None:
 
 def keep_compiled() -> None:
     """Compiled programs are kept in the user's cache folder, unless JAX was told of another one, or of none."""
-    if jax.config.jax_compilation_cache_dir is None:
-        jax.config.update("jax_compilation_cache_dir", str(cache.folder() / "compiled"))
+    import jax  # not with the module: --help need not wait for it
+
+    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]  # mypy does not see what JAX sets
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
         # Small ones too: a start compiles a hundred of them, for initial weights and the like, five seconds in all.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 

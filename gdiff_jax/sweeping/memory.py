@@ -9,7 +9,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from experiments.cli import ConfigError
+from gdiff_jax.errors import ConfigError
 
 GIB = 2**30
 

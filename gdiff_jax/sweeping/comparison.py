@@ -3,41 +3,34 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 
-from experiments import report
-from experiments.cli import write_atomic
-from experiments.methods import METHODS
-from experiments.records import Row
-from gdiff_jax.auditing import intervals
-from gdiff_jax.auditing.intervals import Interval
+from gdiff_jax.intervals import Interval, median_interval
+from gdiff_jax.methods import METHODS
+from gdiff_jax.sweeping import tables
+from gdiff_jax.sweeping.records import Row
+from gdiff_jax.sweeping.tables import Panel
 
-Panel = tuple[str, int, str]  # victim, training steps, mechanism
 Cells = dict[tuple[float, str], list[Row]]  # by sigma and method
 
 
-def panels(rows: list[Row]) -> dict[Panel, Cells]:
+def by_panel(rows: list[Row]) -> dict[Panel, Cells]:
     """By sigma, then in the order of METHODS."""
     found: dict[Panel, Cells] = defaultdict(dict)
     order = lambda item: (*item[0][:3], item[0][4], list(METHODS).index(item[0][3]))
-    for (victim, steps, mechanism, method, sigma), cell in sorted(report.by_cell(rows).items(), key=order):
+    for (victim, steps, mechanism, method, sigma), cell in sorted(tables.by_cell(rows).items(), key=order):
         found[victim, steps, mechanism][sigma, method] = cell
     return dict(found)
 
 
-def median_interval(rows: list[Row], name: str = "psnr") -> Interval:
+def psnr_interval(rows: list[Row], name: str = "psnr") -> Interval:
     """Median over trials and its 95 % interval, by bootstrap over the images, a leak's images and their seeds together."""
     by_leak: dict[int, list[float]] = defaultdict(list)
     for row in rows:
         if not row["failed"] and row.get(name) is not None:
             by_leak[row["image"] - row["row"] % _group(rows)].append(row[name])
-    return intervals.median_interval(by_leak.values())
+    return median_interval(by_leak.values())
 
 
 def _group(rows: list[Row]) -> int:
@@ -73,23 +66,23 @@ def table(rows: list[Row]) -> str:
     """A line a victim, mechanism, sigma and method: median PSNR with its interval, wins, label accuracy, time and memory."""
     head = ["victim", "trained", "mechanism", "sigma", "method", "PSNR dB [95 %]", "wins", "labels", "s a trial", "MiB a trial"]
     body = []
-    for (victim, steps, mechanism), cells in panels(rows).items():
+    for (victim, steps, mechanism), cells in by_panel(rows).items():
         for (sigma, method), cell in cells.items():
             inferred = cell[0]["labels"] != "known"
             accuracy = f"{np.mean([r['label_accuracy'] for r in cell]):.0%}" if inferred else "known"
             trials = list({(r["chunk"], r["trial"]): r for r in cell}.values())
             cost = [f"{np.median([r[name] for r in trials]):.3g}" for name in ("seconds", "memory_mib")]
             won = f"{wins(cells, sigma)[method]}/{len(cell)}"
-            line = [victim, str(steps) if steps else "no", mechanism, f"{sigma:.4g}", method, _psnr(median_interval(cell))]
+            line = [victim, str(steps) if steps else "no", mechanism, f"{sigma:.4g}", method, _psnr(psnr_interval(cell))]
             body.append([*line, won, accuracy, *cost])
-    return report.markdown(head, body)
+    return tables.markdown(head, body)
 
 
 def strongest(cells: Cells) -> list[tuple[float, str, float]]:
     """(sigma, method, median PSNR) of the method with the highest median, at each sigma."""
     found = []
     for sigma in sorted({sigma for sigma, _ in cells}):
-        medians = {m: report.quartiles(cell, "psnr")[0] for (s, m), cell in cells.items() if s == sigma}
+        medians = {m: tables.quartiles(cell, "psnr")[0] for (s, m), cell in cells.items() if s == sigma}
         alive = {m: v for m, v in medians.items() if not np.isnan(v)}
         if alive:
             method = max(alive, key=lambda m: alive[m])
@@ -100,7 +93,7 @@ def strongest(cells: Cells) -> list[tuple[float, str, float]]:
 def verdicts(rows: list[Row]) -> list[str]:
     """A sentence a victim and mechanism: which method is the strongest by median, and from which sigma another."""
     lines = []
-    for panel, cells in panels(rows).items():
+    for panel, cells in by_panel(rows).items():
         spans: list[tuple[str, list[tuple[float, float]]]] = []
         for sigma, method, median in strongest(cells):
             if not spans or spans[-1][0] != method:
@@ -111,28 +104,5 @@ def verdicts(rows: list[Row]) -> list[str]:
             (low, first), (high, last) = points[0], points[-1]
             where = f"sigma {low:.4g}" if len(points) == 1 else f"sigma {low:.4g} to {high:.4g}"
             parts.append(f"{method} at {where} ({first:.1f}{f' to {last:.1f}' if len(points) > 1 else ''} dB)")
-        lines.append(f"Strongest by median against {report.title(*panel)}: {', then '.join(parts) or 'every trial failed'}.")
+        lines.append(f"Strongest by median against {tables.title(*panel)}: {', then '.join(parts) or 'every trial failed'}.")
     return lines
-
-
-def plot_labels(rows: list[Row], path: Path) -> None:
-    """Share of labels that were inferred right over sigma, a line a victim and mechanism; of inferred labels only."""
-    fig, ax = plt.subplots(figsize=(6, 3.6), layout="constrained")
-    found = panels(rows)
-    sigmas = sorted({sigma for cells in found.values() for sigma, _ in cells})
-    # Lines may lie on each other (all at 1 without noise): markers of growing emptiness keep each visible.
-    for i, (panel, cells) in enumerate(found.items()):
-        shares = []
-        for sigma in sigmas:
-            seen = {(r["image"], r["seed"]): r["label_accuracy"] for (s, m), cell in cells.items() if s == sigma for r in cell}
-            shares.append(np.mean(list(seen.values())) if seen else np.nan)
-        marker = "os^Dv*P"[i % 7]
-        ax.plot(range(len(sigmas)), shares, marker=marker, label=report.title(*panel), ms=8 - i % 4, mfc="none", lw=1.2)
-    ax.set_xticks(range(len(sigmas)), [f"{s:.3g}" for s in sigmas])
-    ax.set_ylim(-0.03, 1.05)
-    ax.set_xlabel("sigma: standard deviation of the noise on the gradient")
-    ax.set_ylabel("share of labels inferred right")
-    ax.grid(alpha=0.25)
-    ax.legend(fontsize=8, frameon=False)
-    write_atomic(path, lambda p: fig.savefig(p, dpi=130))
-    plt.close(fig)

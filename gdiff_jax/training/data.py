@@ -1,4 +1,4 @@
-"""The images that an experiment trains on, and those that it never does."""
+"""The images that are trained on, and those that never are."""
 
 from __future__ import annotations
 

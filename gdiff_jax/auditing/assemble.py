@@ -1,0 +1,137 @@
+"""From trials as they ran to an audit: what needs the pictures (identification, LPIPS), and of these what the report shows."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from gdiff_jax import metrics
+from gdiff_jax.auditing import pictures, summary
+from gdiff_jax.auditing.record import COMBINED, SHOWN, AuditRecord, Row, curve_key, plain
+from gdiff_jax.auditing.result import Audit
+
+
+@dataclasses.dataclass(frozen=True)
+class Trials:
+    """Trials as they ran, in one order.
+
+    Attributes:
+      rows: of each its method, sigma (None for prior-only), image, leak, seed, psnr, mse, distance, failed, ...
+      images: of each its reconstruction, (H, W, C) in [-1, 1].
+      traces: of each the arrays "distance" and "x0_error" of its steps, and "signal", which is nan or left out where it was
+        not measured.
+    """
+
+    rows: Sequence[Row]
+    images: Sequence[np.ndarray]
+    traces: Sequence[Mapping[str, np.ndarray]]
+
+
+def assemble(
+    about: dict[str, Any],
+    trials: Trials,
+    truth: np.ndarray | None,
+    *,
+    candidates: np.ndarray,
+    mean_image: np.ndarray | None,
+    guarantees: list[dict[str, Any]],
+    theory: dict[str, Any] | None,
+    film: Sequence[np.ndarray],
+) -> Audit:
+    """The audit of these trials, exactly as it will be read back from its file.
+
+    Args:
+      about: see `AuditRecord`; needs threshold, share, delta, group, victim, num_images, seeds.
+      trials: all of them, those of prior-only included.
+      truth: private images (N, H, W, C) in [-1, 1], indexed by the rows' `image`; None where they are not known.
+      candidates: (K, H, W, C) public or private images among which each truth is looked for; it is counted once.
+      mean_image: (H, W, C), or None.
+      guarantees: one a noise level.
+      theory: of `theory.summary.summarise`, or None.
+      film: images (H, W, C) of one reconstruction over the steps.
+
+    Raises:
+      ValueError: where there are not as many rows as images and traces.
+    """
+    rows = [dict(row) for row in trials.rows]
+    scoring: dict[str, Any] = {}
+    if truth is not None:
+        scoring = {"candidates": metrics.candidate_count(candidates, truth), "has_lpips": metrics.lpips_is_installed()}
+        _score(rows, trials.images, truth, candidates, scoring["has_lpips"])
+    record = AuditRecord(
+        about={"candidates": 0, "has_lpips": False, **about, **scoring, "has_truth": truth is not None},
+        trials=rows,
+        curves={curve_key(row): _curve(trace) for row, trace in zip(rows, trials.traces, strict=True)},
+        mean_image=[] if truth is None or mean_image is None else _mean_image_scores(mean_image, truth),
+        guarantees=guarantees,
+        theory=theory,
+        pictures={},
+    )
+    shown = _pictures(record, trials.images, truth, film)
+    return Audit(**plain(dataclasses.asdict(dataclasses.replace(record, pictures=shown))))
+
+
+def _score(rows: list[Row], images: Sequence[np.ndarray], truth: np.ndarray, candidates: np.ndarray, has_lpips: bool) -> None:
+    """Puts `rank` and, where it can be had, `lpips` into the rows of trials that did not fail."""
+    for i, x in enumerate(truth):
+        scored = [(row, image) for row, image in zip(rows, images, strict=True) if row["image"] == i and not row["failed"]]
+        reconstructions = np.array([image for _, image in scored]).reshape(-1, *x.shape)
+        ranks = metrics.identification_ranks(reconstructions, x, candidates)
+        for (row, image), rank in zip(scored, ranks, strict=True):
+            row["rank"] = int(rank)
+            if has_lpips:
+                row["lpips"] = float(metrics.lpips(image, x))
+
+
+def _mean_image_scores(mean_image: np.ndarray, truth: np.ndarray) -> list[Row]:
+    """Of each private image what a guess of the mean image scores."""
+    scores = metrics.image_metrics(jnp.broadcast_to(mean_image, truth.shape), jnp.asarray(truth))
+    return [{name: float(values[i]) for name, values in scores.items()} for i in range(len(truth))]
+
+
+def _curve(trace: Mapping[str, np.ndarray]) -> dict[str, list[float | None]]:
+    """A trace as `AuditRecord.curves` holds it: PSNR in dB in place of the squared error on [-1, 1]."""
+    psnr = 10 * np.log10(4 / np.maximum(np.asarray(trace["x0_error"], np.float64), 1e-12))
+    curve = {"distance": _rounded(trace["distance"]), "psnr": _rounded(psnr)}
+    if "signal" in trace and np.isfinite(trace["signal"]).any():
+        curve["signal"] = _rounded(trace["signal"])
+    return curve
+
+
+def _rounded(values: Any) -> list[float | None]:
+    """To four digits, which curves need no more than."""
+    return [float(f"{v:.4g}") if math.isfinite(v) else None for v in np.asarray(values, np.float64).tolist()]
+
+
+def _pictures(
+    record: AuditRecord, images: Sequence[np.ndarray], truth: np.ndarray | None, film: Sequence[np.ndarray]
+) -> dict[str, str]:
+    """Those that the sheets show, by the names of `AuditRecord.pictures`."""
+    reconstruction = {_trial(row): image for row, image in zip(record.trials, images, strict=True)}
+    png = lambda row: pictures.png(reconstruction[_trial(row)])
+    shown = {} if truth is None else {f"truth/{i}": pictures.png(x) for i, x in enumerate(truth[:SHOWN])}
+    both_kinds = len({method in COMBINED for method in record.methods}) > 1
+    for sigma in record.sigmas:
+        picks, to_recognise = (summary.attacker_picks(record.at(sigma), recognise) for recognise in (False, True))
+        if truth is None:
+            shown |= {f"found/{sigma!r}/{row['seed']}": png(row) for row in picks if row["seed"] < 2 * SHOWN}
+            continue
+        shown |= {f"found/{sigma!r}/{row['image']}": png(row) for row in picks if _is_shown(row)}
+        if both_kinds:
+            shown |= {f"recognised/{sigma!r}/{row['image']}": png(row) for row in to_recognise if _is_shown(row)}
+    shown |= {f"prior/{row['image']}": png(row) for row in record.prior_only if _is_shown(row)}
+    return shown | {f"film/{k}": pictures.png(frame) for k, frame in enumerate(film)}
+
+
+def _trial(row: Row) -> tuple[str, float | None, int, int]:
+    """What tells a row from all others; images of a group share their leak."""
+    return row["method"], row["sigma"], row["image"], row["seed"]
+
+
+def _is_shown(row: Row) -> bool:
+    return row["seed"] == 0 and row["image"] < SHOWN

@@ -1,0 +1,230 @@
+"""An audit in one call, of objects: a loss, its weights, images. The command does the same of names and files."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+
+from gdiff_jax import images as image_files
+from gdiff_jax import modules
+from gdiff_jax.auditing import checks
+from gdiff_jax.auditing.about import clip_norm
+from gdiff_jax.auditing.result import Audit
+from gdiff_jax.auditing.run import Question, run, with_analytic
+from gdiff_jax.errors import need
+from gdiff_jax.matching import Loss
+from gdiff_jax.mechanisms import GaussianNoise, LaplaceNoise, Mechanism, UniformNoise
+from gdiff_jax.methods import Method
+from gdiff_jax.metrics import candidate_count
+from gdiff_jax.priors import Prior
+from gdiff_jax.sweeping.attackers import Attacker
+from gdiff_jax.sweeping.config import DEFAULT_SIGMAS, Client
+from gdiff_jax.sweeping.inputs import prior_samples
+from gdiff_jax.sweeping.plan import Plan, VictimState
+from gdiff_jax.sweeping.records import MemoryStore, Store
+from gdiff_jax.sweeping.run import run_trials
+from gdiff_jax.victims import Victim
+from gdiff_jax.victims.checks import check_gradients, check_loss
+from gdiff_jax.victims.own import find_first_dense, fingerprint, own_victim
+
+if TYPE_CHECKING:
+    from gdiff_jax.theory.privacy import Guarantee
+
+
+def audit(
+    loss: Loss | Victim,
+    params: Any,
+    images: Any,
+    labels: Any,
+    *,
+    prior: str | os.PathLike[str] | Prior = "cifar10-32",
+    sigmas: Sequence[float] = DEFAULT_SIGMAS,
+    mechanism: Callable[[Any], Mechanism] = GaussianNoise,
+    methods: Sequence[str | Method] = (),
+    attacker: str | Attacker = "informed",
+    client: Client = Client(),  # noqa: B008 - frozen
+    seeds: int = 2,
+    seed: int = 0,
+    steps: int = 100,
+    threshold: float = 20.0,
+    share: float = 0.1,
+    delta: float = 1e-5,
+    candidates: Any = None,
+    name: str = "the model",
+    batch: int = 8,
+    folder: str | Path | None = None,
+    progress: bool = True,
+) -> Audit:
+    """How much of private images comes back from their gradients in a model, over noise levels.
+
+    Trials run on every device that JAX has (`parallel.use_every_core` before JAX is used makes each core one).
+
+    Args:
+      loss: scalar `loss(params, x, y)` of one image x (H, W, C) in [-1, 1], pure, twice differentiable almost everywhere; of
+        images (B, H, W, C) and labels (B, ...) where the client has several. Or a `Victim`, of which an attacker can also
+        infer labels.
+      params: the model's parameters, any pytree of floating arrays.
+      images: private images (N, H, W, C) of the prior's shape, uint8 or floating in [-1, 1]; ten or more for useful intervals.
+      labels: (N, ...), whatever the loss takes for y.
+      prior: a name, folder or hub id for `load_prior`, or a `Prior`.
+      sigmas: noise levels, the standard deviations that `mechanism` is made with, in units of the gradient.
+      mechanism: what happens to the gradient at a level, such as `lambda s: Chain((Clip(1.0), GaussianNoise(s)))`.
+      methods: attacks, by name or as objects of `gdiff_jax.methods`. Without, `calibrated-mean`, which comes closest to the
+        truth, `dsg`, by which more images are recognised (benchmarks/results/calibration.md), and `analytic` and
+        `analytic-dsg` where a first layer is dense.
+      attacker: a threat model of `sweeping.attackers`, by name or with changes; "informed" is the worst case.
+      client: how many images a leak is of, and how many local steps the client makes.
+      seeds: leaks an image, each with noise of its own.
+      seed: of all random numbers.
+      steps: reverse steps.
+      threshold: PSNR in dB from which on an image counts as recovered.
+      share: the audit looks for the noise from which on fewer than this share of the images is recovered.
+      delta: of every (epsilon, delta) that is told.
+      candidates: images (K, H, W, C) among which the truth is looked for; the bundled CIFAR-10 test images where they fit,
+        together with `images`, if None.
+      name: of the model, for the report.
+      batch: trials at a time on all devices; each of "calibrated-mean" takes the memory of four.
+      folder: where the trials' records are kept; called again with the same arguments, an audit goes on from there. Of several
+        processes each calls alike, with a folder that all see. None keeps nothing.
+      progress: say what is done and show a bar.
+
+    Returns:
+      An `Audit`: its repr is the verdict; `plot()`, `report(folder)`, `to_json()`.
+
+    Raises:
+      ValueError: for arguments that do not fit, before anything is computed.
+    """
+    with checks.in_other_words(r"--(?=\w)", ""):  # arguments have the names of the flags
+        prior = checks.prior_of(prior)
+        x = checks.images_of("images", images, prior.image_shape)
+        y = checks.labels_of(labels, len(x))
+        others = _candidates(candidates, x)
+        checks.check_numbers(sigmas, seed, threshold, share, delta, seeds=seeds, steps=steps, batch=batch)
+        need(steps <= len(prior.betas), f"steps {steps}: the prior was trained with {len(prior.betas)}; ask for fewer")
+        attacker = checks.attacker_of(attacker)
+        checks.check_client(client, len(x))
+        chosen = checks.methods_of(methods, attacker.knowledge, client)
+        victim, weights = _victim(loss, params, x, y, attacker, client)
+        plan = Plan(
+            prior=prior, schedule=prior.schedule(steps), images=x, labels=y, names=tuple(map(str, range(len(x)))),
+            victims={name: victim}, params={VictimState(name, 0): weights}, mechanisms={}, sigmas={}, methods=chosen,
+            attacker=attacker, client=client, proxy=prior.expected_image[None], delta=delta, seeds=seeds, seed=seed,
+        )  # fmt: skip
+        plan = _with_mechanism(plan, mechanism, sigmas)
+        plan = plan if methods else with_analytic(plan, attacker.knowledge.adaptive)
+        checks.check_knowledge(victim, attacker, client, plan.methods)
+        if victim.has_batch_norm and attacker.knowledge.statistics == "replaced":
+            plan = dataclasses.replace(plan, proxy=prior_samples(plan))
+        store = MemoryStore() if folder is None else Store(Path(folder), _identity(plan, name, batch))
+        about = {"command": "gdiff_jax.audit(...)", "images": f"{len(x)} images given"}
+        attack = partial(run_trials, batch=batch, progress=progress)
+        with contextlib.closing(store):  # a notebook that keeps a traceback keeps the store in it, and its lock
+            return run(plan, Question(others, threshold, share), store, attack, about)
+
+
+@dataclasses.dataclass(frozen=True)
+class OwnMechanism:
+    """A mechanism by a function of the noise's standard deviation: a `sweeping.plan.NoisyMechanism`."""
+
+    make: Callable[[Any], Mechanism]
+    hides_mask: bool = False  # only built-in victims are pruned, by their names
+
+    @property
+    def text(self) -> str:
+        return str(self.make(0.123456789)).replace("0.123456789", "sigma")
+
+    @property
+    def clip_norm(self) -> float | None:
+        return clip_norm(self.make(1.0))
+
+    @property
+    def only_noise(self) -> bool:
+        return isinstance(self.make(1.0), GaussianNoise | LaplaceNoise | UniformNoise)
+
+    def for_image(self, key: jax.Array, sigma: Any, victim: Any, params: Any, x: jax.Array) -> Mechanism:
+        return self.make(sigma)
+
+    def guarantee(self, sigma: float, size: int, delta: float) -> Guarantee:
+        from gdiff_jax.theory import privacy  # with dp_accounting half a second, which a start need not wait
+
+        return privacy.guarantee(self.make(sigma), size, delta)
+
+
+def _with_mechanism(plan: Plan, make: Callable[[Any], Mechanism], sigmas: Sequence[float]) -> Plan:
+    (weights,) = plan.params.values()
+    checks.check_mechanism(make, weights)
+    checks.check_rate(make(1.0), plan.attacker.knowledge, plan.client)
+    mechanism, levels = OwnMechanism(make), tuple(sorted(float(sigma) for sigma in sigmas))
+    return dataclasses.replace(plan, mechanisms={mechanism.text: mechanism}, sigmas={mechanism.text: levels})
+
+
+def _first(y: Any, client: Client) -> Any:
+    """Of the arrays in y what the first leak is of: an image's, or those of a group."""
+    return jax.tree.map((lambda a: a[0]) if client.group == 1 else (lambda a: a[: client.group]), y)
+
+
+def _victim(loss: Loss | Victim, params: Any, x: np.ndarray, y: Any, attacker: Attacker, client: Client) -> tuple[Any, Any]:
+    """The victim, a `Victim` or an `OwnVictim`, and its weights as a flat dict, checked at the images."""
+    victim: Any = loss
+    if isinstance(loss, Victim):
+        checks.check_classes(y, loss.num_classes, attacker.knowledge.labels != "known")
+        check_loss(loss.loss, params, *_first((x, y), client))
+    else:
+        check_loss(loss, params, *_first((x, y), client))
+        victim, params = own_victim(loss, params, _classes(y))
+    if client.group == 1 and not victim.has_batch_norm:
+        check_gradients(victim.loss, params, x, y)
+        if not isinstance(victim, Victim):
+            victim = find_first_dense(victim, params, x.shape[1:], _first(y, client))
+    return victim, params
+
+
+def _classes(y: Any) -> int:
+    """As far as integer labels tell."""
+    leaves = jax.tree.leaves(y)
+    return int(leaves[0].max()) + 1 if len(leaves) == 1 and leaves[0].dtype.kind in "iu" else 0
+
+
+def _identity(plan: Plan, name: str, batch: int) -> dict[str, Any]:
+    """What decides the records of a call, by value or by hash; a loss by its program."""
+    (params,) = plan.params.values()
+    arrays = hashlib.sha256(plan.images.tobytes())
+    for leaf in jax.tree.leaves(plan.labels):
+        arrays.update(np.ascontiguousarray(leaf).tobytes())
+    return {
+        "sigmas": plan.sigmas,
+        "methods": {name: repr(method) for name, method in plan.methods.items()},
+        "attacker": plan.attacker.attacker,
+        **dataclasses.asdict(plan.attacker.knowledge),
+        **dataclasses.asdict(plan.client),
+        "seeds": plan.seeds,
+        "seed": plan.seed,
+        "steps": plan.schedule.num_steps,
+        "batch": batch,  # which trials are in a chunk
+        "sha256": {
+            "prior": plan.prior.sha256 or modules.digest(plan.prior.denoise.params),
+            "prior_settings": plan.prior.settings_sha256,
+            "loss": fingerprint(plan.victims[name].loss, params, *_first((plan.images, plan.labels), plan.client)),
+            "params": modules.digest(params),
+            "images and labels": arrays.hexdigest(),
+        },
+    }
+
+
+def _candidates(candidates: Any, x: np.ndarray) -> np.ndarray:
+    """Those that are given, or the private images themselves and the bundled ones where they are of this shape."""
+    if candidates is not None:
+        others = checks.images_of("candidates", candidates, x.shape[1:])
+        need(candidate_count(others, x) > 1, "candidates hold nothing but the private images; give more images")
+        return others
+    bundled = image_files.to_model(image_files.load_images(image_files.BUNDLED).images)
+    return np.concatenate([x, bundled]) if bundled.shape[1:] == x.shape[1:] else x

@@ -1,0 +1,157 @@
+"""From what an audit is asked, by name, to its plan and its question, with the weights and the gradient of the user's files."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import os
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from gdiff_jax import images as image_files
+from gdiff_jax import modules
+from gdiff_jax.auditing.checks import in_other_words
+from gdiff_jax.auditing.result import Audit
+from gdiff_jax.auditing.run import Question, audited, run, with_analytic
+from gdiff_jax.auditing.settings import Asked, AuditConfig, Model
+from gdiff_jax.errors import ConfigError, need
+from gdiff_jax.metrics import candidate_count
+from gdiff_jax.options import replace
+from gdiff_jax.sweeping import checks, inputs
+from gdiff_jax.sweeping.config import SweepConfig
+from gdiff_jax.sweeping.plan import Plan
+from gdiff_jax.sweeping.records import Store
+from gdiff_jax.sweeping.run import run_trials
+from gdiff_jax.theory.summary import LARGEST_GRAM, prior_information
+from gdiff_jax.victims import saved_trees
+from gdiff_jax.victims.checks import check_gradients
+from gdiff_jax.victims.own import is_own
+
+
+def audit_named(config: AuditConfig) -> Audit:
+    """The audit of what is named; the attacks' records stay in OUT/sweep, and a later call goes on from there.
+
+    Raises:
+      ConfigError: with the value and the remedy, before anything is computed.
+    """
+    with in_other_words(r"--(victim|mechanism)s\b", r"--\1"):  # a sweep may have several
+        config.check()
+        sweep = _with_methods(config)
+        plan = _load_plan(config, sweep)
+        question = load_question(config.asked, sweep, plan)
+        _check_gradients(plan)
+        if not config.attacks.methods:
+            plan = with_analytic(plan, plan.attacker.knowledge.adaptive)
+        store = Store(Path(sweep.run.out), plan.identity)
+        attack = partial(run_trials, batch=config.run.batch, memory_gib=config.run.memory_gib)
+        with contextlib.closing(store):
+            return run(plan, question, store, attack, _about(config, sweep, plan))
+
+
+def _with_methods(config: AuditConfig) -> SweepConfig:
+    """The sweep, with the methods that an audit runs unless some are named."""
+    sweep = config.sweep()
+    mechanisms = inputs.parse_mechanisms(sweep.mechanisms)
+    config.attacker.check()
+    if config.attacks.methods:
+        return checks.write_out_all(sweep, mechanisms)
+    second = "dps" if checks.hindrances("calibrated-mean", sweep, mechanisms) else "calibrated-mean"
+    return replace(sweep, methods=("dsg", second))
+
+
+def _load_plan(config: AuditConfig, sweep: SweepConfig) -> Plan:
+    try:
+        orders = saved_trees.parse_orders(config.model.flattened)
+    except ValueError as error:
+        raise ConfigError(f"--flattened: {error}") from None
+    plan = inputs.load(sweep, config.images_known)
+    if config.model.weights:
+        plan = _with_weights(plan, config.model, orders)
+    if config.model.gradient:
+        plan = _with_gradient(plan, config, orders)
+    return plan
+
+
+def _check_gradients(plan: Plan) -> None:
+    """That each private image has a gradient; compiles the loss, so it comes last of the checks."""
+    state, _ = audited(plan)
+    victim = plan.victims[state.name]
+    if plan.images_known and not victim.has_batch_norm:
+        try:
+            check_gradients(victim.loss, plan.params[state], plan.images, plan.labels)
+        except ValueError as error:
+            raise ConfigError(f"victim {state.name}: {error}") from None
+
+
+def _fit(flag: str, path: str, plan: Plan, orders: saved_trees.Orders) -> dict[str, Any]:
+    """The arrays of a file, shaped as the victim's weights."""
+    state, _ = audited(plan)
+    try:
+        tree = saved_trees.fit(path, plan.params[state], orders)
+    except ValueError as error:
+        raise ConfigError(f"--{flag}: {error}") from None
+    return {name: jnp.asarray(value) for name, value in tree.items()}
+
+
+def _with_hash(plan: Plan, **hashes: Any) -> dict[str, Any]:
+    return {**plan.identity, "sha256": {**plan.identity["sha256"], **hashes}}
+
+
+def _with_weights(plan: Plan, model: Model, orders: saved_trees.Orders) -> Plan:
+    state, _ = audited(plan)
+    params = _fit("weights", model.weights, plan, orders)
+    plan = dataclasses.replace(plan, params={state: params}, identity=_with_hash(plan, weights=modules.digest(params)))
+    victim = plan.victims[state.name]
+    if is_own(state.name) and plan.images_known:
+        inputs.check_own_loss(state.name, victim, params, plan.images[0], plan.labels[0])  # type: ignore[arg-type]
+    return plan
+
+
+def _with_gradient(plan: Plan, config: AuditConfig, orders: saved_trees.Orders) -> Plan:
+    state, _ = audited(plan)
+    leak = _fit("gradient", config.model.gradient, plan, orders)
+    path = config.model.gradient
+    need(any(np.any(value) for value in leak.values()), f"--gradient {path} is zero everywhere: there is nothing to attack")
+    known, normed = config.images_known, plan.victims[state.name].has_batch_norm
+    need(
+        known or not normed or plan.attacker.knowledge.statistics != "known",
+        f"--gradient of {state.name} without --images: its BatchNorms' statistics are not known; --attacker=server",
+    )
+    return dataclasses.replace(plan, leak=leak, identity=_with_hash(plan, gradient=modules.digest(leak), truth=known))
+
+
+def load_question(asked: Asked, sweep: SweepConfig, plan: Plan) -> Question:
+    """What is asked, with its images."""
+    shape, prior, source = plan.prior.image_shape, sweep.prior.prior, asked.candidates or sweep.private.images
+    others = np.zeros((0, *shape), np.float32)
+    if plan.images_known:
+        others = image_files.to_model(inputs.read_images("candidates", source, "test", prior, shape).images)
+        count = candidate_count(others, plan.images)
+        need(count >= 2, f"--candidates {source} holds nothing but the private images; give more images")
+    information = None
+    if asked.data:
+        size = math.prod(shape)
+        need(size <= LARGEST_GRAM, f"--data: images of {size} numbers are too large for the van Trees limit; leave it away")
+        information = prior_information(inputs.read_images("data", asked.data, "train", prior, shape).images)
+    return Question(others, asked.threshold, asked.share, asked.spectra, information)
+
+
+def _about(config: AuditConfig, sweep: SweepConfig, plan: Plan) -> dict[str, Any]:
+    """What the report says of the question as it was asked."""
+    model = config.model
+    trained = f" after {model.training_steps} training steps" if model.training_steps else ""
+    untrained = not (trained or model.weights or is_own(model.victim))
+    return {
+        "victim": f"{os.path.basename(model.victim)}{trained}" + (" (untrained)" if untrained else ""),
+        "victim_given": model.victim,
+        "weights": model.weights,
+        "gradient": model.gradient,
+        "images": sweep.private.images if plan.images_known else "not known",
+        "candidates_from": config.asked.candidates or sweep.private.images,
+        "hashes": {name: value for name, value in plan.identity["sha256"].items() if value},
+    }

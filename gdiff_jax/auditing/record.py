@@ -1,0 +1,136 @@
+"""What an audit holds: its trials and all else that its report shows, as plain data. Pure NumPy."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import functools
+import io
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+FORMAT = 1
+SHOWN = 4  # images whose reconstructions are kept as pictures
+
+Row = dict[str, Any]
+PRIOR_ONLY = "prior-only"
+COMBINED = ("calibrated-mean", "dsg-mean")  # of least expected error: near the truth, but also near the mean image
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class AuditRecord:
+    """The data of an audit, which audit.json holds; what it says is in `summary` and `sentences`.
+
+    Attributes:
+      about: the question: victim, prior, images, mechanism, threat model, thresholds, versions, hashes, command.
+      trials: a dict for each method, noise level, image and seed; PSNR in dB and MSE are of images in [0, 1], `rank` is the
+        number of other candidates that are at least as close as the truth, `leak` names the first image of its group.
+      curves: per trial "distance" and "psnr" of x0hat at each reverse step, and "signal" where it was measured, by `curve_key`.
+      mean_image: scores of the prior's mean image, one an image; empty where the prior has none.
+      guarantees: what one release guarantees at each noise level.
+      theory: what can be said without an attack (`theory.summary.summarise`); None where it was left out.
+      pictures: PNG files, base64, by name: `truth/IMAGE`, `found/SIGMA/IMAGE` (attacker's pick, seed 0),
+        `recognised/SIGMA/IMAGE` (the pick to recognise it by, where another is in the running), `prior/IMAGE`, `film/STEP`.
+    """
+
+    about: dict[str, Any]
+    trials: list[Row]
+    curves: dict[str, dict[str, list[float | None]]]
+    mean_image: list[Row]
+    guarantees: list[dict[str, Any]]
+    theory: dict[str, Any] | None
+    pictures: dict[str, str]
+
+    @functools.cached_property
+    def attacks(self) -> list[Row]:
+        """The trials that used the gradient."""
+        return [row for row in self.trials if row["method"] != PRIOR_ONLY]
+
+    @functools.cached_property
+    def prior_only(self) -> list[Row]:
+        """Samples of the prior, which ignore the gradient."""
+        return [row for row in self.trials if row["method"] == PRIOR_ONLY]
+
+    @functools.cached_property
+    def sigmas(self) -> list[float]:
+        """Noise levels, ascending."""
+        return sorted({row["sigma"] for row in self.attacks})
+
+    @functools.cached_property
+    def methods(self) -> list[str]:
+        """Attacks, in the order in which they ran."""
+        return list(dict.fromkeys(row["method"] for row in self.attacks))
+
+    @property
+    def has_truth(self) -> bool:
+        """Whether the private images are known, so that reconstructions can be scored."""
+        return bool(self.about["has_truth"])
+
+    @property
+    def candidates(self) -> int:
+        """Images among which the truth is looked for, itself included."""
+        return self.about["candidates"]
+
+    def at(self, sigma: float) -> list[Row]:
+        """The attacks at one noise level."""
+        return [row for row in self.attacks if row["sigma"] == sigma]
+
+    def curve(self, row: Row) -> dict[str, np.ndarray]:
+        """Gradient distance, PSNR of x0hat and, where measured, share of signal at each step of a trial; nan where none."""
+        return {name: np.array(values, np.float64) for name, values in self.curves[curve_key(row)].items()}
+
+    @functools.cached_property
+    def memo(self) -> dict[str, Any]:
+        """By name what was computed of this record and is asked for again; it is no part of the data."""
+        return {}
+
+    def to_json(self) -> str:
+        """Strict JSON, from which `load` gives the same audit."""
+        return json.dumps({"format": FORMAT, **plain(dataclasses.asdict(self))}, allow_nan=False)
+
+    def to_csv(self) -> str:
+        """A line a trial."""
+        names = list(dict.fromkeys(name for row in self.trials for name in row))
+        text = io.StringIO()
+        writer = csv.DictWriter(text, names, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.trials)
+        return text.getvalue()
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Reads what `report` wrote as audit.json.
+
+        Raises:
+          ValueError: where the file is something else, or of another version of this format.
+        """
+        try:
+            data = json.loads(Path(path).read_text())
+            version = data.pop("format")
+            record = cls(**data)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{path} is not an audit.json that an audit wrote ({type(error).__name__}: {error})") from None
+        if version != FORMAT:
+            raise ValueError(f"{path} is of format {version}, this version reads {FORMAT}; make it again")
+        return record
+
+
+def curve_key(row: Row) -> str:
+    """The name of a trial's curves."""
+    return f"{row['method']}/{row['sigma']}/{row['leak']}/{row['seed']}"
+
+
+def plain(value: Any) -> Any:
+    """The value as JSON holds it: lists, dicts by strings, Python's numbers; a number that is not finite becomes None."""
+    if isinstance(value, dict):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value

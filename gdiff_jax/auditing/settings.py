@@ -1,0 +1,128 @@
+"""What an audit is asked at the command line: the parts of a sweep with an audit's defaults, and what is its own."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from gdiff_jax import images as image_files
+from gdiff_jax.errors import need
+from gdiff_jax.mechanisms import text as mechanism_text
+from gdiff_jax.options import option
+from gdiff_jax.sweeping.attackers import Attacker
+from gdiff_jax.sweeping.config import Attacks, Client, Noise, PriorOptions, PrivateImages, Run, SweepConfig, Victims
+from gdiff_jax.victims.zoo import VICTIMS
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """What is audited."""
+
+    victim: str = option("cnn", f"the model: FILE.py:FUNCTION or MODULE:FUNCTION of your own, or {', '.join(VICTIMS)}")
+    weights: str = option("", "its weights, a .npz, .safetensors or torch .pt file by parameter name; without, its own")
+    training_steps: int = option(0, "training state of a built-in model, from --checkpoints; 0 is untrained")
+    checkpoints: str = option("", "folder of experiments/train_victim.py")
+    gradient: str = option("", "a saved gradient to attack, a file as for --weights; with --images its image is known")
+    flattened: tuple[str, ...] = option(
+        (), "how a torch model flattened the input of a dense layer: NAME:CxHxW, such as fc1.kernel:16x8x8, or NAME:as-is"
+    )
+    mechanism: str = option("gaussian", mechanism_text.HELP)
+
+    def check(self) -> None:
+        need(not self.flattened or self.weights or self.gradient, "--flattened speaks of a file: give --weights or --gradient")
+        steps = self.training_steps
+        need(not (self.weights and steps), f"--weights and --training_steps={steps} both name weights; leave one away")
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """What is asked of the trials."""
+
+    candidates: str = option("", "images among which the private ones are looked for; without, all of --images")
+    threshold: float = option(20.0, "PSNR in dB from which on an image counts as recovered")
+    share: float = option(0.1, "look for the noise from which on fewer than this share of the images is recovered")
+    data: str = option("", "images like the private ones, whose covariance the van Trees limit takes; without, it is left out")
+    spectra: int = option(1, "images whose spectrum of J^T J is computed")
+
+    def check(self) -> None:
+        need(math.isfinite(self.threshold), f"--threshold {self.threshold} must be a finite PSNR in dB, such as 20")
+        need(0 < self.share < 1, f"--share {self.share} must lie in (0, 1), such as 0.1 for 10 %")
+        need(self.spectra >= 0, f"--spectra {self.spectra} must not be negative; 0 leaves the spectrum out")
+
+
+@dataclasses.dataclass(frozen=True)
+class AuditPrivateImages(PrivateImages):
+    """As of a sweep; which images are meant where none are named depends on --gradient."""
+
+    images: str = option(
+        "",
+        "private images: a folder, a .zip, a .npz or CIFAR-10's archive; without, "
+        f"{image_files.BUNDLED}, or none with --gradient",
+    )
+    num_images: int = option(12, "the first so many images of the set")
+
+
+@dataclasses.dataclass(frozen=True)
+class AuditAttacks(Attacks):
+    methods: tuple[str, ...] = option(
+        (),
+        "attacks, as for the sweep, or all; without, calibrated-mean, which comes closest, dsg, from which most is "
+        "recognised, and, where a first layer is dense, analytic and analytic-dsg",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class AuditConfig:
+    model: Model = Model()
+    asked: Asked = Asked()
+    noise: Noise = Noise()
+    private: AuditPrivateImages = AuditPrivateImages()
+    client: Client = Client()
+    attacker: Attacker = Attacker()
+    attacks: AuditAttacks = AuditAttacks()
+    prior: PriorOptions = PriorOptions()
+    run: Run = Run(seeds=2, out="runs/audit")
+    from_json: str = option("", "make the report of this audit.json again; nothing is computed, only --out counts")
+
+    @property
+    def images_known(self) -> bool:
+        """Whether the private images are; those of a saved gradient only where they are named."""
+        return bool(self.private.images) or not self.model.gradient
+
+    def check(self) -> None:
+        """What the parts must know of each other."""
+        self.model.check()
+        self.asked.check()
+        if not self.model.gradient:
+            return
+        group, levels = self.client.group, len(self.noise.sigmas)
+        need(group == 1, f"--group {group} with --gradient: a saved gradient is attacked as that of one image")
+        need(
+            levels == 1 and not self.noise.epsilon_grid,
+            f"--gradient holds one noise level, --sigma_grid names {levels}: say --sigma_grid=0 if it holds none",
+        )
+        if self.images_known:
+            return
+        mechanism = self.model.mechanism
+        need(self.private.label >= 0, "--gradient without --images: say the image's label with --label, which the loss needs")
+        need(
+            "soteria" not in mechanism,
+            f"--mechanism {mechanism} with --gradient: what soteria prunes depends on the image; give --images",
+        )
+
+    def sweep(self) -> SweepConfig:
+        """The sweep that the audit rests on, in the folder OUT/sweep."""
+        images = self.private.images or image_files.BUNDLED
+        count = 1 if self.model.gradient else self.private.num_images
+        private = PrivateImages(images, count, self.private.label, self.private.num_classes)
+        return SweepConfig(
+            mechanisms=(self.model.mechanism,),
+            noise=self.noise,
+            victims=Victims((self.model.victim,), (self.model.training_steps,), self.model.checkpoints),
+            private=private,
+            client=self.client,
+            attacker=self.attacker,
+            attacks=self.attacks,
+            prior=self.prior,
+            run=dataclasses.replace(self.run, out=f"{self.run.out}/sweep"),
+        )

@@ -1,0 +1,1 @@
+"""The commands: flags made from settings, help, exit codes."""

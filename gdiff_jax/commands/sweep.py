@@ -1,0 +1,37 @@
+"""How well private images come back from their gradients, over a grid of noise levels, victims and methods.
+
+    python experiments/sweep.py --sigma_grid                  the default grid with the bundled prior and images
+    python experiments/sweep.py --sigma_grid=0,1e-3,1e-2 --victims=lenet --methods=dsg --images=FOLDER --label=0
+    python experiments/sweep.py --epsilon_grid=1,10,100 --mechanisms=clip:1+gaussian
+    python experiments/sweep.py --methods=all --attacker=server        every attack, by one who must infer the labels
+    python experiments/sweep.py --group=4                              four images in one gradient
+
+The output folder receives every trial's record, image and trace, a table, a plot of quality over sigma and a contact
+sheet. A sweep that was killed goes on where it stopped when the same command is given again.
+What the attacker knows is said by --attacker and printed with the results. Where the package is installed the command is also
+called gdiff-sweep.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from gdiff_jax.commands import flags
+from gdiff_jax.commands.processes import Processes, join
+from gdiff_jax.sweeping.config import SweepConfig
+
+
+def main() -> None:
+    sys.modules["__main__"].__doc__ = __doc__  # which is what --help shows
+    flags.define_flags(SweepConfig())
+    flags.define_flags(Processes())
+    flags.run(_sweep)
+
+
+def _sweep() -> None:
+    from gdiff_jax import parallel  # not with the module, nor what follows: --help need not wait for it
+    from gdiff_jax.sweeping.sweep import sweep
+
+    parallel.use_every_core()
+    join(flags.read_flags(Processes()))
+    sweep(flags.read_flags(SweepConfig()))

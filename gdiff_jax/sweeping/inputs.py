@@ -1,0 +1,210 @@
+"""From what is asked for, by name, to a plan: everything loaded and checked before anything is computed."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+
+from gdiff_jax import images as image_files
+from gdiff_jax import modules
+from gdiff_jax.errors import ConfigError, need
+from gdiff_jax.matching import Distance, cosine, l1, l2
+from gdiff_jax.mechanisms import text as mechanism_text
+from gdiff_jax.options import flat
+from gdiff_jax.priors import Prior, load_prior
+from gdiff_jax.samplers import unguided_sample
+from gdiff_jax.sweeping import checks
+from gdiff_jax.sweeping.config import PriorOptions, PrivateImages, SweepConfig
+from gdiff_jax.sweeping.plan import Plan, VictimState
+from gdiff_jax.victims import Victim, checkpoints, own, zoo
+from gdiff_jax.victims.checks import check_loss
+
+PROXY_SAMPLES = 16  # of the prior, for the statistics of BatchNorms
+DISTANCES: dict[str, Distance] = {"l2": l2, "cosine": cosine, "l1": l1}
+# What does not change the results: where they go, and where weights come from that are known by their hash.
+WITHOUT_EFFECT = ("out", "checkpoints", "memory_gib")
+
+
+def parse_mechanisms(texts: tuple[str, ...]) -> dict[str, mechanism_text.Spec]:
+    try:
+        return {text: mechanism_text.parse(text) for text in texts}
+    except ValueError as error:
+        raise ConfigError(f"--mechanisms: {error}") from None
+
+
+def load(config: SweepConfig, images_known: bool = True) -> Plan:
+    """Loads and checks what `config` names.
+
+    Without `images_known` one image of unknown pixels, nan, stands for the private ones.
+
+    Raises:
+      ConfigError: with the value and the remedy, for the first thing that cannot be used.
+    """
+    mechanisms = parse_mechanisms(config.mechanisms)
+    config = checks.write_out_all(config, mechanisms)
+    checks.check(config, mechanisms)
+    sigmas = {text: config.noise.levels(spec, len(mechanisms) == 1) for text, spec in mechanisms.items()}
+    prior = load_prior_of(config.prior)
+    shape, classes = prior.image_shape, config.private.num_classes
+    data = load_private(config.private, config.prior.prior, shape) if images_known else _unknown_image(config.private, shape)
+    images, labels = image_files.to_model(data.images), np.asarray(data.labels)
+    victims, own_params, hashes = _load_victims(config.victims.victims, shape, classes, images[0], labels[0])
+    _check_fits(config, victims)
+    params, trained = _load_params(config, victims, own_params)
+    normed = any(victim.has_batch_norm for victim in victims.values())
+    plan = Plan(
+        prior=prior,
+        schedule=config.prior.schedule_of(prior),
+        images=images if images_known else np.full_like(images, np.nan),
+        labels=labels,
+        names=data.names,
+        victims=victims,
+        params=params,
+        mechanisms=dict(mechanisms),
+        sigmas=sigmas,
+        methods=config.attacks.make(joint_labels=config.attacker.knowledge.labels == "joint"),
+        attacker=config.attacker,
+        client=config.client,
+        proxy=prior.expected_image[None],
+        delta=config.noise.delta,
+        seeds=config.run.seeds,
+        seed=config.run.seed,
+        distance=DISTANCES[config.attacks.distance],
+        equal_layers=config.attacks.layer_weights == "equal",
+        identity=identity(config, prior, sigmas, images=data.sha256, trained_victims={**trained, **hashes}),
+    )
+    if normed and config.attacker.knowledge.statistics == "replaced":
+        plan = dataclasses.replace(plan, proxy=prior_samples(plan))
+    return plan
+
+
+def identity(config: SweepConfig, prior: Prior, sigmas: dict[str, Any], **hashes: Any) -> dict[str, Any]:
+    """Everything that decides the results of a sweep."""
+    asked = {name: value for name, value in flat(config).items() if name not in WITHOUT_EFFECT}
+    asked |= {"sigmas": sigmas, **dataclasses.asdict(config.attacker.knowledge)}
+    of_prior = {"prior": prior.sha256, "prior_settings": prior.settings_sha256, "prior_revision": prior.revision}
+    return {**asked, "sha256": {**of_prior, **hashes}}
+
+
+def load_prior_of(options: PriorOptions) -> Prior:
+    try:
+        prior = load_prior(options.prior, options.prior_dtype, remat=options.prior_remat)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--prior: {error}") from None
+    trained = len(prior.betas)
+    need(options.steps <= trained, f"--steps {options.steps}: prior {options.prior} was trained with {trained}; ask for fewer")
+    return prior if options.clip == "prior" else dataclasses.replace(prior, clip=options.clip == "yes")
+
+
+def read_images(
+    flag: str, source: str, split: image_files.Split, prior: str, shape: tuple[int, int, int]
+) -> image_files.ImageSet:
+    """The images that a flag names, of the shape that the prior takes; ConfigError where they cannot be had."""
+    try:
+        data = image_files.load_images(source, split, size=shape[0])
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--{flag}: {error}") from None
+    need(
+        data.images.shape[1:] == shape,
+        f"--{flag} {source}: images are {data.images.shape[1:]}, prior {prior} takes {shape}; "
+        "use images of that shape or another --prior",
+    )
+    return data
+
+
+def load_private(private: PrivateImages, prior: str, shape: tuple[int, int, int]) -> image_files.ImageSet:
+    """The private images, each with a label."""
+    source, count, label = private.images, private.num_images, private.label
+    data = read_images("images", source, "test", prior, shape)
+    need(count <= len(data), f"--num_images {count}: {source} holds {len(data)}; ask for fewer")
+    data = data.take(slice(0, count))
+    if label >= 0:
+        data = dataclasses.replace(data, labels=np.full(len(data), label, np.int32))
+    if data.labels is None:
+        print(f"{source} has no labels; every image gets label 0 (--label gives another, sub-folders give classes)")
+        data = dataclasses.replace(data, labels=np.zeros(len(data), np.int32))
+    last = private.num_classes - 1
+    for name, value in zip(data.names, np.asarray(data.labels).tolist(), strict=True):
+        need(0 <= value <= last, f"label {value} of {name} is outside 0..{last}; change --label or --num_classes")
+    return data
+
+
+def _unknown_image(private: PrivateImages, shape: tuple[int, int, int]) -> image_files.ImageSet:
+    """Grey, to check a loss with."""
+    label, last = private.label, private.num_classes - 1
+    need(0 <= label <= last, f"--label {label} is outside 0..{last}; change it or --num_classes")
+    return image_files.ImageSet(np.full((1, *shape), 128, np.uint8), np.array([label], np.int32), ("unknown",))
+
+
+def _load_victims(
+    names: tuple[str, ...], shape: tuple[int, int, int], num_classes: int, image: np.ndarray, label: Any
+) -> tuple[dict[str, Victim | own.OwnVictim], dict[str, Any], dict[str, str]]:
+    """Victims by name; the weights of those of the user's own, checked at an image; hashes of their losses."""
+    victims: dict[str, Victim | own.OwnVictim] = {}
+    params, hashes = {}, {}
+    for name in names:
+        try:
+            if own.is_own(name):
+                victim, params[name] = own.load_own(name, num_classes)
+                check_own_loss(name, victim, params[name], image, label)
+                hashes[f"{name} loss"] = own.fingerprint(victim.loss, params[name], image, label)
+                victims[name] = own.find_first_dense(victim, params[name], shape, label)
+            else:
+                victims[name] = zoo.make_victim(name, shape, num_classes)
+        except ConfigError:
+            raise
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+    return victims, params, hashes
+
+
+def check_own_loss(name: str, victim: own.OwnVictim, params: Any, image: np.ndarray, label: Any) -> None:
+    """ConfigError where the loss cannot be attacked at an image in [-1, 1]."""
+    try:
+        check_loss(victim.loss, params, image, label)
+    except ValueError as error:
+        raise ConfigError(f"victim {name!r}: {error}") from error
+
+
+def _load_params(
+    config: SweepConfig, victims: dict[str, Any], own_params: dict[str, Any]
+) -> tuple[dict[VictimState, Any], dict[str, str]]:
+    """Weights of each victim in each training state, and hashes of those that do not follow from the seed."""
+    params, hashes = {}, {}
+    for name, victim in victims.items():
+        for steps in config.victims.training_steps:
+            state = VictimState(name, steps)
+            if name in own_params:
+                params[state] = own_params[name]
+            elif steps:
+                try:
+                    params[state], _ = checkpoints.load(config.victims.checkpoints, name, steps, victim)
+                except ValueError as error:
+                    raise ConfigError(str(error)) from None
+            else:
+                params[state] = zoo.init_params(name, victim, config.run.seed)
+            if steps or name in own_params:
+                hashes[f"{name}/{steps}"] = modules.digest(params[state])
+    return params, hashes
+
+
+def _check_fits(config: SweepConfig, victims: dict[str, Any]) -> None:
+    """That each method can be run against one victim at least."""
+    group = config.client.group
+    for name, method in config.attacks.make().items():
+        need(
+            any(method.fits(victim.first_dense, group) for victim in victims.values()),
+            f"--methods {name} needs a victim whose first layer is dense, such as mlp, and --group=1; "
+            f"there are {','.join(victims)} and --group={group}",
+        )
+
+
+def prior_samples(plan: Plan) -> np.ndarray:
+    """(K, H, W, C) samples of the prior: images that everybody has, for the statistics of BatchNorms."""
+    keys = jax.random.split(jax.random.fold_in(jax.random.key(plan.seed), 2**17), PROXY_SAMPLES)
+    shape, clip = plan.prior.image_shape, plan.prior.clip
+    sample = lambda denoise, schedule, key: unguided_sample(key, denoise, schedule, shape, clip=clip)
+    return np.asarray(jax.jit(jax.vmap(sample, (None, None, 0)))(plan.prior.denoise, plan.schedule, keys)[0])

@@ -1,0 +1,1 @@
+"""Training of priors and of victims, from settings; each run goes to a folder."""

@@ -1,0 +1,181 @@
+"""Measures a prior and writes its card, so that anyone can judge it: held-out eps-MSE by noise level, a sheet of samples, and
+how far the samples are from the training images.
+"""
+
+from __future__ import annotations
+
+import datetime
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from gdiff_jax import images as image_files
+from gdiff_jax.errors import ConfigError, need
+from gdiff_jax.files import write_atomic
+from gdiff_jax.priors import Denoiser, Prior, load_prior
+from gdiff_jax.samplers import unguided_sample
+from gdiff_jax.schedule import Schedule
+from gdiff_jax.training.data import load_split
+from gdiff_jax.training.settings import PriorCard
+
+LEVELS = (0.01, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9)  # of the timesteps
+SHEET_SIDE, SHEET_STEPS = 8, 250
+
+
+def eps_loss(denoise: Denoiser, schedule: Schedule, key: jax.Array, x0: jax.Array, t: jax.Array) -> jax.Array:
+    """Mean squared error of eps for each image of a batch, (N,) (DDPM, Eq. 14); t counts steps of an un-respaced schedule."""
+    eps = jax.random.normal(key, x0.shape)
+    x_t = jax.vmap(schedule.add_noise)(x0, eps, t)
+    return jnp.square(denoise.batch(x_t, t)[0] - eps).mean((1, 2, 3))
+
+
+_eps_loss = jax.jit(eps_loss)
+
+
+def eps_mse_by_level(
+    denoise: Denoiser, schedule: Schedule, heldout: np.ndarray, levels: tuple[float, ...] = LEVELS, batch: int = 100
+) -> dict[int, float]:
+    """Held-out eps-MSE by timestep, at shares of an un-respaced schedule; predicting 0 costs 1.
+
+    The noise of an image is the same in every call.
+    """
+    result = {}
+    for level in sorted({int(share * schedule.num_steps) for share in levels}):
+        losses = []
+        for start in range(0, len(heldout), batch):
+            x0 = jnp.asarray(image_files.to_model(heldout[start : start + batch]))
+            key = jax.random.fold_in(jax.random.key(level), start)
+            losses.append(np.asarray(_eps_loss(denoise, schedule, key, x0, jnp.full(len(x0), level))))
+        result[level] = float(np.concatenate(losses).mean())
+    return result
+
+
+def draw_samples(prior: Prior) -> np.ndarray:
+    """Unguided samples, seeds 0, 1, 2 ..., none left out: uint8 (SHEET_SIDE^2, H, W, C)."""
+    sample = functools.partial(unguided_sample, shape=prior.image_shape, clip=prior.clip)
+    run = jax.jit(jax.vmap(lambda key, d, s: sample(key, d, s)[0], in_axes=(0, None, None)))
+    keys = jax.vmap(jax.random.key)(jnp.arange(SHEET_SIDE**2))
+    schedule = prior.schedule(_sheet_steps(prior))
+    rows = [run(keys[i : i + SHEET_SIDE], prior.denoise, schedule) for i in range(0, SHEET_SIDE**2, SHEET_SIDE)]
+    return np.round(image_files.to_unit(np.concatenate(rows)) * 255).astype(np.uint8)
+
+
+def _sheet_steps(prior: Prior) -> int:
+    return min(SHEET_STEPS, len(prior.betas))
+
+
+def nearest(queries: np.ndarray, train: np.ndarray, chunk: int = 1000) -> tuple[np.ndarray, np.ndarray]:
+    """The training image closest to each query, mirror images included, and its distance.
+
+    Args:
+      queries: (N, H, W, C) uint8.
+      train: (M, H, W, C) uint8.
+      chunk: training images compared at a time.
+
+    Returns:
+      images (N, H, W, C) uint8, and the root mean square difference of their values in [0, 1], (N,).
+    """
+    flat = lambda a: a.reshape(len(a), -1).astype(np.float32) / 255
+    q = flat(queries)
+    best, closest = np.full(len(q), np.inf), np.empty_like(queries)
+    for start in range(0, len(train), chunk):
+        for images in (train[start : start + chunk], train[start : start + chunk, :, ::-1]):
+            x = flat(images)
+            squares = np.square(q).sum(1)[:, None] + np.square(x).sum(1)[None] - 2 * q @ x.T
+            index = squares.argmin(1)
+            closer = squares.min(1) < best
+            best[closer], closest[closer] = squares.min(1)[closer], images[index[closer]]
+    return closest, np.sqrt(np.maximum(best, 0) / q.shape[1])
+
+
+def write_sheet(path: Path, images: np.ndarray) -> None:
+    """(N, H, W, C) uint8 in lines of SHEET_SIDE, twice the size."""
+    pad = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255)
+    sheet = np.concatenate([np.concatenate(list(row), axis=1) for row in pad.reshape(-1, SHEET_SIDE, *pad.shape[1:])], axis=0)
+    picture = Image.fromarray(sheet.squeeze())
+    picture = picture.resize((2 * picture.width, 2 * picture.height), Image.Resampling.NEAREST)
+    write_atomic(path, lambda p: picture.save(p))
+
+
+def write_card(folder: Path, prior: Prior, train: np.ndarray, heldout: np.ndarray, facts: dict[str, str]) -> None:
+    """Writes README.md, samples.png and neighbours.png into the folder; `facts` become the lines on top."""
+    levels = eps_mse_by_level(prior.denoise, prior.schedule(), heldout)
+    samples = draw_samples(prior)
+    write_sheet(folder / "samples.png", samples)
+    neighbours, distance = nearest(samples, train)
+    unseen = nearest(heldout[: len(samples)], train)[1]
+    pairs = np.stack([a.reshape(-1, SHEET_SIDE, *prior.image_shape) for a in (samples, neighbours)], axis=1)
+    write_sheet(folder / "neighbours.png", pairs.reshape(-1, *prior.image_shape))
+    size = sum(v.size for v in prior.denoise.params.values())
+    facts = {
+        **facts,
+        "parameters": f"{size:,}",
+        "images": f"{prior.image_shape}, values in [-1, 1]",
+        "measured": f"{datetime.date.today()}, {jax.devices()[0].device_kind}, {len(heldout)} held-out images, seeds fixed",
+    }
+    text = _card(prior, facts, levels, distance, unseen)
+
+    def write(path: Path) -> None:
+        path.write_text(text)
+
+    write_atomic(folder / "README.md", write)
+
+
+def _card(prior: Prior, facts: dict[str, str], levels: dict[int, float], samples: np.ndarray, unseen: np.ndarray) -> str:
+    """The card's text; `samples` and `unseen` (held-out images) are distances to the nearest training images."""
+    summary = lambda d: f"{d.min():.3f} | {np.median(d):.3f} | {d.max():.3f}"
+    lines = [
+        f"# Prior {prior.name}",
+        "",
+        *[f"- **{name}**: {value}" for name, value in facts.items()],
+        "",
+        "Held-out eps-MSE at timestep t (predicting 0 costs 1; lower is better):",
+        "",
+        "| t | " + " | ".join(map(str, levels)) + " |",
+        "|---" * (len(levels) + 1) + "|",
+        "| eps-MSE | " + " | ".join(f"{v:.4f}" for v in levels.values()) + " |",
+        "",
+        f"Unguided samples, seeds 0 to {SHEET_SIDE**2 - 1}, {_sheet_steps(prior)} steps, none left out:",
+        "",
+        "![samples](samples.png)",
+        "",
+        "Distance to the nearest training image, mirror images included (root mean square difference of values in [0, 1]).",
+        "Copies would lie much closer than images that the prior has never seen:",
+        "",
+        "| | least | median | greatest |",
+        "|---|---|---|---|",
+        f"| {len(samples)} samples | {summary(samples)} |",
+        f"| {len(unseen)} held-out images | {summary(unseen)} |",
+        "",
+        "`neighbours.png`, beside this file where the card is made, shows each line of samples above its nearest training",
+        "images; it is not published with the weights, because those images are not ours to publish.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def make_card(settings: PriorCard) -> str:
+    """Measures a prior and writes its card into `settings.out`.
+
+    Returns:
+      The text of the card.
+
+    Raises:
+      ConfigError: where prior or images cannot be read or do not fit each other; nothing is written.
+    """
+    settings.check()
+    try:
+        prior = load_prior(settings.prior)
+        train, heldout = (part.images for part in load_split(settings.data, prior.image_shape[0], settings.heldout))
+    except (OSError, ValueError) as error:
+        raise ConfigError(str(error)) from None
+    shape = heldout.shape[1:]
+    need(shape == prior.image_shape, f"--data {settings.data}: images are {shape}, the prior takes {prior.image_shape}")
+    out = Path(settings.out)
+    out.mkdir(parents=True, exist_ok=True)
+    write_card(out, prior, train, heldout, {"weights": f"sha256 {prior.sha256}", "data": settings.data})
+    return (out / "README.md").read_text()

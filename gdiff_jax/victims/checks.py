@@ -1,0 +1,71 @@
+"""Whether a loss can be attacked, asked before anything is computed; each error names the value and the remedy."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gdiff_jax.matching import Loss, mixed_partial, victim_gradient
+
+
+def check_loss(loss: Loss, params: Any, x: Any, y: Any) -> None:
+    """Whether a loss can be attacked: scalar, differentiable, with a gradient that answers to the image.
+
+    Raises:
+      ValueError: saying what is wrong with it.
+    """
+    leaves = jax.tree.leaves_with_path(params)
+    if not leaves:
+        raise ValueError("params hold no array; give the weights that the gradient is of")
+    for path, leaf in leaves:
+        if not hasattr(leaf, "dtype") or not jnp.issubdtype(leaf.dtype, jnp.floating):
+            kind = getattr(leaf, "dtype", type(leaf).__name__)
+            where = jax.tree_util.keystr(path)
+            raise ValueError(f"params{where} is {kind}; leave in params what is trained, floating arrays, and the rest in loss")
+    x, y = jnp.asarray(x), jax.tree.map(jnp.asarray, y)
+    try:
+        out = jax.eval_shape(loss, params, x, y)
+    except Exception as error:  # whatever the user's function raises
+        text = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"loss(params, x, y) failed for an image x {x.shape} and y {jax.tree.map(jnp.shape, y)}: "
+            f"{type(error).__name__}: {text}"
+        ) from error
+    if getattr(out, "shape", None) != () or not jnp.issubdtype(out.dtype, jnp.floating):
+        raise ValueError(f"loss returns {out}; a floating scalar is needed: take the mean over the batch and the classes")
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        gradient, answer = jax.jit(functools.partial(_probe, loss))(params, x, y)
+    if not bool(jnp.isfinite(gradient)):
+        raise ValueError("the loss has no finite gradient at the first image; check the image's range and the weights")
+    if float(gradient) == 0:
+        raise ValueError("the loss's gradient is zero at the first image: nothing leaks, or the loss ignores params")
+    if float(answer) == 0:
+        raise ValueError("the gradient does not depend on the image; does the loss round, or stop gradients of x?")
+
+
+def check_gradients(loss: Loss, params: Any, x: Any, y: Any) -> None:
+    """Whether each image of (N, H, W, C) has a finite gradient, without which there is no leak to attack.
+
+    Raises:
+      ValueError: naming those that have none.
+    """
+    finite = lambda a: jnp.stack([jnp.isfinite(g).all() for g in jax.tree.leaves(victim_gradient(loss, params, *a))]).all()
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        fine = jax.jit(lambda x, y: jax.lax.map(finite, (x, y)))(jnp.asarray(x), jax.tree.map(jnp.asarray, y))
+    lost = np.flatnonzero(~np.asarray(fine)).tolist()
+    if lost:
+        raise ValueError(
+            f"the loss has no finite gradient at {len(lost)} of {len(fine)} images ({', '.join(map(str, lost[:10]))}, counted "
+            "from 0); leave them out, or mend the loss"
+        )
+
+
+def _probe(loss: Loss, params: Any, x: jax.Array, y: Any) -> tuple[jax.Array, jax.Array]:
+    gradient = victim_gradient(loss, params, x, y)
+    answer = mixed_partial(loss, params, x, y, gradient)
+    norm = lambda tree: jnp.sqrt(sum(jnp.vdot(a, a) for a in jax.tree.leaves(tree)))
+    return norm(gradient), norm(answer)

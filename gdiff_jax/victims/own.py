@@ -1,0 +1,169 @@
+"""A network of the user's own, of which its loss alone is known: `loss(params, x, y)`, any function on JAX, and its weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib
+import importlib.util
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend import core
+
+from gdiff_jax.first_dense import FirstDense
+from gdiff_jax.matching import Loss, victim_gradient
+from gdiff_jax.modules import Params
+
+
+@dataclasses.dataclass(frozen=True)
+class OwnVictim:
+    """What a sweep asks a `Victim`, and no more.
+
+    Attributes:
+      loss: scalar `loss(params, x, y)` of params as a flat dict.
+      num_classes: labels are 0 .. num_classes - 1.
+      first_dense: the layer of which a gradient gives the whole image away, if `find_first_dense` finds one.
+    """
+
+    loss: Loss
+    num_classes: int
+    first_dense: FirstDense | None = None
+    has_batch_norm: bool = False
+
+
+def own_victim(loss: Loss, params: Any, num_classes: int) -> tuple[OwnVictim, Params]:
+    """The victim of a loss of any pytree of arrays, and its params as a flat dict by dotted path.
+
+    Raises:
+      ValueError: naming what among the params is no array, or has the path of another.
+    """
+    leaves, structure = jax.tree.flatten_with_path(params)
+    names = [jax.tree_util.keystr(path, simple=True, separator=".") or "params" for path, _ in leaves]
+    for name, (_, leaf) in zip(names, leaves, strict=True):
+        if not hasattr(leaf, "dtype"):
+            raise ValueError(f"params.{name} is a {type(leaf).__name__}, not an array; leave it to loss")
+    if len(set(names)) < len(names):
+        raise ValueError(f"two arrays of params have the same path; rename one of {', '.join(names[:9])}")
+
+    def flat_loss(params: Params, x: Any, y: Any) -> Any:
+        return loss(jax.tree.unflatten(structure, [params[n] for n in names]), x, y)
+
+    return OwnVictim(flat_loss, num_classes), {n: jnp.asarray(leaf) for n, (_, leaf) in zip(names, leaves, strict=True)}
+
+
+def is_own(name: str) -> bool:
+    """Whether a victim's name is MODULE:FUNCTION or FILE.py:FUNCTION."""
+    return ":" in name
+
+
+def load_own(name: str, num_classes: int) -> tuple[OwnVictim, Params]:
+    """`own_victim` of the loss and the params that the function of this name returns.
+
+    Raises:
+      ValueError: where there is no such function, it fails, or what it returns is something else.
+    """
+    function = _function(name)
+    attribute = name.rpartition(":")[2]
+    try:
+        returned = function()
+    except Exception as error:  # whatever the user's function raises
+        raise ValueError(f"victim {name!r}: {attribute}() failed ({type(error).__name__}: {error})") from error
+    if not (isinstance(returned, tuple) and len(returned) == 2 and callable(returned[0])):
+        raise ValueError(f"victim {name!r}: {attribute}() must return (loss, params), a function and a pytree of arrays")
+    try:
+        return own_victim(*returned, num_classes)
+    except ValueError as error:
+        raise ValueError(f"victim {name!r}: {error}") from None
+
+
+def _function(name: str) -> Callable[[], Any]:
+    where, _, attribute = name.rpartition(":")
+    try:
+        module = _import(where)
+    except Exception as error:  # whatever the user's file raises
+        raise ValueError(f"victim {name!r}: {where} cannot be imported ({type(error).__name__}: {error})") from error
+    function = getattr(module, attribute, None)
+    if not callable(function):
+        there = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
+        raise ValueError(f"victim {name!r}: {where} has no function {attribute!r}; it has {', '.join(there) or 'none'}")
+    return function
+
+
+def _import(where: str) -> ModuleType:
+    if not where.endswith(".py"):
+        sys.path.insert(0, os.getcwd())
+        return importlib.import_module(where)
+    spec = importlib.util.spec_from_file_location(Path(where).stem, where)
+    assert spec is not None and spec.loader is not None, where  # noqa: PT018 - a name that ends in .py has both
+    module = importlib.util.module_from_spec(spec)
+    sys.modules.setdefault(spec.name, module)  # where dataclasses and pickles of the file look for it
+    spec.loader.exec_module(module)
+    return module
+
+
+def find_first_dense(victim: OwnVictim, params: Params, shape: tuple[int, ...], label: Any) -> OwnVictim:
+    """With `first_dense`, where a layer's gradient gives the whole image away: its input is scale * image + shift, by channel.
+
+    The gradient of a dense layer of one image is its input times its bias's gradient, so the input can be read off it; it is
+    held against an image of random pixels.
+    """
+    image = np.random.default_rng(0).uniform(-1, 1, shape).astype(np.float32)
+    gradient = jax.jit(partial(victim_gradient, victim.loss))(params, jnp.asarray(image), jax.tree.map(jnp.asarray, label))
+    layer = lambda name: name.rpartition(".")[0]
+    for kernel, value in params.items():
+        biases = [name for name, v in params.items() if v.shape == value.shape[-1:] and layer(name) == layer(kernel)]
+        if value.ndim != 2 or len(value) != image.size or not biases:
+            continue
+        bias = biases[0]
+        delta = np.asarray(gradient[bias], np.float64)
+        if not delta.any():
+            continue
+        inputs = (np.asarray(gradient[kernel], np.float64) @ delta / (delta @ delta)).reshape(image.shape)
+        fits = [np.polyfit(image[..., c].ravel(), inputs[..., c].ravel(), 1) for c in range(image.shape[-1])]
+        scale, shift = (tuple(float(fit[k]) for fit in fits) for k in range(2))
+        off = np.abs(image * np.array(scale) + np.array(shift) - inputs).max()
+        if min(map(abs, scale)) > 1e-6 and off < 1e-3 * np.abs(inputs).max():
+            return dataclasses.replace(victim, first_dense=FirstDense(kernel, bias, scale, shift))
+    return victim
+
+
+def fingerprint(loss: Loss, params: Any, image: Any, label: Any) -> str:
+    """SHA-256 of a loss as a program, so that a run that goes on notices that the user's function has changed.
+
+    It is the same in every process with one version of JAX, whatever the values of params, image (H, W, C) and label: of each
+    the shape and dtype count. The loss, one that `check_loss` lets pass, is traced together with its gradient, for a custom
+    rule of differentiation is a part of what leaks. What it calls back on the host counts by its name alone.
+    """
+    x, y = jnp.asarray(image), jax.tree.map(jnp.asarray, label)
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        program = jax.make_jaxpr(jax.value_and_grad(loss))(params, x, y)
+    sha = hashlib.sha256(re.sub(r"0x[0-9a-f]+", "0x", str(program)).encode())  # addresses differ from process to process
+    for constant in _constants(program):
+        sha.update(f"{constant.dtype}{constant.shape}".encode())
+        sha.update(constant.tobytes())
+    return sha.hexdigest()
+
+
+def _constants(program: Any) -> Iterator[np.ndarray]:
+    """The arrays that a jaxpr, and those within it, hold: of them its text gives shapes alone."""
+    inner = list(getattr(program, "consts", ()))
+    for equation in getattr(program, "jaxpr", program).eqns:
+        inner += [variable.val for variable in equation.invars if isinstance(variable, core.Literal)]
+        inner += jax.tree.leaves(list(equation.params.values()))
+    for value in inner:
+        if isinstance(value, core.ClosedJaxpr | core.Jaxpr):
+            yield from _constants(value)
+        elif isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
+            yield np.asarray(jax.random.key_data(value))
+        elif isinstance(value, jax.Array | np.ndarray | np.generic):
+            yield np.asarray(value)
