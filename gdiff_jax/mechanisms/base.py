@@ -23,7 +23,17 @@ def pytree(cls: type[T]) -> type[T]:
 
 
 class Mechanism(Protocol):
-    """See the package's docstring."""
+    """A callable pytree `leak = mechanism(key, gradient)`, and pure.
+
+    Its numbers are leaves, so a grid over them compiles once; what decides shapes is static. Every noise is given by its
+    *standard deviation* sigma, in gradient units and per coordinate, so that Gaussian, Laplace and uniform noise of one sigma
+    have equal variance.
+
+    Attributes:
+      differentiable: whether `simulate` is its derivative, or (False) a stand-in for one that is zero or random.
+      keeps_pattern: whether zeros of its input, and no others that it did not mean, can be read off the leak. Behind a stage
+        that fills or makes zeros at random `simulate` gets None for the leak.
+    """
 
     @property
     def differentiable(self) -> bool: ...
@@ -31,11 +41,21 @@ class Mechanism(Protocol):
     @property
     def keeps_pattern(self) -> bool: ...
 
-    def __call__(self, key: jax.Array, gradient: Gradient) -> Gradient: ...
+    def __call__(self, key: jax.Array, gradient: Gradient) -> Gradient:
+        """The leak of a gradient."""
 
-    def norm_bound(self, norm: float, size: int) -> float: ...
+    def norm_bound(self, norm: float, size: int) -> float:
+        """A bound on the L2 norm of what it lets through of one example.
 
-    def simulate(self, gradient: Gradient, leak: Gradient | None) -> Gradient: ...
+        Given a bound on the norm of the example's gradient (inf: none) and its number of coordinates. Before noise is added
+        this is the L2 sensitivity of a sum over examples under add/remove adjacency.
+        """
+
+    def simulate(self, gradient: Gradient, leak: Gradient | None) -> Gradient:
+        """What an attacker who knows the mechanism expects it to make of a candidate's gradient, given the leak.
+
+        Deterministic, with a derivative: `GradientMatching` matches through it.
+        """
 
 
 def per_leaf(key: jax.Array, gradient: Gradient, change: Callable[[jax.Array, jax.Array], jax.Array]) -> Gradient:

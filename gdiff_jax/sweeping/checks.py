@@ -60,6 +60,12 @@ def _check_statistics(config: SweepConfig) -> None:
         f"--statistics=known with --local_steps {steps}: {normed[0]} has other statistics in each step; "
         "use --statistics=batch or replaced",
     )
+    batch = config.client.local_batch
+    need(
+        knows.statistics == "batch" or batch in (0, config.client.group),
+        f"--statistics={knows.statistics} with --local_batch {batch}: one set of statistics is no local batch's of {normed[0]}; "
+        "use --statistics=batch, or leave --local_batch at 0",
+    )
     need(
         knows.labels != "joint" or knows.statistics == "batch" or "dlg" not in config.attacks.methods,
         f"--labels=joint with --statistics={knows.statistics}: dlg on {normed[0]} can optimise labels only "
