@@ -121,10 +121,10 @@ def our_side(folder: Path, unet: str, victim: str, method: str, what: str, steps
     one = guided if what == "guided" else prior
 
     def many(common: Any, own: Any) -> Any:
-        key, x, label, leak = own
+        (denoise, params), (key, x, label, leak) = common, own
 
         def step(carry: Any, _: None) -> Any:
-            y, *numbers = one(*common, key, carry, label, leak)
+            y, *numbers = one(denoise, params, key, carry, label, leak)
             return (y if what == "guided" else carry + 1e-3 * y), (y, *numbers)
 
         return jax.lax.scan(step, x, None, length=steps)[1]

@@ -2,9 +2,9 @@
 
 import atexit
 import dataclasses
+import importlib.metadata
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -19,7 +19,10 @@ os.environ["JAX_NUM_CPU_DEVICES"] = "1"  # for the commands that tests run: thei
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="gdiff-jax-tests-")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
+    quick = "--xla_backend_optimization_level=0"
+    if importlib.metadata.version("jaxlib").startswith("0.10."):  # a flag that it does not know ends the process
+        quick += " --xla_cpu_use_fusion_emitters=false"  # half the time again, by the code generator of before
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {quick}"
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `experiments` is a package of the repository, not installed
 
@@ -39,7 +42,7 @@ from gdiff_jax.priors import Denoiser, Prior, UNet2DConfig, save_prior
 from gdiff_jax.schedule import make_betas
 
 if TYPE_CHECKING:
-    from experiments.inputs import SweepConfig
+    from gdiff_jax.sweeping.config import SweepConfig
 
 # For jit(compiler_options=...): half the compile time, for tests of what is computed and not of how fast.
 QUICK_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
@@ -127,23 +130,57 @@ PATCHED = UNet2DConfig(
 @pytest.fixture(scope="session")
 def tiny_prior(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny prior for 16 px (`prior`) and six labelled images of that size (`images.npz`)."""
-    from experiments.train_prior import SCHEDULER
+    from tiny import once
 
-    root = tmp_path_factory.mktemp("tiny")
-    denoise = Denoiser(init_params(jax.random.key(0), PATCHED), PATCHED)
-    mean = np.linspace(-0.5, 0.5, 16 * 16 * 3, dtype=np.float32).reshape(16, 16, 3)
-    save_prior(root / "prior", Prior(denoise, make_betas(), "fixed_small", "tiny", "", mean), SCHEDULER)
-    rng = np.random.default_rng(0)
-    np.savez(root / "images.npz", images=rng.integers(0, 256, (6, 16, 16, 3), np.uint8), labels=np.arange(6))
-    return root
+    from gdiff_jax.training.prior import SCHEDULER
+
+    def make(root: Path) -> None:
+        denoise = Denoiser(init_params(jax.random.key(0), PATCHED), PATCHED)
+        mean = np.linspace(-0.5, 0.5, 16 * 16 * 3, dtype=np.float32).reshape(16, 16, 3)
+        save_prior(root / "prior", Prior(denoise, make_betas(), "fixed_small", "tiny", "", mean), SCHEDULER)
+        images = np.random.default_rng(0).integers(0, 256, (6, 16, 16, 3), np.uint8)
+        np.savez(root / "images.npz", images=images, labels=np.arange(6))
+
+    return once(tmp_path_factory, "tiny", make)
+
+
+@pytest.fixture(scope="session")
+def tiny_sweep(tiny_prior: Path, tmp_path_factory: pytest.TempPathFactory) -> "SweepConfig":
+    """A sweep over the plain prior that left all its files in the folder of this configuration; many tests read them."""
+    from tiny import config, once, plain_plan, run_in_process
+
+    changes = dict(sigma_grid=(0.0, 0.1, 0.4), seeds=2)
+
+    def make(out: Path) -> None:
+        run_in_process(config(tiny_prior, out, **changes), plain_plan(tiny_prior, **changes))
+
+    return config(tiny_prior, once(tmp_path_factory, "tiny-sweep", make), **changes)
 
 
 @pytest.fixture(scope="session")
 def undisturbed(tiny_prior: Path, tmp_path_factory: pytest.TempPathFactory) -> "SweepConfig":
     """A small sweep of 18 chunks, run by its command to the end; those that are disturbed are held against it."""
-    from test_sweep import command, config
+    from tiny import command, config, once, run_command, to_folder
 
-    out = tmp_path_factory.mktemp("undisturbed") / "out"
-    c = config(tiny_prior, out, num_images=6, batch=1, steps=10, methods=("dsg",))
-    subprocess.run(command(c), check=True, capture_output=True)
-    return c
+    c = config(tiny_prior, "", num_images=6, batch=1, steps=10, methods=("dsg",))
+
+    def make(out: Path) -> None:
+        done = run_command(command(to_folder(c, out)))
+        assert done.returncode == 0, done.stderr[-2000:]
+
+    return to_folder(c, once(tmp_path_factory, "undisturbed", make))
+
+
+@pytest.fixture(scope="session")
+def small(tiny_prior: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a small audit, made by its command, on as many devices as the tests have: what it compiles serves them."""
+    from tiny import command_of, flags_of, once, run_command, small_audit
+
+    def make(out: Path) -> None:
+        env = os.environ | {"JAX_NUM_CPU_DEVICES": "4"}
+        done = run_command([*command_of("audit.py"), *flags_of(small_audit(tiny_prior, out))], env=env)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert "report.html" in done.stdout
+        assert "images are recovered" in done.stdout
+
+    return once(tmp_path_factory, "small-audit", make)

@@ -14,13 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from experiments.cli import ConfigError
 from safetensors.numpy import save_file
 from test_sweep import command_of
 
 import gdiff_jax as gd
 from experiments import audit as command
-from experiments import saved_trees
-from experiments.cli import ConfigError
 from gdiff_jax.auditing import figures, page, pictures
 from gdiff_jax.matching import victim_gradient
 from gdiff_jax.mechanisms import Chain, Clip, GaussianNoise
@@ -418,17 +417,6 @@ def test_the_call_says_what_is_wrong(changes, words, tiny_prior):
     args = [given.pop(name) for name in ("loss", "params", "images", "labels")]
     with pytest.raises(ValueError, match=words):
         gd.audit(*args, prior=str(tiny_prior / "prior"), progress=False, **given)
-
-
-def test_names_of_layers_and_order_of_rows():
-    expected = {"a.kernel": np.zeros((12, 5), np.float32), "a.bias": np.zeros(5, np.float32)}
-    assert saved_trees.parse_orders(("a.kernel:3x2x2", "b.kernel:as-is")) == {"a.kernel": (3, 2, 2), "b.kernel": None}
-    image = np.arange(12.0, dtype=np.float32).reshape(2, 2, 3)
-    kernel = np.random.default_rng(0).normal(size=(5, 12)).astype(np.float32)  # torch's: of a flattened (C, H, W)
-    path = Path(shutil.os.environ["GDIFF_JAX_CACHE"]) / "rows.npz"
-    np.savez(path, **{"a.weight": kernel, "a.bias": np.zeros(5, np.float32)})
-    found = saved_trees.fit("weights", str(path), expected, {"a.kernel": (3, 2, 2)})
-    np.testing.assert_allclose(image.ravel() @ found["a.kernel"], kernel @ image.transpose(2, 0, 1).ravel(), rtol=1e-5)
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")

@@ -29,11 +29,11 @@ def test_scripts_and_pages_that_are_named_exist(path):
 
 
 def test_every_flag_that_is_named_exists():
-    known = set(
-        re.findall(
-            r"^    (\w+): [\w\[\], .]+ = option\(", "\n".join(p.read_text() for p in (ROOT / "experiments").glob("*.py")), re.M
-        )
-    )
+    """In the settings that flags are made from, each `name: type = option(...)`."""
+    files = [*(ROOT / "experiments").glob("*.py"), *(ROOT / "gdiff_jax").rglob("*.py")]
+    option = re.compile(r"^    (\w+): [\w\[\], .|]+ = option\(", re.M)
+    known = {name for file in files for name in option.findall(file.read_text())}
+    assert {"sigma_grid", "victim", "coordinator", "data"} <= known
     known |= set(re.findall(r'"--(\w+)"', "\n".join(p.read_text() for p in (ROOT / "benchmarks").glob("*.py"))))
     for path in PAGES:
         for line in path.read_text().splitlines():

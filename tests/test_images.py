@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments.data import load_split
 from gdiff_jax.images import BUNDLED, CIFAR10_CLASSES, ImageSet, load_images, to_model, to_unit
+from gdiff_jax.training.data import load_split
 
 RNG = np.random.default_rng(0)
 

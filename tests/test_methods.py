@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from experiments.cli import ConfigError
+from experiments.inputs import SweepConfig, for_victims, load_inputs
+from experiments.methods import METHODS, hindrances
 from test_sweep import config, run_in_process
 
 import gdiff_jax as gd
 from experiments import attackers, compare, report, trials
-from experiments.cli import ConfigError
-from experiments.inputs import SweepConfig, for_victims, load_inputs
-from experiments.methods import METHODS, hindrances
 from gdiff_jax.matching import released
 
 # Descents of a few steps: what is tested is that they run and are told apart.

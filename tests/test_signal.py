@@ -11,7 +11,7 @@ import pytest
 import gdiff_jax as gd
 from gdiff_jax.mechanisms import Chain, Clip, GaussianNoise, LaplaceNoise, RandomSparsification, Sign, TopK
 from gdiff_jax.mechanisms.base import pytree
-from gdiff_jax.samplers import Start, dsg_sample, dsg_step, mean_of_chains, posterior_mean
+from gdiff_jax.samplers import SignalInfo, Start, StepInfo, dsg_sample, dsg_step, mean_of_chains, posterior_mean
 from gdiff_jax.samplers.base import Share, guided_posterior
 from gdiff_jax.schedule import Schedule
 from gdiff_jax.theory import jacobian
@@ -110,9 +110,9 @@ def test_a_draw_serves_several_steps(gaussian):
     def changes(every, **options):
         signal = gd.NoiseCalibration(match, every)
         _, trace = dsg_sample(jax.random.key(4), gaussian, match, schedule, SHAPE, signal=signal, **options)
-        told = np.asarray(trace.noise_pull)[~np.isnan(trace.noise_pull)]
+        noise_pull = np.asarray(trace.noise_pull)[~np.isnan(trace.noise_pull)]
         np.testing.assert_allclose(trace.signal, np.clip(1 - np.square(trace.noise_pull / trace.pull), 0, 1), rtol=1e-5)
-        return [0, *(np.flatnonzero(np.diff(told)) + 1)], len(told)
+        return [0, *(np.flatnonzero(np.diff(noise_pull)) + 1)], len(noise_pull)
 
     assert changes(1) == (list(range(10)), 10)
     assert changes(4) == ([0, 4, 8], 10)
@@ -127,7 +127,7 @@ class Fixed:
     signal: float
     curvature: float
 
-    def __call__(self, key, n, held, x0, distance, gradient):
+    def __call__(self, key, steps_before, last_noise_pull, x0, distance, gradient):
         return Share(jnp.float32(self.signal), jnp.float32(1.0), jnp.float32(0.5), jnp.float32(self.curvature))
 
 
@@ -138,12 +138,12 @@ def test_a_step_turns_by_the_root_of_the_share_and_no_further_than_the_distance_
     step = lambda rate, signal=None, curvature=1e-3: dsg_step(
         jax.random.key(4), *rest, guidance_rate=rate, share=signal and functools.partial(Fixed(signal, curvature), None, 0, 0.0)
     )
-    plain, told = step(0.4)
-    assert np.isnan([told.signal, told.pull, told.noise_pull, told.curvature]).all()
+    plain, info = step(0.4)
+    assert type(info) is StepInfo
     np.testing.assert_array_equal(step(0.4, 1.0)[0], plain)
-    quarter, told = step(0.4, 0.25)
+    quarter, judged = step(0.4, 0.25)
     np.testing.assert_allclose(quarter, step(0.2)[0], rtol=1e-5)
-    assert (told.signal, told.pull, told.noise_pull) == (0.25, 1.0, 0.5)
+    np.testing.assert_array_equal(judged, SignalInfo(*info, 0.25, 1.0, 0.5, np.float32(1e-3)))
     assert np.abs(quarter - plain).max() > 1e-3
     # signal pull / curvature = 0.25 of length, on a sphere of radius sqrt(n) std
     radius = float(schedule.posterior_std(5, None)) * 6**0.5

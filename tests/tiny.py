@@ -1,23 +1,39 @@
 """Sweeps and audits at the smallest size: their settings over the tiny prior of conftest, and how they are run."""
 
+import dataclasses
+import fcntl
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from absl.flags import FLAGS
 
 from gdiff_jax import parallel
 from gdiff_jax.auditing.settings import AuditConfig
-from gdiff_jax.commands.flags import define_flags, read_flags
+from gdiff_jax.commands import flags
+from gdiff_jax.mechanisms.base import pytree
+from gdiff_jax.methods import Info, Method
+from gdiff_jax.metrics import image_metrics
 from gdiff_jax.options import flat, replace
+from gdiff_jax.priors import Denoiser
 from gdiff_jax.sweeping import inputs
 from gdiff_jax.sweeping.config import SweepConfig
+from gdiff_jax.sweeping.plan import PRIOR_ONLY
+from gdiff_jax.sweeping.records import MemoryStore
+from gdiff_jax.sweeping.run import compile_program, compute, run_trials
 from gdiff_jax.sweeping.sweep import sweep
+from gdiff_jax.sweeping.trials import make_grid
+from gdiff_jax.trace import StepInfo, x0_error
 
 ROOT = Path(__file__).parents[1]
 MODELS = Path(__file__).with_name("own_models.py")
+scores = jax.jit(image_metrics)  # of an image and the truth
 ONE_DEVICE = parallel.trial_mesh(jax.local_devices()[:1])
 
 
@@ -37,6 +53,55 @@ def config(tiny_prior, out, **changes):
 
 def plan_of(tiny_prior, **changes):
     return inputs.load(config(tiny_prior, "unused", **changes))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Plain(Denoiser):
+    """The exact eps for pixels drawn from N(0, 0.5^2), which compiles in no time."""
+
+    def __call__(self, x_t, t):
+        abar = self.params["abar"][t]
+        return jnp.sqrt(1 - abar) / (0.25 * abar + 1 - abar) * x_t, None
+
+
+def with_plain_prior(plan):
+    """For what does not depend on the prior."""
+    abar = jnp.asarray(np.cumprod(1 - plan.prior.betas), jnp.float32)
+    denoise = Plain({"abar": abar}, plan.prior.denoise.config)
+    return dataclasses.replace(plan, prior=dataclasses.replace(plan.prior, denoise=denoise))
+
+
+def plain_plan(tiny_prior, **changes):
+    return with_plain_prior(plan_of(tiny_prior, **changes))
+
+
+def run_in_memory(plan, batch=4, mesh=ONE_DEVICE):
+    """The rows of a plan's trials, and the store that holds their arrays."""
+    store = MemoryStore()
+    return run_trials(plan, store, batch, mesh=mesh, progress=False), store
+
+
+def attack_once(plan, trials_at_a_time=1):
+    """The rows of a plan's first attack on its first images, and their arrays; no samples of the prior beside it."""
+    trials = [trial for trial in make_grid(plan) if trial.group.method != PRIOR_ONLY][:trials_at_a_time]
+    program = compile_program(plan, ONE_DEVICE, trials[0], trials_at_a_time)
+    ((_, rows, arrays),) = compute(plan, program, {0: trials})
+    return rows, arrays
+
+
+def attacks_of(rows):
+    """Without the samples of the prior."""
+    return [row for row in rows if row["method"] != PRIOR_ONLY]
+
+
+def row_of(method, sigma, image, psnr, *, seed=0, trial=None, accuracy=1.0, labels="inferred", failed=False, group=1):
+    """A record made by hand."""
+    return {
+        "method": method, "victim": "cnn", "training_steps": 0, "mechanism": "gaussian", "sigma": sigma, "image": image,
+        "seed": seed, "psnr": psnr, "failed": failed, "label_accuracy": accuracy, "labels": labels, "seconds": 2.0 * image + 1,
+        "memory_mib": 10.0, "chunk": 0, "trial": image // group if trial is None else trial, "row": image,
+    }  # fmt: skip
 
 
 def command_of(script):
@@ -80,16 +145,33 @@ def to_folder(c, out):
     return replace(c, out=str(out))
 
 
+@pytree
+class Still(Method):
+    """The mean image, whatever leaked: an attack of the user's own, which compiles at once."""
+
+    name: ClassVar[str] = "still"
+    shade: jax.Array | float = 0.0
+
+    def describe(self):
+        return "the mean image"
+
+    def __call__(self, key, problem):
+        x = jnp.broadcast_to(problem.expected_image + self.shade, problem.shape)
+        step = StepInfo(problem.match(x), jnp.full((), jnp.nan), x0_error(x, problem.truth))
+        return x, Info(jax.tree.map(lambda a: jnp.asarray(a)[None], step), problem.outcome(x))
+
+
 def audit_config(tiny_prior, out, **changes):
     tiny = dict(
         victim=f"{MODELS}:make",
+        mechanism="clip:1+gaussian",
         sigma_grid=(0.0,),
         images=str(tiny_prior / "images.npz"),
         num_images=2,
         methods=("dsg",),
         spectra=0,
         prior=str(tiny_prior / "prior"),
-        steps=2,
+        steps=3,
         seeds=1,
         batch=4,
         out=str(out),
@@ -97,12 +179,47 @@ def audit_config(tiny_prior, out, **changes):
     return replace(AuditConfig(), **{**tiny, **changes})
 
 
+def small_audit(tiny_prior, out):
+    """With something to show in every figure of a report."""
+    noisy = dict(sigma_grid=(0.0, 0.1, 1.0), methods=("dsg", "calibrated-mean"), num_images=3, spectra=1)
+    return audit_config(tiny_prior, out, **noisy)
+
+
 def parsed(defaults, *arguments):
     """The settings that these flags give."""
-    define_flags(defaults)
+    flags.define_flags(defaults)
     try:
         FLAGS(["command", *arguments])
-        return read_flags(defaults)
+        return flags.read_flags(defaults)
     finally:  # the flags of another command have the same names
         for name in flat(defaults):
             delattr(FLAGS, name)
+
+
+def ended(command, monkeypatch, *arguments):
+    """The exit code of a command that does not come to its end, run in this process; what it says is on stderr."""
+    monkeypatch.setattr(flags, "end_at_once_on_signals", lambda: None)
+    monkeypatch.setattr(flags, "keep_compiled", lambda: None)
+    monkeypatch.setattr(flags.app, "run", lambda main, flags_parser: main(flags_parser(sys.argv)))
+    monkeypatch.setattr(sys, "argv", [command.__name__, *arguments])
+    before = set(FLAGS)
+    try:
+        command.main()
+    except SystemExit as end:
+        return end.code
+    finally:
+        for name in set(FLAGS) - before:
+            delattr(FLAGS, name)
+
+
+def once(tmp_path_factory, name, make):
+    """The folder that make(folder) fills, once for all workers of this run."""
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+    done = root / f"{name}.done"
+    with open(root / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not done.exists():
+            make(root / name)
+            done.touch()
+    return root / name

@@ -1,6 +1,19 @@
 """From a model to an answer: how bad is it if its gradient leaks, and how much noise is needed."""
 
-from gdiff_jax.auditing.call import audit
-from gdiff_jax.auditing.result import Audit
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gdiff_jax.auditing.call import audit
+    from gdiff_jax.auditing.result import Audit
 
 __all__ = ["Audit", "audit"]
+
+_HOME = {"Audit": "result", "audit": "call"}
+
+
+def __getattr__(name: str) -> Any:
+    """Imported when asked for: the command, which needs the settings first, does not wait for all that an audit needs."""
+    if name in _HOME:
+        return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -113,15 +113,16 @@ def audit(
         attacker = checks.attacker_of(attacker)
         checks.check_client(client, len(x))
         chosen = checks.methods_of(methods, attacker.knowledge, client)
+        checks.check_knowledge(loss, attacker, client, chosen)
         victim, weights = _victim(loss, params, x, y, attacker, client)
         plan = Plan(
             prior=prior, schedule=prior.schedule(steps), images=x, labels=y, names=tuple(map(str, range(len(x)))),
             victims={name: victim}, params={VictimState(name, 0): weights}, mechanisms={}, sigmas={}, methods=chosen,
             attacker=attacker, client=client, proxy=prior.expected_image[None], delta=delta, seeds=seeds, seed=seed,
         )  # fmt: skip
+        checks.check_fits(victim, client, chosen)
         plan = _with_mechanism(plan, mechanism, sigmas)
         plan = plan if methods else with_analytic(plan, attacker.knowledge.adaptive)
-        checks.check_knowledge(victim, attacker, client, plan.methods)
         if victim.has_batch_norm and attacker.knowledge.statistics == "replaced":
             plan = dataclasses.replace(plan, proxy=prior_samples(plan))
         store = MemoryStore() if folder is None else Store(Path(folder), _identity(plan, name, batch))

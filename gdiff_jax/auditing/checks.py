@@ -140,18 +140,15 @@ def check_mechanism(make: Callable[[Any], Mechanism], params: Any) -> None:
     need(shapes(leak) == shapes(params), "mechanism changes the shape of the gradient; give one that keeps it")
 
 
-def check_knowledge(victim: Victim | OwnVictim, attacker: Attacker, client: Client, methods: dict[str, Method]) -> None:
-    """That the victim gives what this attacker is to know or to infer."""
+def check_knowledge(loss: Any, attacker: Attacker, client: Client, methods: dict[str, Method]) -> None:
+    """That what is attacked, a loss or a `Victim`, gives what this attacker is to know or to infer."""
     knows, several = attacker.knowledge, client.local_steps > 1
     need(
-        isinstance(victim, Victim) or not (knows.labels != "known" or (several and knows.local_rate == "guessed")),
+        isinstance(loss, Victim) or not (knows.labels != "known" or (several and knows.local_rate == "guessed")),
         f"attacker {attacker.attacker!r} infers labels or rates from the last layer, which is known of a "
         'gdiff_jax.Victim only; give one in place of the loss, or Attacker("...", labels="known", local_rate="known")',
     )
-    for method in methods.values():
-        fits = method.fits(victim.first_dense, client.group)
-        need(fits, f"method {method.name} needs a first layer that is dense, and leaks of one image")
-    if not victim.has_batch_norm:
+    if not (isinstance(loss, Victim) and loss.has_batch_norm):
         return
     need(
         knows.statistics != "known" or not several,
@@ -163,6 +160,12 @@ def check_knowledge(victim: Victim | OwnVictim, attacker: Attacker, client: Clie
         f"statistics {knows.statistics!r}: dlg can optimise labels only with the candidate's own; "
         'give Attacker("...", statistics="batch")',
     )
+
+
+def check_fits(victim: Victim | OwnVictim, client: Client, methods: dict[str, Method]) -> None:
+    for method in methods.values():
+        fits = method.fits(victim.first_dense, client.group)
+        need(fits, f"method {method.name} needs a first layer that is dense, and leaks of one image")
 
 
 def check_rate(mechanism: Mechanism, knows: Knowledge, client: Client) -> None:

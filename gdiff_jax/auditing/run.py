@@ -123,7 +123,8 @@ def _film(plan: Plan) -> list[np.ndarray]:
     state, mechanism = audited(plan)
     group = trials.Group("dsg", state.name, state.training_steps, mechanism)
     own = trials.own_arguments(plan, [trials.Trial(group, plan.sigmas[mechanism][0], 0, 0)])
-    shared = trials.shared_arguments(plan, group)
+    # On a device by name, wherever the prior's file was read from: what is compiled serves a later run too.
+    shared = jax.device_put(trials.shared_arguments(plan, group), jax.local_devices()[0])
 
     @jax.jit
     def problem_of(shared: trials.Shared, own: trials.Private, key: jax.Array) -> Problem:

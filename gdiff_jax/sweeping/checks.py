@@ -63,7 +63,7 @@ def _check_statistics(config: SweepConfig) -> None:
     batch = config.client.local_batch
     need(
         knows.statistics == "batch" or batch in (0, config.client.group),
-        f"--statistics={knows.statistics} with --local_batch {batch}: one set of statistics is no local batch's of {normed[0]}; "
+        f"--statistics={knows.statistics} with --local_batch {batch}: {normed[0]} has other statistics in each local batch; "
         "use --statistics=batch, or leave --local_batch at 0",
     )
     need(

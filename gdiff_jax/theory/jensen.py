@@ -25,7 +25,7 @@ def theorem1_upper_bound(d: int, sigma: Any, max_jacobian_norm: Any, m1: Any) ->
     As printed in DPS (Chung et al. 2023, Theorem 1) with A = grad_W F. Its noise factor is not monotone: it grows up to
     s = 1 and falls after. It is also not a bound: the proof needs the Lipschitz constant of the Gaussian density, which is
     exp(-1/2) / (sqrt(2 pi) s^2) in one dimension, and takes the density at distance 1 from the mean for it, so for small s
-    the gap can be larger (`likelihood_gap_bound` has the constant; tests/test_limits.py a counterexample) [derived].
+    the gap can be larger (`likelihood_gap_bound` has the constant; tests/theory/test_limits.py a counterexample) [derived].
 
     Args:
       d: dimension of the image in the paper.

@@ -37,7 +37,7 @@ def exact_spectra(
       loss: `loss(params, x, y)`.
       params: the victim's parameters.
       x: images.
-      y: their labels.
+      y: their labels, arrays (N, ...) of any pytree.
       sigmas: standard deviations > 0 for the limits.
       information: (d, d) inverse covariance of images in [-1, 1] for the van Trees limit; without it that is left out.
 
@@ -45,11 +45,11 @@ def exact_spectra(
       A dict an image; limits are sums of squared errors over the pixels, one a sigma.
     """
     with jax.enable_x64(True):
-        wide = jax.tree.map(lambda p: jnp.asarray(np.asarray(p), jnp.float64), params)
+        wide = _wide(params)
         gram_of = jax.jit(lambda p, x, y: jacobian.gram(loss, p, x, y))
         found = []
-        for image, label in zip(x, y, strict=True):
-            gram = gram_of(wide, jnp.asarray(image, jnp.float64), jnp.asarray(label))
+        for i, image in enumerate(x):
+            gram = gram_of(wide, jnp.asarray(image, jnp.float64), _wide(_label(y, i)))
             values = jnp.linalg.eigvalsh(gram)
             d, top = values.size, float(values[-1])
             row = {
@@ -78,8 +78,8 @@ def estimated_spectra(key: jax.Array, loss: Loss, params: Any, x: Any, y: Any, p
         return spectrum.spectrum(key, matvec, x.size, probes=max(2, probes // 16))
 
     found = []
-    for i, (image, label) in enumerate(zip(x, y, strict=True)):
-        s = summary(jax.random.fold_in(key, i), params, jnp.asarray(image), jnp.asarray(label))
+    for i, image in enumerate(x):
+        s = summary(jax.random.fold_in(key, i), params, jnp.asarray(image), _label(y, i))
         low = max(float(s.smallest), 0.0)
         found.append({"lambda_max": float(s.largest), "lambda_min": low, "effective_rank": float(s.effective_rank.value)})
     return found
@@ -97,7 +97,7 @@ def summarise(
     probes: int = 64,
     information: np.ndarray | None = None,
 ) -> dict[str, Any]:
-    """What can be said of a victim without an attack, for images x (N, H, W, C) in [-1, 1] with labels y (N,).
+    """What can be said of a victim without an attack, for images x (N, H, W, C) in [-1, 1] with labels y (N, ...).
 
     Args:
       key: typed PRNG key of the random directions.
@@ -122,10 +122,10 @@ def summarise(
         gradient = jax.lax.map(lambda a: _norms(victim_gradient(loss, params, *a)), (x, y))
         return {"rv": jacobian.reconstruction_vulnerability(key, loss, params, x, y, probes), "gradient": gradient}
 
-    found = jax.device_get(jacobians(key, params, jnp.asarray(x), jnp.asarray(y)))
+    found = jax.device_get(jacobians(key, params, jnp.asarray(x), jax.tree.map(jnp.asarray, y)))
     rv: jacobian.Vulnerability = found["rv"]
     exact = x[0].size <= LARGEST_GRAM
-    some = x[:spectra], y[:spectra]
+    some = x[:spectra], jax.tree.map(lambda a: a[:spectra], y)
     if exact:
         rows = exact_spectra(loss, params, *some, noisy, information)
     else:
@@ -155,6 +155,17 @@ def summarise(
             errors = np.median([r[name] for r in rows], axis=0) / x[0].size
             result[f"{name}_psnr"] = [float(psnr_from_error(jnp.float32(e))) for e in errors]
     return result
+
+
+def _label(y: Any, i: int) -> Any:
+    """Of image i."""
+    return jax.tree.map(lambda a: jnp.asarray(a[i]), y)
+
+
+def _wide(tree: Any) -> Any:
+    """Floating arrays in float64."""
+    widened = lambda a: a.astype(np.float64) if a.dtype.kind == "f" else a
+    return jax.tree.map(lambda a: jnp.asarray(widened(np.asarray(a))), tree)
 
 
 def _norms(gradient: Any) -> Any:

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from gdiff_jax import metrics
-from gdiff_jax.auditing import intervals, sentences, summary
-from gdiff_jax.auditing.result import Audit, curve_key
+from gdiff_jax import intervals, metrics
+from gdiff_jax.auditing import sentences, summary
+from gdiff_jax.auditing.record import AuditRecord, curve_key
+from gdiff_jax.auditing.result import Audit
 
 SIGMAS = (0.0, 0.01, 0.1, 1.0)
 
@@ -86,6 +87,19 @@ def test_methods_chosen_equally_often_stand_in_the_order_of_the_leaks():
     assert make(again).levels()[0].methods.startswith("three 2, one 1, two 1")
 
 
+def test_levels_are_computed_once(monkeypatch):
+    counted = []
+    median = summary.median_interval
+    monkeypatch.setattr(summary, "median_interval", lambda groups: counted.append(1) or median(groups))
+    audit = make()
+    first = audit.levels()
+    once = len(counted)
+    audit.verdict(), audit.warnings(), audit._repr_html_()
+    assert (len(counted), summary.levels(audit)) == (once, first)
+    changed = dataclasses.replace(audit, about={**audit.about, "threshold": 5.0})  # another record, so other levels
+    assert changed.levels()[-1].recovered.value > first[-1].recovered.value
+
+
 def test_an_oracle_is_never_below_the_attacker():
     rng = np.random.default_rng(0)
     rows = [{**r, "psnr": float(rng.normal(20, 5)), "distance": float(rng.uniform())} for r in make().trials]
@@ -103,13 +117,13 @@ def test_a_failed_trial_is_counted_and_recovers_nothing():
 
 
 def test_shares_have_clopper_and_pearsons_interval():
-    found = intervals.share_interval([[1.0]] * 3 + [[0.0]] * 9)
+    share = intervals.share_interval([[1.0]] * 3 + [[0.0]] * 9)
     exact = stats.binomtest(3, 12).proportion_ci(0.95, "exact")
-    assert found == pytest.approx((0.25, exact.low, exact.high))
+    assert share == pytest.approx((0.25, exact.low, exact.high))
     assert intervals.share_interval([[0.0]] * 12)[:2] == (0, 0)
     assert intervals.share_interval([[0.0]] * 12).high == pytest.approx(1 - 0.025 ** (1 / 12))
     # Seeds are no draws of their own: doubling them changes nothing.
-    assert intervals.share_interval([[1.0, 1.0]] * 3 + [[0.0, 0.0]] * 9) == pytest.approx(tuple(found))
+    assert intervals.share_interval([[1.0, 1.0]] * 3 + [[0.0, 0.0]] * 9) == pytest.approx(tuple(share))
 
 
 def test_the_bootstrap_covers_the_median():
@@ -122,6 +136,15 @@ def test_the_bootstrap_covers_the_median():
     assert missed < 12
     assert math.isnan(intervals.median_interval([[1.0], [2.0]]).low)
     assert math.isnan(intervals.median_interval([]).value)
+
+
+def test_medians_of_groups_of_one_size_are_those_of_any():
+    groups = list(np.random.default_rng(0).normal(size=(7, 2)))
+    one_by_one = np.percentile([np.median(sample) for sample in intervals.resampled(groups)], [2.5, 97.5])
+    assert intervals.median_interval(groups)[1:] == tuple(one_by_one)
+    uneven = [*groups, np.array([0.3])]
+    one_by_one = np.percentile([np.median(sample) for sample in intervals.resampled(uneven)], [2.5, 97.5])
+    assert intervals.median_interval(uneven)[1:] == tuple(one_by_one)
 
 
 def test_crossing_is_linear_in_log_sigma():
@@ -210,6 +233,9 @@ def test_json_holds_all_of_it(tmp_path):
     audit = make()
     (tmp_path / "audit.json").write_text(audit.to_json())
     assert Audit.load(tmp_path / "audit.json") == audit
+    data = AuditRecord.load(tmp_path / "audit.json")
+    assert summary.levels(data) == audit.levels()
+    assert sentences.verdict(data) == sentences.verdict(audit)
     assert len(audit.to_csv().splitlines()) == 1 + len(audit.trials)
     (tmp_path / "audit.json").write_text(audit.to_json().replace('"format": 1', '"format": 99'))
     with pytest.raises(ValueError, match="format 99"):

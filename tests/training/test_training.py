@@ -1,20 +1,29 @@
 """Training of priors and victims by their commands: it learns, it resumes to the same weights, it refuses bad input."""
 
+import ast
+import dataclasses
 import json
+import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import gdiff_jax as gd
-from experiments import prior_card, train_prior, victim_files
 from gdiff_jax import modules
+from gdiff_jax.commands.train_prior import command_line
+from gdiff_jax.errors import RunError
 from gdiff_jax.priors import UNet2DConfig
+from gdiff_jax.training import prior, prior_card
+from gdiff_jax.training.settings import PriorTraining, VictimTraining
+from gdiff_jax.victims import checkpoints, zoo
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 NETWORK = UNet2DConfig(
     sample_size=8,
     block_out_channels=(8,),
@@ -61,13 +70,14 @@ def test_a_prior_resumes_to_the_same_weights(data, tmp_path):
     priors = [gd.load_prior(tmp_path / name / "prior") for name in "ab"]
     assert priors[0].sha256 == priors[1].sha256
     assert (tmp_path / "a" / "prior" / "samples.png").stat().st_size > 0
-    assert priors[0].sha256 in (tmp_path / "a" / "prior" / "README.md").read_text()
+    card = (tmp_path / "a" / "prior" / "README.md").read_text()
+    assert priors[0].sha256 in card
+    assert f"`python {ROOT}/experiments/train_prior.py --data={data}/train.npz" in card
     np.testing.assert_allclose(priors[0].mean_image.mean(), 0, atol=0.1)
 
 
 def test_held_out_images_are_not_trained_on(data):
-    config = train_prior.TrainConfig(data=f"{data}/train.npz", config="", out="", heldout=5)
-    images, heldout = train_prior.load_data(config, NETWORK)
+    images, heldout = prior.load_data(PriorTraining(data=f"{data}/train.npz", heldout=5), NETWORK)
     assert (len(images), len(heldout)) == (72, 5)
     seen = {image.tobytes() for image in images}
     assert not any(image.tobytes() in seen for image in heldout)
@@ -99,14 +109,14 @@ def test_an_unfinished_training_run_is_a_prior(data, tmp_path):
     result = run("train_prior.py", *flags, f"--out={tmp_path}/run", "--heldout=4")
     assert result.returncode == 0, result.stderr[-2000:]
     shutil.rmtree(tmp_path / "run" / "prior")
-    prior = gd.load_prior(tmp_path / "run")
-    assert prior.sha256 == modules.digest(prior.denoise.params)
-    assert prior.image_shape == (8, 8, 3)
+    unfinished = gd.load_prior(tmp_path / "run")
+    assert unfinished.sha256 == modules.digest(unfinished.denoise.params)
+    assert unfinished.image_shape == (8, 8, 3)
     other = NETWORK.to_diffusers() | dict(norm_eps=1e-3)
     (tmp_path / "config.json").write_text(json.dumps(other))
     resumed = run("train_prior.py", *flags, f"--out={tmp_path}/run", "--heldout=4")
     assert (resumed.returncode, "another --config" in resumed.stderr) == (2, True)
-    assert gd.load_prior(tmp_path / "run").sha256 == prior.sha256
+    assert gd.load_prior(tmp_path / "run").sha256 == unfinished.sha256
     (tmp_path / "run" / "config.json").write_text(json.dumps(other))
     with pytest.raises(ValueError, match="trained with another config"):
         gd.load_prior(tmp_path / "run")
@@ -127,18 +137,14 @@ def test_an_unfinished_training_run_is_a_prior(data, tmp_path):
 
 def test_eps_mse_of_a_network_that_predicts_zero_is_one(data):
     """A fresh network's last convolution is zero, so its error is the mean square of standard normal noise."""
-    import jax
-
-    from gdiff_jax import modules
-
-    prior = gd.Denoiser(modules.init_params(jax.random.key(0), NETWORK), NETWORK)
+    denoise = gd.Denoiser(modules.init_params(jax.random.key(0), NETWORK), NETWORK)
     heldout = np.zeros((100, 8, 8, 3), np.uint8)
-    for value in prior_card.eps_mse_by_level(prior, gd.Schedule.create(), heldout, (10, 500)).values():
+    for value in prior_card.eps_mse_by_level(denoise, gd.Schedule.create(), heldout, (10, 500)).values():
         assert value == pytest.approx(1, abs=4 * np.sqrt(2 / heldout.size))
 
 
 def test_learning_rate_warms_up_stays_and_falls():
-    rate = train_prior.warmup_stable_decay(train_prior.TrainConfig(steps=1000, warmup=100, decay=0.3, learning_rate=1e-3))
+    rate = prior.warmup_stable_decay(PriorTraining(steps=1000, warmup=100, decay=0.3, learning_rate=1e-3))
     np.testing.assert_allclose([rate(i) for i in (0, 50, 100, 700, 850, 1000)], [0, 5e-4, 1e-3, 1e-3, 5e-4, 0], atol=1e-9)
 
 
@@ -146,14 +152,60 @@ def test_a_victim_learns_and_keeps_each_state(data, tmp_path):
     flags = [f"--data={data}/train.npz", "--victim=lenet", "--steps=1,60", "--num_classes=2", "--image_size=8", "--batch=16"]
     result = run("train_victim.py", *flags, f"--out={tmp_path}")
     assert result.returncode == 0, result.stderr[-2000:]
-    victim = victim_files.make_victim("lenet", (8, 8, 3), 2)
-    start = victim_files.init_params("lenet", victim, 0)
-    one, about_one = victim_files.load(str(tmp_path), "lenet", 1, victim)
-    sixty, about_sixty = victim_files.load(str(tmp_path), "lenet", 60, victim)
+    victim = zoo.make_victim("lenet", (8, 8, 3), 2)
+    start = zoo.init_params("lenet", victim, 0)
+    one, about_one = checkpoints.load(str(tmp_path), "lenet", 1, victim)
+    sixty, about_sixty = checkpoints.load(str(tmp_path), "lenet", 60, victim)
     assert about_sixty["accuracy"] == 1.0  # dark against bright
     assert about_sixty["loss"] < about_one["loss"]
     moved = [max(float(abs(p[k] - start[k]).max()) for k in start) for p in (one, sixty)]
     assert 0 < moved[0] < 2e-3 < moved[1]  # Adam's first step is the learning rate, 1e-3, in every weight
+
+
+def test_a_loss_that_is_not_finite_ends_the_training(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(prior, "make_step", lambda *_: lambda state, data, key: (state, jnp.float32("nan")))
+    settings = PriorTraining(
+        data=f"{data}/train.npz", config=f"{data}/config.json", out=str(tmp_path / "run"), steps=3, batch=8
+    )
+    with pytest.raises(RunError, match=r"nan at step 3; .* lower --learning_rate"):
+        prior.train_prior(settings)
+    assert not (tmp_path / "run" / "log.jsonl").exists()
+
+
+def test_the_card_names_what_was_typed():
+    flags = ["--data=my pictures", "--out=y"]
+    assert (
+        command_line(["experiments/train_prior.py", *flags]) == "python experiments/train_prior.py '--data=my pictures' --out=y"
+    )
+    assert command_line(["/usr/bin/gdiff-train-prior", *flags]) == "gdiff-train-prior '--data=my pictures' --out=y"
+
+
+def test_the_families_that_help_names_are_known():
+    (help_text,) = (f.metadata["help"] for f in dataclasses.fields(VictimTraining) if f.name == "victim")
+    families = help_text.removeprefix("network: ").split(", or ")[0].split(", ")
+    assert len(families) == 6
+    assert set(families) <= zoo.VICTIMS.keys()
+
+
+def test_help_waits_for_no_library():
+    code = "import sys; from gdiff_jax.commands import train_prior, train_victim, prior_card; print({*sys.modules})"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert not {"jax", "flax", "optax", "orbax", "numpy"} & ast.literal_eval(result.stdout)
+
+
+@pytest.mark.parametrize("name", ["train-prior", "train-victim"])
+def test_help_is_the_same_by_script_and_by_name(name, tmp_path):
+    """The docstring of the command's module, its example, and its flags under the name that was called."""
+    module = name.replace("-", "_")
+    installed = tmp_path / f"gdiff-{name}"  # as an installer writes it
+    installed.write_text(f"import sys\nfrom gdiff_jax.commands.{module} import main\nsys.exit(main())\n")
+    for program in (installed, ROOT / "experiments" / f"{module}.py"):
+        command = [sys.executable, str(program), "--help"]
+        environment = os.environ | dict(PYTHONPATH=str(ROOT))
+        result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+        assert result.stderr == ""
+        assert f"    python experiments/{module}.py --" in result.stdout
+        assert f"\n{program}:\n  --batch: images a step" in result.stdout
 
 
 @pytest.mark.parametrize(

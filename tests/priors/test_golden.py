@@ -1,4 +1,4 @@
-"""Both U-Nets and the sampler against what torch computed, kept in tests/golden (made by tests/make_golden.py)."""
+"""Both U-Nets and the sampler against what torch computed, kept in tests/priors/golden (made by tests/priors/make_golden.py)."""
 
 import dataclasses
 import functools

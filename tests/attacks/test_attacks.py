@@ -8,14 +8,14 @@ import numpy as np
 import optax
 import pytest
 from conftest import QUICK_COMPILE
-from test_samplers import SHAPE, Flat, Residual, normal
+from objectives import SHAPE, Flat, Residual, normal
 
 from gdiff_jax import GradientMatching, Schedule, cosine, dsg_sample, squared_l2, victim_gradient
-from gdiff_jax.attacks import JointLabels, base, dense_layer_input, dlg, invert_gradients, total_variation
+from gdiff_jax.attacks import JointLabels, base, dense_layer_input, dlg, invert_gradients, read_first_dense, total_variation
 from gdiff_jax.samplers import Start, StepInfo, red_diff_sample
 from gdiff_jax.samplers.base import batched, reverse, start_from
 from gdiff_jax.schedule import make_betas
-from gdiff_jax.victims import mlp
+from gdiff_jax.victims import FirstDense, mlp
 
 STEPS = 12
 
@@ -170,8 +170,23 @@ def test_the_first_dense_layer_gives_its_input_away(scale: float) -> None:
 def test_the_first_dense_layer_of_a_network() -> None:
     """40 dB under the aim's 60 would be an error of 1e-1."""
     _, x, leak = private()
-    kernel, bias = VICTIM.first_dense
-    np.testing.assert_allclose(dense_layer_input(leak[kernel], leak[bias]).x, x.ravel(), atol=1e-5)
+    layer = VICTIM.first_dense
+    np.testing.assert_allclose(dense_layer_input(leak[layer.kernel], leak[layer.bias]).x, x.ravel(), atol=1e-5)
+
+
+def test_the_image_is_read_through_what_lies_before_the_layer() -> None:
+    """The layer sees scale * image + shift by channel; the error is the largest where the scale is the smallest."""
+    rng = np.random.default_rng(7)
+    image, delta = rng.uniform(-1, 1, (4, 3, 2)).astype(np.float32), rng.normal(size=5).astype(np.float32)
+    scale, shift = (4.0, -0.5), (0.3, 2.0)
+    leak = lambda seen: {"k": jnp.outer(seen.ravel(), delta), "b": jnp.asarray(delta)}
+    read = lambda layer, seen: read_first_dense(layer, leak(seen), (4, 3, 2))
+    x, std = read(FirstDense("k", "b", scale, shift), image * np.float32(scale) + np.float32(shift))
+    np.testing.assert_allclose(x, image, atol=1e-5)
+    np.testing.assert_allclose(std, 1 / np.linalg.norm(delta) / 0.5, rtol=1e-5)
+    x, std = read(FirstDense("k", "b"), image)
+    np.testing.assert_allclose(x, image, atol=1e-5)
+    np.testing.assert_allclose(std, 1 / np.linalg.norm(delta), rtol=1e-5)
 
 
 def test_noise_on_the_first_dense_layer_is_averaged_out_as_promised() -> None:
@@ -192,7 +207,12 @@ def test_noise_on_the_first_dense_layer_is_averaged_out_as_promised() -> None:
 
 
 def test_no_active_neuron_is_no_image_and_shapes_are_checked() -> None:
-    assert not np.any(np.isfinite(dense_layer_input(jnp.zeros((6, 4)), jnp.zeros(4)).x))
+    for found in (
+        dense_layer_input(jnp.zeros((6, 4)), jnp.zeros(4)),
+        read_first_dense(FirstDense("k", "b", (2.0,), (1.0,)), {"k": jnp.zeros((6, 4)), "b": jnp.zeros(4)}, (2, 3, 1)),
+    ):
+        assert np.isnan(found.x).all()
+        assert np.isposinf(found.std)
     with pytest.raises(ValueError, match=r"\(6, 4\) does not go with a bias \(6,\)"):
         dense_layer_input(jnp.zeros((6, 4)), jnp.zeros(6))
 

@@ -18,7 +18,7 @@ import safetensors.numpy
 import torch_files
 from parity_cases import ADM, ADM_CONV1D, CELEBAHQ, FFHQ, TWO, state_dict, torch_shapes
 
-from gdiff_jax import modules
+from gdiff_jax import modules, tensor_files
 from gdiff_jax.priors import ADMConfig, Prior, UNet2DConfig, cache, load_prior, save_prior, sources, weights
 from gdiff_jax.schedule import make_betas
 
@@ -148,7 +148,7 @@ def test_strided_and_shared_storages_of_torch_files(tmp_path):
         },
         storages={"0": pool.tobytes()},
     )
-    read = weights.read_tensors(tmp_path / "x.bin")
+    read = tensor_files.read_tensors(tmp_path / "x.bin")
     rows = pool[4:10].reshape(2, 3)
     for name, expected in dict(rows=rows, columns=rows.T, skipping=pool[1::5][:4], scalar=pool[7], empty=pool[:0]).items():
         np.testing.assert_array_equal(read[name].ravel(), np.ravel(expected), err_msg=name)
@@ -175,7 +175,7 @@ def test_adm_file_is_read_with_its_flags(adm_file):
     adm_file.with_suffix(".json").unlink()
     assert_same(load_prior(adm_file, config=flags).denoise.params, prior.denoise.params, rtol=0)
     other = adm_file.with_suffix(".safetensors")
-    safetensors.numpy.save_file(weights.read_tensors(adm_file), other)
+    safetensors.numpy.save_file(tensor_files.read_tensors(adm_file), other)
     assert_same(load_prior(other, config=flags).denoise.params, prior.denoise.params, rtol=0)
     with pytest.raises(FileNotFoundError, match=r"flags, as JSON in toy\.json"):
         load_prior(adm_file)
@@ -249,7 +249,7 @@ def test_bundled_priors_are_whole_small_and_have_a_card(name):
 def test_converted_weights_are_read_from_the_cache(folder, own_cache, monkeypatch, tiny_unet):
     first = load_prior(folder)
     assert [entry.name for entry in own_cache.iterdir()] == [next(own_cache.iterdir()).name]
-    monkeypatch.setattr(weights, "read_tensors", lambda path: pytest.fail("the file was converted again"))
+    monkeypatch.setattr(tensor_files, "read_tensors", lambda path: pytest.fail("the file was converted again"))
     assert_same(load_prior(folder).denoise.params, first.denoise.params, rtol=0)
     monkeypatch.undo()
     monkeypatch.setenv("GDIFF_JAX_CACHE", str(own_cache))
@@ -470,13 +470,13 @@ def test_mean_image_that_is_none_is_refused(folder):
 
 
 def test_weights_that_change_while_they_are_read_are_refused(folder, own_cache, monkeypatch, tiny_unet):
-    read = weights.read_tensors
+    read = tensor_files.read_tensors
 
     def swap_and_read(path):
         write(path, weights.to_torch({k: v + 1 for k, v in tiny_unet.params.items()}))
         return read(path)
 
-    monkeypatch.setattr(weights, "read_tensors", swap_and_read)
+    monkeypatch.setattr(tensor_files, "read_tensors", swap_and_read)
     with pytest.raises(ValueError, match="changed while it was read"):
         load_prior(folder)
     assert not own_cache.exists()
@@ -656,11 +656,11 @@ def test_tensors_beyond_their_storage_are_refused(tmp_path, tensor):
     pool = np.arange(8, dtype=np.float32)
     torch_files.save(tmp_path / "x.bin", {"x": tensor(pool)}, storages={"0": pool.tobytes()})
     with pytest.raises(ValueError, match=r"x\.bin cannot be read"):
-        weights.read_tensors(tmp_path / "x.bin")
+        tensor_files.read_tensors(tmp_path / "x.bin")
 
 
 @pytest.mark.parametrize("raw", [b"", b"\0" * 31, b"\0" * 33])
 def test_storages_of_another_length_are_refused(tmp_path, raw):
     torch_files.save(tmp_path / "x.bin", {"x": np.arange(8, dtype=np.float32)}, storages={"0": raw})
     with pytest.raises(ValueError, match="storage 0 holds"):
-        weights.read_tensors(tmp_path / "x.bin")
+        tensor_files.read_tensors(tmp_path / "x.bin")

@@ -13,7 +13,7 @@ from test_golden import run
 
 import gdiff_jax as gd
 from gdiff_jax.priors import ADMConfig, UNet2DConfig
-from gdiff_jax.priors.weights import read_tensors
+from gdiff_jax.tensor_files import read_tensors
 
 
 @pytest.mark.parametrize("name", UNET2D)

@@ -1,6 +1,5 @@
-"""The two studies by their commands, on a tiny prior; their statistics by hand."""
+"""The three studies by their commands, on a tiny prior; their statistics by hand."""
 
-import dataclasses
 import json
 import subprocess
 import sys
@@ -12,13 +11,17 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from experiments import calibration_report, noise_study, records, vulnerability, vulnerability_report
-from experiments.cli import ConfigError
-from experiments.mechanism_specs import parse
+from experiments import calibration_report, noise_study, vulnerability_outcomes, vulnerability_report
+from experiments.calibration_study import CalibrationConfig, with_attacks
+from experiments.vulnerability_config import VulnerabilityConfig
 from experiments.vulnerability_theory import PriorKnowledge
-from gdiff_jax import victims
+from gdiff_jax import options, victims
+from gdiff_jax.errors import ConfigError
+from gdiff_jax.mechanisms.text import parse
+from gdiff_jax.sweeping import inputs
+from gdiff_jax.sweeping.records import Store
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def run(script, prior, out, *flags):
@@ -89,6 +92,8 @@ BAD = [
     ("vulnerability.py", "--probes=1", "--probes 1"),
     ("vulnerability.py", "--trained=mlp", "train_victim.py"),
     ("noise_study.py", "--defences=gaussian", "adds noise"),
+    ("noise_study.py", "--defences=topk:2", "--defences: mechanism 'topk:2'"),
+    ("noise_study.py", "--sigma_grid=", "--sigma_grid '' must be non-empty"),
     ("noise_study.py", "--clients=0", "--clients 0"),
     ("noise_study.py", "--clients=7", "7"),
 ]
@@ -105,16 +110,16 @@ def test_bad_input_ends_with_one_line(tiny_prior, tmp_path, script, flag, value)
 def test_rank_correlation_and_its_interval():
     x = np.arange(30.0)
     rng = np.random.default_rng(0)
-    assert vulnerability_report.spearman(x, np.exp(x)) == pytest.approx((1, 1, 1))
-    value, low, high = vulnerability_report.spearman(x, x + 15 * rng.normal(size=30))
+    assert vulnerability_outcomes.spearman(x, np.exp(x)) == pytest.approx((1, 1, 1))
+    value, low, high = vulnerability_outcomes.spearman(x, x + 15 * rng.normal(size=30))
     assert value == pytest.approx(scipy.stats.spearmanr(x, x + 15 * np.random.default_rng(0).normal(size=30)).statistic)
     assert low < value < high
     # The width is about that of Fisher's z-transform.
     z = np.arctanh(value)
     expected = np.tanh(z + 1.96 / 27**0.5) - np.tanh(z - 1.96 / 27**0.5)
     assert high - low == pytest.approx(expected, rel=0.5)
-    assert np.isnan(vulnerability_report.spearman(x[:3], x[:3])[0])
-    assert np.isnan(vulnerability_report.spearman(np.ones(9), x[:9])[0])
+    assert np.isnan(vulnerability_outcomes.spearman(x[:3], x[:3])[0])
+    assert np.isnan(vulnerability_outcomes.spearman(np.ones(9), x[:9])[0])
 
 
 def test_utility_by_hand():
@@ -139,7 +144,7 @@ def test_equal_utility_interpolates_between_measured_strengths():
     rows = [row("none", 0.0, 30.0), row("gaussian", 0.1, 20.0), row("gaussian", 1.0, 10.0), row("sign", 0.0, 15.0)]
     found = {("none", 0.0): 1.0, ("gaussian", 0.1): 0.9, ("gaussian", 1.0): 0.5, ("sign", 0.0): 0.7}
     found = {("cnn", *key): value for key, value in found.items()}
-    c = dataclasses.replace(noise_study.NoiseConfig(), utilities=(0.95, 0.7, 0.4))
+    c = options.replace(noise_study.NoiseConfig(), utilities=(0.95, 0.7, 0.4))
     lines = noise_study.equal_utility_table(c, rows, found).splitlines()[2:]
     assert [cell.strip() for cell in lines[0].split("|")[2:6]] == ["gaussian", "25.0", "15.0", "-"]
     assert len(lines) == 1  # sign has no strength that could be changed to another utility
@@ -162,7 +167,7 @@ def measured(name, scale, exact):
 def test_the_report_of_singular_and_of_estimated_spectra(exact, tmp_path):
     """Images too large for the whole J^T J: what is not known is left out, an upper bound is not called lambda_min."""
     names = ("mlp", "lenet", "cnn", "resnet", "vit")
-    c = vulnerability.StudyConfig(sigma_grid=(0.0, 0.1), spectrum_images=1, num_images=1)
+    c = options.replace(VulnerabilityConfig(), sigma_grid=(0.0, 0.1), spectrum_images=1, num_images=1)
     rows = [
         {"victim": n, "training_steps": 0, "sigma": s, "image": 0, "psnr": 10.0 + k, "mse": 0.1, "failed": False}
         for k, n in enumerate(names) for s in c.sigma_grid
@@ -170,7 +175,7 @@ def test_the_report_of_singular_and_of_estimated_spectra(exact, tmp_path):
     knowledge = PriorKnowledge(
         None, [1.0, 2.0], [1.0, 4.0], [0.9, 0.5], (1,), np.zeros((1, 2, 2, 1)), np.zeros((1, 2, 2, 2, 1))
     )
-    store = records.Store(tmp_path / "out", {})
+    store = Store(tmp_path / "out", {})
     store.open()
     vulnerability_report.write(c, rows, [measured(n, k + 1.0, exact) for k, n in enumerate(names)], knowledge, 8.0, store)
     found = json.loads((tmp_path / "out" / "results.json").read_text())["correlations"]
@@ -205,6 +210,17 @@ def test_the_study_of_calibration(tiny_prior, tmp_path):
     assert (tmp_path / "again" / "summary.md").read_text().split("\n\n", 1)[1] == summary.split("\n\n", 1)[1]
     for name in ("trials.csv", "calibration.png"):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
+
+
+def test_a_plan_with_other_attacks_is_the_plan_that_would_be_loaded(tiny_prior):
+    """So a study may load a victim once, and its folders are those of the sweeps themselves."""
+    flags = dict(prior=f"{tiny_prior}/prior", images=f"{tiny_prior}/images.npz", num_images=2, steps=4)
+    config = options.replace(CalibrationConfig(), rates=(0.4,), zetas=(4.0,), untuned=("dsg-mean",), **flags)
+    first, *others = (config.sweep("mlp-narrow", setting) for setting in config.settings())
+    plan = inputs.load(first)
+    for sweep in others:
+        mine, loaded = with_attacks(plan, sweep.attacks), inputs.load(sweep)
+        assert (mine.identity, mine.methods, mine.distance) == (loaded.identity, loaded.methods, loaded.distance)
 
 
 def score(method, strength, sigma, psnrs, victim="net"):

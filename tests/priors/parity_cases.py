@@ -1,4 +1,4 @@
-"""What the parity tests, their golden files and `tests/make_golden.py` have in common: configs, weights and inputs.
+"""What the parity tests, their golden files and `tests/priors/make_golden.py` have in common: configs, weights and inputs.
 
 Weights come from a seed and a name alone, in torch's layout: none is zero and no norm is the identity, so that every path
 carries signal, and a golden file needs to hold outputs only.

@@ -1,15 +1,15 @@
-"""Writes tests/golden/*.npz: outputs of diffusers' torch U-Net, of an independent ADM, and of diffusers' DDPM sampler.
+"""Writes tests/priors/golden/*.npz: outputs of diffusers' torch U-Net, of an independent ADM, and of diffusers' DDPM sampler.
 
-    pip install -e ".[parity]" && python tests/make_golden.py
+    pip install -e ".[parity]" && python tests/priors/make_golden.py
 
-The plain test command holds gdiff_jax to these files; `tests/test_parity.py` holds the files, and gdiff_jax, to torch.
+The plain test command holds gdiff_jax to these files; `tests/priors/test_parity.py` holds the files, and gdiff_jax, to torch.
 """
 
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "priors")]
 
 import adm_reference
 import jax

@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from experiments import victim_files
 from gdiff_jax import GradientMatching, modules, victim_gradient
 from gdiff_jax.federated import LocalSGD
-from gdiff_jax.victims import cnn, mlp, resnet
+from gdiff_jax.victims import cnn, mlp, resnet, zoo
 
 quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 RNG = np.random.default_rng(12)
@@ -122,10 +121,10 @@ def test_an_unknown_norm_is_refused(make):
 @pytest.mark.parametrize("name", ["cnn-batchnorm", "resnet-batchnorm"])
 def test_the_study_knows_them_by_name_at_the_end(name):
     """A victim's weights are drawn from its place."""
-    victim = victim_files.make_victim(name, (16, 16, 3), 10)
+    victim = zoo.make_victim(name, (16, 16, 3), 10)
     norms = set(jax.eval_shape(victim.batch_statistics, *shapes(victim)))
     assert norms
-    assert name in list(victim_files.VICTIMS)[34:]
+    assert name in list(zoo.VICTIMS)[34:]
 
 
 def shapes(victim):
@@ -324,5 +323,5 @@ def test_floating_labels_that_are_no_probabilities_are_refused():
 
 
 def test_the_names_of_victims_tell_which_have_batch_norms():
-    for name in victim_files.VICTIMS:
-        assert victim_files.has_batch_norm(name) == victim_files.make_victim(name, (32, 32, 3), 10).has_batch_norm
+    for name in zoo.VICTIMS:
+        assert zoo.has_batch_norm(name) == zoo.make_victim(name, (32, 32, 3), 10).has_batch_norm

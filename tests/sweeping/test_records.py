@@ -1,17 +1,15 @@
 """Records on disk: nothing damaged is believed, nothing finished is lost."""
 
-import dataclasses
 import json
+import resource
 import shutil
-import subprocess
-from pathlib import Path
 
 import numpy as np
 import pytest
-from test_sweep import command, config, records_of, run_in_process, without_time
 
-from experiments import records
-from experiments.cli import ConfigError, RunError, write_atomic
+from gdiff_jax.errors import ConfigError, RunError
+from gdiff_jax.files import write_atomic
+from gdiff_jax.sweeping import records
 
 IDENTITY = {"steps": 3, "sigma_grid": (0.0, float("nan"))}
 
@@ -81,19 +79,6 @@ def test_rows_and_arrays_come_back(tmp_path):
     assert store.arrays(0)["images"].shape == (3, 4, 4, 1)
 
 
-def test_a_sweep_computes_damaged_chunks_again_and_says_so(tiny_prior, tmp_path, capsys):
-    c = config(tiny_prior, tmp_path / "out", methods=("dsg",))
-    before = run_in_process(c)
-    chunks = sorted((tmp_path / "out" / "chunks").glob("*.jsonl"))
-    text = chunks[1].read_text()
-    chunks[1].write_text(text.replace('"psnr": ', '"psnr": 9', 1))  # a number a reader would believe
-    kept = {f: f.stat().st_mtime_ns for f in chunks if f != chunks[1]}
-    capsys.readouterr()
-    assert without_time(run_in_process(c)) == without_time(before)
-    assert "computed again, because damaged or of another version: 1 chunks (1)" in capsys.readouterr().out
-    assert all(f.stat().st_mtime_ns == t for f, t in kept.items())
-
-
 @pytest.mark.parametrize("spoil", [lambda t: t[: len(t) // 2], lambda t: t.replace('"steps": 3', '"steps": 4'), lambda t: ""])
 def test_a_damaged_manifest_is_made_anew_where_the_seals_are_right(tmp_path, capsys, spoil):
     a_store(tmp_path / "out")
@@ -122,20 +107,20 @@ def test_what_a_kill_before_the_manifest_leaves_is_no_obstacle(tmp_path):
     records.Store(tmp_path / "out", IDENTITY).open()
 
 
-def test_a_full_disk_ends_with_one_line_and_the_sweep_goes_on_from_there(undisturbed, tmp_path):
-    """A limit on the size of files stands in for the disk: the manifest fits, a chunk's images do not."""
-    c = dataclasses.replace(undisturbed, out=str(tmp_path / "out"))
-    manifest, images = ((Path(undisturbed.out) / name).stat().st_size for name in ("manifest.json", "chunks/00003.npz"))
-    assert manifest < images - 100
-    prlimit = ["prlimit", f"--fsize={images - 50}"]
-    full = subprocess.run([*prlimit, *command(c)], capture_output=True, text=True, check=False)
-    assert full.returncode == 1, full.stderr[-2000:]
-    last = full.stderr.strip().splitlines()[-1]
-    assert last.startswith("error: File too large")
-    assert "Free space and give the same command again" in last
+def test_a_full_disk_loses_no_finished_chunk_and_leaves_nothing_half(tmp_path):
+    """A limit on the size of files stands in for the disk."""
+    store = a_store(tmp_path / "out", chunks=2)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300, hard))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            store.save(2, [{"chunk": 2}], {"images": np.random.default_rng(0).normal(size=99)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert not list((tmp_path / "out").rglob("*partial*"))
-    subprocess.run(command(c), check=True, capture_output=True)
-    assert records_of(c) == records_of(undisturbed)
+    assert [store.is_done(k) for k in range(3)] == [True, True, False]
+    store.save(2, [{"chunk": 2}], {})
+    assert store.is_done(2)
 
 
 def test_write_atomic_leaves_the_old_file_where_writing_fails(tmp_path):
@@ -152,11 +137,32 @@ def test_write_atomic_leaves_the_old_file_where_writing_fails(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_trial_that_fails_is_counted_and_its_neighbours_do_not_notice(tiny_prior, tmp_path):
-    """Noise of 1e38 overflows the distance: those trials end in nan, in the same batch as others."""
-    c = config(tiny_prior, tmp_path / "a", methods=("dps",), sigma_grid=(0.1, 1e38), batch=6)
-    rows = [r for r in run_in_process(c) if r["method"] == "dps"]
-    alone = run_in_process(dataclasses.replace(c, sigma_grid=(0.1,), out=str(tmp_path / "b")))
-    assert [r["failed"] for r in rows] == [False] * 3 + [True] * 3
-    assert [r["psnr"] for r in rows[:3]] == pytest.approx([r["psnr"] for r in alone if r["method"] == "dps"], abs=1e-4)
-    assert "3 (3 failed)" in (tmp_path / "a" / "summary.md").read_text()
+def test_output_of_another_configuration_is_refused_and_left_alone(tmp_path):
+    store = records.Store(tmp_path / "out", {"steps": 3, "seed": 0})
+    store.open()
+    before = (tmp_path / "out" / "manifest.json").read_bytes()
+    with pytest.raises(ConfigError, match="steps was 3, is 4"):
+        records.Store(tmp_path / "out", {"steps": 4, "seed": 0})
+    assert (tmp_path / "out" / "manifest.json").read_bytes() == before
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").touch()
+    with pytest.raises(ConfigError, match="not a sweep's output"):
+        records.Store(tmp_path / "mine", {"steps": 3})
+
+
+def test_a_store_in_memory_answers_as_one_on_disk(tmp_path):
+    """Also in what becomes of numbers that are not finite, and of tuples."""
+    stores = records.Store(tmp_path / "out", IDENTITY), records.MemoryStore(IDENTITY)
+    rows = [{"psnr": float("nan"), "levels": (1, 2.5), "failed": True}, {"psnr": 3.0, "levels": (), "failed": False}]
+    images = np.arange(6, dtype=np.float32).reshape(2, 3)
+    for store in stores:
+        store.open()
+        assert not store.exists(7)
+        store.save(7, rows, {"images": images})
+        store.save(8, rows[1:], {})
+        assert store.exists(7)
+        assert store.is_done(7)
+        assert store.rows([8, 7])[1] == {"psnr": None, "levels": [1, 2.5], "failed": True}
+        np.testing.assert_array_equal(store.arrays(7)["images"], images)
+        store.discard([7, 9])
+        assert [store.exists(k) for k in (7, 8)] == [False, True]

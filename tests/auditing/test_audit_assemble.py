@@ -1,0 +1,73 @@
+"""From trials to an audit, made by hand: what is scored and kept."""
+
+import dataclasses
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from test_audit_summary import make, row
+
+from gdiff_jax.auditing.about import clip_norm, describe_guarantee
+from gdiff_jax.auditing.assemble import Trials, assemble
+from gdiff_jax.mechanisms import Chain, Clip, GaussianNoise
+from gdiff_jax.theory import privacy
+
+
+def trials_of(images, **signal):
+    """A trial of DSG at each image, which gives back the image itself, but for the last, which failed."""
+    rows = [row("dsg", 0.1, i, 0, 30.0, 1.0, failed=i == len(images) - 1) for i in range(len(images))]
+    for r in rows:
+        del r["rank"]
+    trace = {"distance": np.array([2.0, 1.0, np.nan]), "x0_error": np.array([4.0, 0.4, np.nan]), **signal}
+    return Trials(rows, list(images), [trace] * len(rows))
+
+
+def assembled(images, trials, truth):
+    about = {k: v for k, v in make().about.items() if k not in ("candidates", "has_truth", "has_lpips")}
+    named = dict(candidates=images, mean_image=images.mean(0), guarantees=[], theory=None, film=list(images[:2]))
+    return assemble(about, trials, truth, **named)
+
+
+def test_an_audit_is_assembled_from_its_trials():
+    images = np.random.default_rng(0).uniform(-1, 1, (6, 16, 16, 3)).astype(np.float32)
+    trials = trials_of(images)
+    audit = assembled(images, trials, images)
+    assert audit.about.keys() == make().about.keys()
+    assert [r.get("rank") for r in audit.trials] == [0] * 5 + [None]
+    assert "rank" not in trials.rows[0]  # what was handed in is left as it was
+    assert (audit.candidates, audit.has_truth, len(audit.mean_image)) == (6, True, 6)
+    assert audit.curve(audit.trials[0])["psnr"] == pytest.approx([0, 10, np.nan], nan_ok=True)
+    shown = [f"{kind}/{i}" for kind in ("truth", "found/0.1") for i in range(4)]
+    assert list(audit.pictures) == [*shown, "film/0", "film/1"]
+    unknown = assembled(images, trials, None)
+    assert (unknown.candidates, unknown.has_truth, unknown.mean_image) == (0, False, [])
+    with pytest.raises(ValueError, match="argument 2 is shorter"):
+        assembled(images, dataclasses.replace(trials, images=trials.images[1:]), images)
+
+
+def test_the_share_of_signal_is_kept_where_it_was_measured():
+    images = np.random.default_rng(0).uniform(-1, 1, (6, 16, 16, 3)).astype(np.float32)
+    absent = assembled(images, trials_of(images), images)
+    assert assembled(images, trials_of(images, signal=np.full(3, np.nan)), images) == absent
+    measured = assembled(images, trials_of(images, signal=np.array([1.0, 0.123456, np.nan])), images)
+    assert all("signal" not in curve for curve in absent.curves.values())
+    assert measured.curve(measured.trials[0])["signal"] == pytest.approx([1, 0.1235, np.nan], nan_ok=True)
+
+
+def test_a_guarantee_is_a_row_of_numbers():
+    clipped = Chain((Clip(2.0), GaussianNoise(3.0)))
+    row = describe_guarantee(3.0, clipped, 100, 1e-5, 0.1)
+    assert row["epsilon"] == pytest.approx(privacy.gaussian_epsilon(1.5, 1e-5))
+    assert (row["sigma"], row["delta"], row["reason"], row["pure"]) == (3.0, 1e-5, "", False)
+    assert row["gamma"] == pytest.approx(privacy.gdp_tpr(1 / 1.5, 0.1))
+    none = describe_guarantee(3.0, GaussianNoise(3.0), 100, 1e-5, 0.1)
+    assert none.keys() == row.keys()
+    assert (none["epsilon"], none["gamma"], none["reason"]) == (None, None, "no clipping")
+    assert [clip_norm(m) for m in (clipped, GaussianNoise(3.0), Chain((Clip(2.0),)))] == [2.0, None, None]
+
+
+def test_who_draws_nothing_waits_for_no_plots_and_pages():
+    code = "import sys, gdiff_jax.auditing.result; print({'matplotlib', 'jinja2'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"

@@ -1,0 +1,82 @@
+"""The command of an audit: its defaults, its one line for what is wrong, and that it goes on where it was ended."""
+
+import pytest
+from tiny import MODELS, audit_config, command_of, ended, run_command, without_time
+
+from gdiff_jax.auditing import load, run
+from gdiff_jax.auditing.load import audit_named
+from gdiff_jax.auditing.settings import AuditConfig
+from gdiff_jax.commands import audit
+from gdiff_jax.options import replace
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """The trials alone, by the programs of `small`."""
+    monkeypatch.setattr(run, "_theory", lambda *_: None)
+    monkeypatch.setattr(run, "_film", lambda *_: [])
+
+
+def test_an_audit_goes_on_where_it_was_ended(tiny_prior, tmp_path):
+    cheap = dict(victim=f"{MODELS}:mlp", methods=("analytic",))
+    c = audit_config(tiny_prior, tmp_path / "out", sigma_grid=(0.0, 0.1, 1.0), **cheap)
+    first = audit_named(c)
+    chunks = sorted((tmp_path / "out" / "sweep" / "chunks").glob("*.jsonl"))
+    times = [p.stat().st_mtime_ns for p in chunks]
+    chunks[1].unlink()
+    second = audit_named(c)
+    assert [p.stat().st_mtime_ns for i, p in enumerate(chunks) if i != 1] == [t for i, t in enumerate(times) if i != 1]
+    assert chunks[1].stat().st_mtime_ns > times[1]
+    untimed = lambda result: without_time(result.trials)
+    assert untimed(first) == untimed(second)
+    assert first.curves == second.curves
+
+
+@pytest.mark.parametrize(
+    ("changes", "methods"),
+    [
+        (dict(), ("dsg", "calibrated-mean")),
+        (dict(attacker="eavesdropper"), ("dsg", "dps")),
+        (dict(mechanism="soteria:0.4+gaussian"), ("dsg", "dps")),
+        (dict(local_steps=2), ("dsg", "dps")),
+    ],
+)
+def test_an_audit_runs_by_default_what_its_attacker_can(changes, methods):
+    """Who does not know the noise cannot draw from it."""
+    assert load._with_methods(replace(AuditConfig(), **changes)).attacks.methods == methods
+
+
+def test_the_private_images_are_known_where_they_are_named_or_no_gradient_is():
+    known = lambda **changes: replace(AuditConfig(), **changes).images_known
+    assert known()
+    assert known(images="folder")
+    assert not known(gradient="leak.npz")
+    assert known(gradient="leak.npz", images="folder")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--from_json=nowhere.json"], "--from_json: nowhere.json"),
+        (["--sigma=0"], "'sigma'"),
+        (["--sigma_grid=a,b"], "list of float"),
+        (["victim=cnn"], "is not a flag"),
+        (["--victim=resnet99"], "victim 'resnet99' is not known"),
+    ],
+)
+def test_a_wrong_flag_is_one_line_and_exit_code_2(arguments, words, tmp_path, monkeypatch, capsys):
+    assert ended(audit, monkeypatch, *arguments, f"--out={tmp_path / 'o'}") == 2
+    assert_one_line(capsys.readouterr().err, words)
+    assert not (tmp_path / "o").exists()
+
+
+def test_so_does_the_process(tmp_path):
+    done = run_command([*command_of("audit.py"), "--from_json=nowhere.json", f"--out={tmp_path / 'o'}"])
+    assert done.returncode == 2
+    assert_one_line(done.stderr, "nowhere.json")
+
+
+def assert_one_line(text, words):
+    assert text.startswith("error: ")
+    assert words in text
+    assert len(text.strip().splitlines()) == 1

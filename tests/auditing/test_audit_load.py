@@ -1,0 +1,244 @@
+"""An audit of what is named: models, weights and gradients of the user's files, and an error for each wrong input."""
+
+import re
+import sys
+import textwrap
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import own_models
+import pytest
+from safetensors.numpy import save_file
+from tiny import MODELS, ROOT, audit_config
+
+from gdiff_jax import modules
+from gdiff_jax.auditing import load
+from gdiff_jax.auditing import run as auditing
+from gdiff_jax.auditing.load import audit_named
+from gdiff_jax.errors import ConfigError
+from gdiff_jax.matching import victim_gradient
+from gdiff_jax.options import replace
+
+
+@pytest.fixture
+def attacks_alone(monkeypatch):
+    monkeypatch.setattr(auditing, "_theory", lambda *_: None)
+    monkeypatch.setattr(auditing, "_film", lambda *_: [])
+
+
+@pytest.fixture
+def plan_of(monkeypatch, tiny_prior):
+    """What would be run, of changes to the usual settings."""
+    monkeypatch.setattr(load, "run", lambda plan, *_: plan)
+    return lambda **changes: audit_named(audit_config(tiny_prior, "unused", **changes))
+
+
+def test_groups_are_those_of_the_client(plan_of):
+    plan = plan_of(victim="mlp-narrow", num_images=4, group=2, local_steps=2, local_batch=1)
+    assert (plan.client.group, plan.client.local_steps, plan.client.local_batch) == (2, 2, 1)
+
+
+def test_a_first_dense_layer_is_found(plan_of):
+    """It gives the image away exactly, which no default may overlook."""
+    assert list(plan_of(victim=f"{MODELS}:mlp", methods=()).methods) == ["dsg", "calibrated-mean", "analytic", "analytic-dsg"]
+    assert list(plan_of(methods=()).methods) == ["dsg", "calibrated-mean"]
+    named = plan_of(victim=f"{MODELS}:mlp", methods=("dsg",))
+    assert list(named.methods) == ["dsg"]
+    unknown_noise = plan_of(victim="mlp-narrow", methods=(), attacker="eavesdropper")
+    assert list(unknown_noise.methods) == ["dsg", "dps", "analytic"]
+
+
+def test_a_first_dense_layer_is_read_off(tiny_prior, tmp_path, attacks_alone):
+    """Behind a normalisation of the user's own."""
+    changes = dict(victim=f"{MODELS}:mlp", methods=("inverting", "analytic"), inverting_steps=2)
+    audit = audit_named(audit_config(tiny_prior, tmp_path / "out", **changes))
+    assert min(r["psnr"] for r in audit.at(0.0) if r["method"] == "analytic") > 60
+    assert audit.levels()[0].methods == "analytic 2"  # and the attacker chooses it
+
+
+def torch_layout(tree):
+    """What a torch network of the same shape saves, its flattened map in the order (C, H, W)."""
+    out = np.asarray(tree["out"]["kernel"]).reshape(4, 4, 6, 10).transpose(2, 0, 1, 3).reshape(96, 10)
+    conv = np.asarray(tree["conv"]["kernel"]).transpose(3, 2, 0, 1)
+    arrays = {"conv.weight": conv, "conv.bias": tree["conv"]["bias"], "out.weight": out.T, "out.bias": tree["out"]["bias"]}
+    return {k: np.ascontiguousarray(v) for k, v in arrays.items()}
+
+
+def flattened(tree):
+    return {f"{layer}.{name}": np.asarray(value) for layer, arrays in tree.items() for name, value in arrays.items()}
+
+
+@pytest.fixture(scope="module")
+def saved(tiny_prior, tmp_path_factory):
+    """A folder with the gradient of the first image, as a flax .npz and in torch's layout, and the gradient."""
+    loss, params = own_models.make()
+    data, folder = np.load(tiny_prior / "images.npz"), tmp_path_factory.mktemp("saved")
+    x = jnp.asarray(data["images"][0] / np.float32(127.5) - 1)
+    gradient = jax.jit(lambda p, x, y: victim_gradient(loss, p, x, y))(params, x, jnp.asarray(data["labels"][0]))
+    np.savez(folder / "flax.npz", **{f"params/{name.replace('.', '/')}": value for name, value in flattened(gradient).items()})
+    save_file(torch_layout(gradient), folder / "torch.safetensors")
+    return folder, flattened(gradient)
+
+
+def test_a_saved_gradient_is_taken_whichever_layout_it_has(plan_of, saved):
+    folder, gradient = saved
+    leak = lambda file, *orders: plan_of(gradient=str(folder / file), flattened=orders, label=0, num_images=1).leak
+    for tree in (leak("flax.npz"), leak("torch.safetensors", "out.kernel:6x4x4")):
+        assert tree.keys() == gradient.keys()
+        for name, value in gradient.items():
+            np.testing.assert_allclose(tree[name], value, rtol=1e-6)
+    # The order of the rows matters: taken as they are they are another gradient.
+    other = leak("torch.safetensors", "out.kernel:as-is")["out.kernel"]
+    assert np.abs(other - gradient["out.kernel"]).max() > 0.1 * np.abs(other).max()
+
+
+@pytest.mark.long
+def test_a_saved_gradient_is_attacked_as_if_it_were_the_models_own(tiny_prior, saved, tmp_path):
+    folder, _ = saved
+    common = dict(mechanism="gaussian", seeds=2, label=0, num_images=1)
+    ways = {
+        "own": dict(),
+        "flax": dict(gradient=str(folder / "flax.npz")),
+        "torch": dict(gradient=str(folder / "torch.safetensors"), flattened=("out.kernel:6x4x4",)),
+        "wrong": dict(gradient=str(folder / "torch.safetensors"), flattened=("out.kernel:as-is",)),
+    }
+    audits = {name: audit_named(audit_config(tiny_prior, tmp_path / name, **common, **way)) for name, way in ways.items()}
+    distances = {name: [r["distance"] for r in audit.attacks] for name, audit in audits.items()}
+    assert distances["flax"] == pytest.approx(distances["own"], rel=1e-3)
+    assert distances["torch"] == pytest.approx(distances["own"], rel=1e-3)
+    assert distances["wrong"] != pytest.approx(distances["own"], rel=1e-3)
+    assert all(len(audit.pictures) > 0 for audit in audits.values())
+
+
+def test_a_saved_gradient_of_an_unknown_image(tiny_prior, saved, tmp_path, attacks_alone):
+    folder, _ = saved
+    cheap = dict(methods=("inverting",), inverting_steps=2, mechanism="none", label=0, seeds=3)
+    c = audit_config(tiny_prior, tmp_path / "out", gradient=str(folder / "flax.npz"), **cheap)
+    c = replace(c, images="")  # the default would be of another size than the prior's
+    audit = audit_named(c)
+    assert not audit.has_truth
+    assert len(audit.attacks) == 3
+    assert all(r["psnr"] is None and r["distance"] > 0 for r in audit.attacks)
+    assert "explains it up to" in audit.verdict()
+    text = audit.report(tmp_path / "out").read_text()
+    assert "What the attacks made of the gradient" in text
+    assert "recovered" not in text.split("What this does not say")[0].split("</nav>")[1]
+
+
+def test_weights_from_a_file_are_those_that_are_attacked(plan_of, tmp_path):
+    other = jax.tree.map(lambda p: 2 * p + 0.01, own_models.make()[1])
+    save_file(torch_layout(other), tmp_path / "w.safetensors")
+    plan = plan_of(weights=str(tmp_path / "w.safetensors"), flattened=("out.kernel:6x4x4",))
+    (params,) = plan.params.values()
+    assert params.keys() == flattened(other).keys()
+    for name, value in flattened(other).items():
+        np.testing.assert_allclose(params[name], value, rtol=1e-6)
+    assert plan.identity["sha256"]["weights"] == modules.digest(params)  # an audit of others does not go on from theirs
+
+
+@pytest.fixture(scope="module")
+def bad_files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bad")
+    _, params = own_models.make()
+    flat = flattened(params)
+    np.savez(folder / "missing.npz", **{k: v for k, v in flat.items() if k != "out.bias"})
+    np.savez(folder / "zero.npz", **{k: np.zeros_like(v) for k, v in flat.items()})
+    save_file(torch_layout(params), folder / "torch.safetensors")
+    (folder / "empty").mkdir()
+    return folder
+
+
+G = dict(sigma_grid=(0.0,), label=0)
+UNKNOWN = dict(images="")
+# What is wrong, and words of the one line that says so: the value and the remedy. What may be wrong with a function, a loss, a
+# file of weights or an order is in test_own_victims.py and test_saved_trees.py; here, that the command says it.
+WRONG = [
+    (dict(victim="resnet99"), ["resnet99", "known:"]),
+    (dict(victim="{d}/nowhere.py:make"), ["nowhere.py", "cannot be imported"]),
+    (dict(victim="{m}:nothing"), ["nothing", "it has", "make"]),
+    (dict(victim="{m}:no_pair"), ["must return (loss, params)"]),
+    (dict(victim="{m}:blind"), ["{m}:blind", "does not depend on the image"]),
+    (dict(victim="{m}:sometimes", num_images=3), ["2 of 3 images (1, 2, counted from 0)"]),
+    (dict(training_steps=5), ["--training_steps", "--victim {m}:make", "weights that its function returns"]),
+    (dict(attacker="server"), ["--labels=inferred", "--victim {m}:make", "built-in networks only"]),
+    (dict(mechanism="soteria:0.5"), ["--mechanism soteria:0.5", "built-in networks only"]),
+    (dict(attacker="friend"), ["friend", "informed"]),
+    (dict(mechanism="blur:3"), ["--mechanism: ", "blur", "gaussian"]),
+    (dict(mechanism="clip"), ["the norm, above 0", "clip:1"]),
+    (dict(methods=("magic",)), ["magic", "dsg"]),
+    (dict(sigma_grid=(-1.0,)), ["-1.0", ">= 0"]),
+    (dict(mechanism="gaussian", epsilon_grid=(1.0,)), ["--epsilon_grid", "clip:1+gaussian"]),
+    (dict(delta=2.0), ["2.0", "(0, 1)"]),
+    (dict(threshold=float("nan")), ["nan", "such as 20"]),
+    (dict(share=1.5), ["1.5", "such as 0.1"]),
+    (dict(spectra=-1), ["-1", "0 leaves"]),
+    (dict(seeds=0), ["--seeds 0", "at least 1"]),
+    (dict(num_images=99), ["99", "holds 6", "fewer"]),
+    (dict(num_images=3, group=2), ["not a multiple", "4"]),
+    (dict(label=99), ["99", "--num_classes"]),
+    (dict(steps=5000), ["5000", "fewer"]),
+    (dict(images="{d}/nowhere"), ["nowhere", "do not exist"]),
+    (dict(images="{d}/empty"), ["empty", "no picture"]),
+    (dict(prior="{d}/nowhere"), ["--prior", "nowhere"]),
+    (dict(prior="cifar10-32"), ["(16, 16, 3)", "(32, 32, 3)", "--prior"]),
+    (dict(candidates="{d}/nowhere"), ["--candidates", "nowhere"]),
+    (dict(candidates="{one}", num_images=1), ["--candidates {one}", "nothing but the private images", "more images"]),
+    (dict(data="{d}/nowhere"), ["--data", "nowhere"]),
+    (dict(weights="{d}/nowhere.npz"), ["--weights", "nowhere.npz", "give a"]),
+    (dict(weights="{d}/missing.npz"), ["--weights", "missing: out.bias"]),
+    (dict(weights="{d}/torch.safetensors"), ["--weights", "flattened=out.kernel:CxHxW"]),
+    (dict(weights="{d}/torch.safetensors", flattened=("out.kernel",)), ["--flattened", "out.kernel", "such as"]),
+    (dict(weights="{d}/torch.safetensors", training_steps=3), ["leave one away"]),
+    (dict(flattened=("out.kernel:6x4x4",)), ["--flattened", "give --weights or --gradient"]),
+    (dict(gradient="{d}/zero.npz", **G), ["zero everywhere"]),
+    (dict(gradient="{d}/missing.npz", **G), ["--gradient", "missing: out.bias"]),
+    (dict(gradient="{d}/zero.npz", **UNKNOWN), ["--label"]),
+    (dict(gradient="{d}/zero.npz", label=99, **UNKNOWN), ["--label 99", "0..9"]),
+    (dict(gradient="{d}/zero.npz", label=0, mechanism="soteria:0.5", **UNKNOWN), ["soteria:0.5", "give --images"]),
+    (dict(gradient="{d}/zero.npz", label=0, sigma_grid=(0.0, 0.1)), ["--sigma_grid names 2", "--sigma_grid=0"]),
+    (dict(gradient="{d}/zero.npz", label=0, sigma_grid=()), ["--sigma_grid names 6", "--sigma_grid=0"]),
+    (dict(gradient="{d}/zero.npz", epsilon_grid=(1.0,), **G), ["one noise level", "--sigma_grid=0"]),
+    (dict(gradient="{d}/zero.npz", group=3, **G), ["--group 3"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("number", range(len(WRONG)), ids=lambda i: f"{i}-{next(iter(WRONG[i][0]))}")
+def test_a_wrong_input_is_named_with_its_remedy_before_anything_is_computed(number, tiny_prior, bad_files, tmp_path):
+    changes, words = WRONG[number]
+    with np.load(tiny_prior / "images.npz") as data:
+        np.savez(tmp_path / "one.npz", images=data["images"][:1], labels=data["labels"][:1])
+    put = lambda v: v.format(d=bad_files, m=MODELS, one=tmp_path / "one.npz") if isinstance(v, str) else v
+    c = audit_config(tiny_prior, tmp_path / "out", **{k: put(v) for k, v in changes.items()})
+    with pytest.raises(ConfigError) as error:
+        audit_named(c)
+    for word in map(put, words):
+        assert word in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def documented(tmp_path):
+    """The file that docs/audit.md shows, as it is but for the size of the test's images."""
+    text = (ROOT / "docs" / "audit.md").read_text()
+    code = textwrap.dedent(re.search(r"```python\n(# my_model.py.*?)```", text, re.DOTALL)[1])
+    assert "8 * 8 * 32" in code
+    Path(tmp_path / "my_model.py").write_text(code.replace("8 * 8 * 32", "4 * 4 * 32"))
+    return f"{tmp_path / 'my_model.py'}:make"
+
+
+PARAMETERS = 27 * 16 + 16 + 9 * 16 * 32 + 32 + 512 * 10 + 10
+
+
+def test_the_model_of_the_documentation_is_taken(plan_of, documented):
+    plan = plan_of(victim=documented)
+    assert plan.size(documented) == PARAMETERS
+    assert sys.modules["my_model"].Net is not None
+
+
+@pytest.mark.long
+def test_the_model_of_the_documentation_is_audited(tiny_prior, documented, tmp_path):
+    audit = audit_named(audit_config(tiny_prior, tmp_path / "out", victim=documented))
+    assert audit.about["parameters"] == PARAMETERS
+    assert np.isfinite([r["psnr"] for r in audit.attacks]).all()

@@ -1,0 +1,116 @@
+"""The report of an audit: its page, its figures and its data say the same, and ask nothing of a network."""
+
+import base64
+import dataclasses
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+from tiny import parsed
+
+import gdiff_jax as gd
+from gdiff_jax.auditing import figures, page, pictures
+from gdiff_jax.auditing.settings import AuditConfig
+from gdiff_jax.commands import audit as command
+from gdiff_jax.commands import flags
+
+
+def files(folder):
+    """The files of a report, by their place in the folder."""
+    found = sorted(p for p in folder.rglob("*") if p.is_file())
+    return {str(p.relative_to(folder)): p.read_bytes() for p in found if "sweep" not in p.relative_to(folder).parts}
+
+
+def figures_of(folder):
+    return {p.name: p.read_bytes() for p in (folder / "figures").iterdir()}
+
+
+def test_a_report_made_again_of_its_json_is_the_same_to_the_byte(small, tmp_path, monkeypatch, capsys):
+    settings = parsed(AuditConfig(), f"--from_json={small / 'audit.json'}", f"--out={tmp_path / 'again'}")
+    monkeypatch.setattr(flags, "read_flags", lambda defaults: settings)
+    command._audit()
+    assert f"report: {tmp_path / 'again' / 'report.html'}" in capsys.readouterr().out
+    made, again = files(small), files(tmp_path / "again")
+    assert {"report.html", "audit.json", "trials.csv", "figures/quality.svg", "figures/quality.png"} <= made.keys()
+    assert made.keys() == again.keys()
+    for name in made:
+        assert made[name] == again[name], name
+
+
+def test_every_figure_answers_to_the_data(small):
+    """Other numbers, another figure."""
+    audit, drawn = gd.Audit.load(small / "audit.json"), figures_of(small)
+    names = {name.partition(".")[0] for name in drawn}
+    assert names == set(figures.drawings(audit))
+    assert names == {
+        "reconstructions", "recognised", "quality", "recovered", "epsilon", "steps", "signal", "film", "layers", "spectrum"
+    }  # fmt: skip
+    worse = lambda r: {**r, "psnr": r["psnr"] and r["psnr"] + 1, "rank": 1, "noise_norm": 2 * (r.get("noise_norm") or 0)}
+    theory = {**audit.theory, "shares": {k: v / 2 for k, v in audit.theory["shares"].items()}}
+    theory["spectra"] = [{**s, "eigenvalues": [2 * v for v in s["eigenvalues"]]} for s in theory["spectra"]]
+    black = {k: pictures.png(np.zeros((16, 16, 3))) for k in audit.pictures}
+    halved = {k: {**c, "signal": [v and v / 2 for v in c["signal"]]} if "signal" in c else c for k, c in audit.curves.items()}
+    other = dataclasses.replace(
+        audit, trials=[worse(r) for r in audit.trials], theory=theory, pictures=black, curves=halved
+    )  # fmt: skip
+    changed = figures.files(other)
+    assert changed.keys() == drawn.keys()
+    assert [name for name in drawn if changed[name] == drawn[name]] == []
+
+
+def test_the_page_is_whole_and_asks_for_nothing(small):
+    text = (small / "report.html").read_text()
+    assert len(text) < 5e6
+    assert "default-src 'none'" in text
+    outside = [u for u in re.findall(r'(?:src|href)="([^"]+)"', text) if not u.startswith(("data:", "#"))]
+    assert outside == []
+    for svg in re.findall(r"data:image/svg\+xml;base64,([^\"]+)", text):
+        inner = base64.b64decode(svg).decode()
+        assert not re.findall(r'href="(?!#|data:)', inner)
+    for words in ("What the attacker has", "clip:1+gaussian", "γ(κ)", "Cramér-Rao", "python", "What this does not say"):
+        assert words in text
+
+
+def test_the_page_escapes_what_it_is_told(small):
+    audit = gd.Audit.load(small / "audit.json")
+    hostile = dataclasses.replace(audit, about={**audit.about, "victim": "<script>alert(1)</script>"})
+    text = page.render(hostile, figures_of(small))
+    assert "<script>" not in text
+    assert "&lt;script&gt;" in text
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+DRIVER = shutil.which("chromedriver")
+
+
+@pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs chromium and chromedriver")
+@pytest.mark.parametrize("width", [pytest.param(1280, marks=pytest.mark.long), 390])
+def test_chromium_shows_the_page_without_errors(small, width, tmp_path):
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for flag in ("headless", "no-sandbox", "disable-gpu", "disable-background-networking", "no-first-run"):
+        options.add_argument(f"--{flag}")
+    options.add_argument(f"--user-data-dir={tmp_path / 'profile'}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options, Service(DRIVER))
+    try:
+        size = dict(width=width, height=900, deviceScaleFactor=1, mobile=width < 600)
+        driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        driver.get("data:,")  # leave the browser's own first page, and what it asks for
+        driver.get_log("performance")
+        driver.get((small / "report.html").as_uri())
+        assert driver.get_log("browser") == []
+        assert driver.execute_script("return document.documentElement.scrollWidth") <= width
+        broken = "return [...document.images].filter(i => !i.complete || i.naturalWidth === 0).map(i => i.alt)"
+        assert driver.execute_script(broken) == []
+        assert driver.execute_script("return document.images.length") >= 7
+        asked = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
+        urls = [m["params"]["request"]["url"] for m in asked if m["method"] == "Network.requestWillBeSent"]
+        assert [url for url in urls if not url.startswith(("file:", "data:"))] == []
+    finally:
+        driver.quit()

@@ -1,0 +1,72 @@
+"""The sweep as a user meets it: a command, its output folder, its errors."""
+
+import os
+import shutil
+
+import dp_accounting
+import pytest
+from tiny import attacks_of, command, command_of, config, once, read_records, run_command
+
+long = pytest.mark.long
+
+
+@pytest.fixture(scope="module")
+def by_command(tiny_prior, tmp_path_factory):
+    """What the command left and said, where it was asked for an epsilon without sigmas."""
+
+    def make(out):
+        flags = [f"--prior={tiny_prior}/prior", f"--images={tiny_prior}/images.npz", "--num_images=1", "--steps=2"]
+        flags += ["--victims=mlp-narrow", "--methods=dsg", "--epsilon_grid=10", "--mechanisms=clip:1+gaussian"]
+        done = run_command([*command_of("sweep.py"), *flags, f"--out={out}"])
+        assert done.returncode == 0, done.stderr[-2000:]
+        (out / "said").write_text(done.stdout)
+
+    return once(tmp_path_factory, "by-command", make)
+
+
+def test_the_command_takes_epsilons_alone(by_command):
+    """`--epsilon_grid` without `--sigma_grid` means no other noise levels."""
+    rows = read_records(by_command)
+    assert [r["sigma"] for r in attacks_of(rows)] == [pytest.approx(dp_accounting.get_sigma_gaussian(10, 1e-5))]
+
+
+def test_the_command_says_what_it_leaves(by_command):
+    said = (by_command / "said").read_text()
+    assert said.startswith(f"2 trials, 0 done before, on 1 cpu; output in {by_command}\n")
+    summary = (by_command / "summary.md").read_text()
+    assert summary.strip().replace("\n\n", "\n") in said
+    assert "Attacker 'informed', who knows" in summary
+    for name in ("quality.png", "contact_sheet.png"):
+        assert (by_command / name).stat().st_size > 0
+        assert str(by_command / name) in said.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "value"),
+    [
+        (["--sigma_grid=0,-1"], "-1"),
+        (["--steps=ten"], "ten"),
+        pytest.param(["--sigma_grid=zero"], "zero", marks=long),
+        pytest.param(["--no_such_flag"], "no_such_flag", marks=long),
+        pytest.param(["runs/x"], "runs/x", marks=long),
+    ],
+)
+def test_the_command_ends_bad_input_with_one_line_and_code_2(tmp_path, arguments, value):
+    out = tmp_path / "out"
+    result = run_command([*command_of("sweep.py"), f"--out={out}", *arguments])
+    assert result.returncode == 2
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("error: ")
+    assert value in lines[0]
+    assert not out.exists()
+
+
+@long
+def test_batched_linear_algebra_does_not_wait_for_ever(tiny_prior, tmp_path):
+    """Two devices of a CPU that both call LAPACK with a batch from within XLA's pool of two threads would."""
+    c = config(tiny_prior, tmp_path / "out", methods=("analytic",), num_images=6, batch=6)
+    for _ in range(2):
+        done = run_command(command(c), timeout=300, env=os.environ | {"JAX_NUM_CPU_DEVICES": "2"})
+        assert done.returncode == 0, done.stderr[-2000:]
+        shutil.rmtree(tmp_path / "out")

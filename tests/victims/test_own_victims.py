@@ -1,0 +1,185 @@
+"""Victims of the user's own: what a file may hold, what is said where it holds something else, and when it has changed."""
+
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gdiff_jax.matching import victim_gradient
+from gdiff_jax.victims import FirstDense, checks, own, own_victim
+
+SHAPE = (16, 16, 3)
+IMAGE = np.random.default_rng(0).uniform(-1, 1, SHAPE).astype(np.float32)
+LABEL = np.int32(2)
+MODEL = """
+import jax, jax.numpy as jnp
+
+def make():
+    k = jax.random.split(jax.random.key(4), 2)
+    mean = jnp.array([0.4, 0.5, 0.6]).reshape(1, 1, 3)
+    def loss(params, x, y):
+        h = jnp.tanh(((x + 1) / 2 - mean).reshape(-1) / 0.25 @ params["a"]["w"] + params["a"]["b"])
+        return -jax.nn.log_softmax(h @ params["z"]["w"] + params["z"]["b"])[y]
+    return loss, {
+        "a": {"w": 0.03 * jax.random.normal(k[0], (768, 20)), "b": jnp.zeros(20)},
+        "z": {"w": 0.3 * jax.random.normal(k[1], (20, 10)), "b": jnp.zeros(10)},
+    }
+
+def no_pair(): return 3
+def fails(): raise RuntimeError("no such weights")
+def no_array(): return (lambda p, x, y: 1.0, {"w": 1.0})
+def twice(): return (lambda p, x, y: 1.0, {"a.b": jnp.ones(1), "a": {"b": jnp.ones(1)}})
+"""
+
+
+@pytest.fixture
+def model(tmp_path):
+    path = tmp_path / "own_model.py"
+    path.write_text(MODEL)
+    return path
+
+
+def test_the_params_become_flat_and_the_loss_stays_what_it_is(model):
+    victim, params = own.load_own(f"{model}:make", 10)
+    names = {}
+    exec(MODEL, names)
+    loss, tree = names["make"]()
+    assert list(params) == ["a.b", "a.w", "z.b", "z.w"]
+    assert victim.num_classes == 10
+    np.testing.assert_allclose(victim.loss(params, IMAGE, LABEL), loss(tree, IMAGE, LABEL), rtol=1e-6)
+    gradient, expected = victim_gradient(victim.loss, params, IMAGE, LABEL), victim_gradient(loss, tree, IMAGE, LABEL)
+    np.testing.assert_allclose(gradient["a.w"], expected["a"]["w"], rtol=1e-5)
+    checks.check_loss(victim.loss, params, IMAGE, LABEL)
+
+
+def test_any_pytree_of_params_will_do():
+    victim, params = own_victim(lambda w, x, y: (w * x).sum(), np.ones(3, np.float32), 2)
+    assert list(params) == ["params"]
+    assert victim.loss(params, jnp.arange(3.0), 0) == 3
+    victim, params = own_victim(lambda p, x, y: (p[1][0] * x).sum(), [jnp.zeros(2), (jnp.ones(3),)], 2)
+    assert list(params) == ["0", "1.0"]
+    assert victim.loss(params, jnp.arange(3.0), 0) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("{d}/nowhere.py:make", "nowhere.py cannot be imported"),
+        ("no_such_module:make", "no_such_module cannot be imported"),
+        ("{d}/own_model.py:nothing", "has no function 'nothing'; it has make, no_pair"),
+        ("{d}/own_model.py:fails", r"fails\(\) failed \(RuntimeError: no such weights\)"),
+        ("{d}/own_model.py:no_pair", r"must return \(loss, params\)"),
+        ("{d}/own_model.py:no_array", "params.w is a float, not an array"),
+        ("{d}/own_model.py:twice", "the same path; rename one of a.b, a.b"),
+    ],
+)
+def test_a_file_that_holds_something_else_is_refused_by_name(name, words, model):
+    name = name.format(d=model.parent)
+    assert own.is_own(name)
+    with pytest.raises(ValueError, match=f"^victim '{name}': .*{words}"):
+        own.load_own(name, 10)
+
+
+@pytest.mark.parametrize(
+    ("loss", "params", "words"),
+    [
+        (lambda p, x, y: p["w"] * x.sum(), jnp.ones(3), r"\(3,\).*floating scalar is needed"),
+        (lambda p, x, y: p["w"].sum() * 1.0, jnp.ones(3, jnp.int32), "is int32; .*floating arrays"),
+        (lambda p, x, y: (p["w"] ** 2).sum(), jnp.ones(3), "does not depend on the image"),
+        (lambda p, x, y: x.sum() + 0 * p["w"].sum(), jnp.ones(3), "gradient is zero"),
+        (lambda p, x, y: (jnp.sqrt(p["w"]) * x.sum()).sum(), jnp.zeros(3), "no finite gradient"),
+        (lambda p, x, y: (x.reshape(99, -1) @ p["w"]).sum(), jnp.ones(3), r"loss\(params, x, y\) failed .*\(16, 16, 3\)"),
+    ],
+)
+def test_a_loss_that_cannot_be_attacked_is_refused(loss, params, words):
+    with pytest.raises(ValueError, match=words):
+        checks.check_loss(loss, {"w": params}, IMAGE, LABEL)
+
+
+def test_images_without_a_finite_gradient_are_named():
+    loss = lambda p, x, y: jnp.where(y == 0, 1.0, jnp.inf) * (p["w"] * x.sum()).sum()
+    images, labels = np.stack([IMAGE] * 3), np.arange(3)
+    checks.check_gradients(loss, {"w": jnp.ones(3)}, images[:1], labels[:1])
+    with pytest.raises(ValueError, match=r"2 of 3 images \(1, 2, counted from 0\)"):
+        checks.check_gradients(loss, {"w": jnp.ones(3)}, images, labels)
+
+
+def test_a_first_dense_layer_is_found_behind_a_normalisation(model):
+    """tanh's input is ((x + 1) / 2 - mean) / 0.25, so scale 2 and shift (1/2 - mean) / 0.25."""
+    victim, params = own.load_own(f"{model}:make", 10)
+    layer = own.find_first_dense(victim, params, SHAPE, LABEL).first_dense
+    assert (layer.kernel, layer.bias) == ("a.w", "a.b")
+    np.testing.assert_allclose(layer.scale, (2, 2, 2), rtol=1e-3)
+    np.testing.assert_allclose(layer.shift, (0.4, 0, -0.4), atol=1e-3)
+    curved, params = own_victim(lambda p, x, y: jnp.tanh((x**2).reshape(-1) @ p["w"] + p["b"]).sum(), dense(768), 10)
+    assert own.find_first_dense(curved, params, SHAPE, LABEL).first_dense is None
+    assert FirstDense("fc1.kernel", "fc1.bias").scale is None
+
+
+def dense(rows):
+    return {"w": jnp.asarray(np.random.default_rng(1).normal(size=(rows, 4)), jnp.float32), "b": jnp.zeros(4)}
+
+
+PROGRAM = """
+import jax, jax.numpy as jnp, numpy as np
+TABLE = jnp.asarray(np.arange(300.0) / ({table} + np.arange(300.0)), jnp.float32)
+INNER = jnp.asarray([1.0, {inner}, 3.0])
+
+@jax.custom_jvp
+def rounded(x):
+    return jnp.round(4 * x) / 4
+
+rounded.defjvp(lambda primals, tangents: (rounded(*primals), {slope} * tangents[0]))
+
+@jax.jit
+def inside(x):
+    return x * INNER
+
+def make():
+    def loss(params, x, y):
+        h = jax.lax.scan(lambda h, row: (jax.nn.{activation}(inside(h) * row.sum()), None), params["w"], x[:2])[0]
+        return (jax.nn.relu(rounded(h)) * TABLE.sum() * {scalar}).sum() + (y * params["w"]).sum()
+    return loss, {{"w": jnp.ones(3)}}
+"""
+PARTS = dict(table="7", inner="2.0", slope="1.0", activation="relu", scalar="0.5")
+
+
+def fingerprint_of(path):
+    victim, params = own.load_own(f"{path}:make", 10)
+    return own.fingerprint(victim.loss, params, IMAGE, LABEL)
+
+
+def test_a_loss_is_known_again_in_another_process_and_each_change_of_it_is_seen(tmp_path):
+    path = tmp_path / "program.py"
+    path.write_text(PROGRAM.format(**PARTS))
+    known = fingerprint_of(path)
+    assert fingerprint_of(path) == known
+    script = f"import sys; sys.path.insert(0, {os.path.dirname(__file__)!r})\n"
+    script += f"from test_own_victims import fingerprint_of; print(fingerprint_of({str(path)!r}))"
+    env = os.environ | {"PYTHONHASHSEED": "5"}
+    other = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=env)
+    assert other.stdout.strip() == known
+    jax.make_jaxpr(lambda x: jax.nn.relu(x) + jax.nn.silu(x))(jnp.ones(3))  # what was traced before does not count
+    assert fingerprint_of(path) == known
+    changes = dict(table="8", inner="2.5", slope="2.0", activation="silu", scalar="0.25")
+    for part, value in changes.items():
+        path.write_text(PROGRAM.format(**PARTS | {part: value}))
+        assert fingerprint_of(path) != known, part
+
+
+def test_values_of_the_arguments_do_not_count_and_their_shapes_do():
+    loss, zeros = (lambda p, x, y: (p["w"] * x).sum()), {"w": jnp.zeros(3)}
+    known = own.fingerprint(loss, zeros, IMAGE, LABEL)
+    assert own.fingerprint(loss, {"w": jnp.ones(3)}, -IMAGE, np.int32(1)) == known
+    assert own.fingerprint(loss, zeros, IMAGE[:8], LABEL) != known
+    assert own.fingerprint(loss, zeros, IMAGE, np.float32(1)) != known
+
+
+def test_random_keys_among_the_constants_count():
+    loss = lambda key: lambda p, x, y: (p["w"] * x * jax.random.normal(key, (3,))).sum()
+    one, same, two = (own.fingerprint(loss(jax.random.key(s)), {"w": jnp.zeros(3)}, IMAGE, LABEL) for s in (1, 1, 2))
+    assert one == same != two
