@@ -181,8 +181,8 @@ def audit_config(tiny_prior, out, **changes):
 
 def small_audit(tiny_prior, out):
     """With something to show in every figure of a report."""
-    noisy = dict(sigma_grid=(0.0, 0.1, 1.0), methods=("dsg", "calibrated-mean"), num_images=3, spectra=1)
-    return audit_config(tiny_prior, out, **noisy)
+    attacks = dict(methods=("inverting", "calibrated-mean"), inverting_steps=3)  # one of each kind, not both with the prior
+    return audit_config(tiny_prior, out, sigma_grid=(0.0, 0.1, 1.0), num_images=3, spectra=1, **attacks)
 
 
 def parsed(defaults, *arguments):

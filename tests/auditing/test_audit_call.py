@@ -15,10 +15,11 @@ import gdiff_jax as gd
 from gdiff_jax.auditing import call
 from gdiff_jax.auditing import run as auditing
 from gdiff_jax.mechanisms import Chain, Clip, GaussianNoise
-from gdiff_jax.methods import DPS, DSG
+from gdiff_jax.methods import DPS, DSG, InvertingGradients
 from gdiff_jax.sweeping import run as engine
 from gdiff_jax.sweeping.attackers import Attacker
 from gdiff_jax.sweeping.config import Client
+from gdiff_jax.theory.summary import summarise
 from gdiff_jax.victims import networks
 
 QUICK = dict(steps=3, batch=4, seeds=1, progress=False)
@@ -55,8 +56,9 @@ def planned(monkeypatch, prior):
 
 def test_the_call_and_the_command_find_the_same(small, prior, data):
     (loss, params), (images, labels) = own_models.make(), data
-    options = dict(prior=prior, sigmas=(0.1, 0, 1), mechanism=clipped, candidates=images, methods=("dsg", "calibrated-mean"))
-    audit = gd.audit(loss, params, images[:3], labels[:3], **options, **QUICK)
+    options = dict(prior=prior, sigmas=(0.1, 0, 1), mechanism=clipped, candidates=images)
+    methods = (InvertingGradients(steps=3), "calibrated-mean")
+    audit = gd.audit(loss, params, images[:3], labels[:3], methods=methods, **options, **QUICK)
     theirs = gd.Audit.load(small / "audit.json")
     key = lambda r: (r["method"], r["sigma"] or 0, r["image"], r["seed"])
     ours, other = (sorted(a.trials, key=key) for a in (audit, theirs))
@@ -82,14 +84,17 @@ def fail(*_):
     raise AssertionError("computed again")
 
 
-@pytest.fixture
-def kept(prior, data, attacks_alone, tmp_path):
-    """An audit with a folder, called again with other arguments, and the first answer."""
+@pytest.fixture(scope="module")
+def kept(prior, data, tmp_path_factory):
+    """An audit with a folder, to be called again with other arguments, and its first answer."""
     (loss, params), (images, labels) = own_models.make(), data
     usual = dict(loss=loss, params=params, images=images[:2], labels=labels[:2], sigmas=(0, 1), mechanism=clipped)
-    usual |= dict(prior=prior, methods=[Still()], folder=tmp_path / "kept", **QUICK)
+    usual |= dict(prior=prior, methods=[Still()], folder=tmp_path_factory.mktemp("audit") / "kept", **QUICK)
     again = lambda **changes: gd.audit(**{**usual, **changes})
-    return again, again()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(auditing, "_theory", lambda *_: None)
+        patch.setattr(auditing, "_film", lambda *_: [])
+        yield again, again()
 
 
 def test_a_call_with_a_folder_goes_on_from_there(kept, monkeypatch, tmp_path):
@@ -196,14 +201,25 @@ def test_groups_are_scored_image_by_image_whatever_their_labels(prior, data, tmp
     assert "2 groups of 2 images" in audit.verdict()
 
 
-def test_labels_of_one_image_may_be_a_pytree_too(prior, data):
-    """Attacks, theory and film take them as the loss does; a first layer that is dense is found."""
-    images, _ = data
+def test_labels_of_one_image_may_be_a_pytree_too(prior, data, attacks_alone):
     two = jax.tree.map(lambda a: a[:2], TREE)
-    audit = gd.audit(single_loss, PARAMS, images[:2], two, prior=prior, sigmas=(0,), methods=[Still()], **QUICK)
+    audit = gd.audit(single_loss, PARAMS, data[0][:2], two, prior=prior, sigmas=(0,), methods=[Still()], **QUICK)
     assert [r["label"][0] for r in audit.attacks] == [0, 1]
-    assert len(audit.theory["spectra"]) == 1
-    assert len([name for name in audit.pictures if name.startswith("film/")]) == 3
+
+
+def test_theory_takes_such_labels():
+    """As it takes integers: the same loss, of a label and a weight of 1 or of the label alone."""
+    x = np.random.default_rng(0).uniform(-1, 1, (2, 2, 2, 3)).astype(np.float32)
+    params, labels = {"w": PARAMS["w"][:12]}, np.array([3, 1])
+    tree = {"class": labels, "weight": np.ones(2, np.float32)}
+    plain = lambda p, x, y: single_loss(p, x, {"class": y, "weight": jnp.ones(())})
+    both = ((plain, labels), (single_loss, tree))
+    summaries = [summarise(jax.random.key(0), loss, params, x, y, (0.1,), probes=2) for loss, y in both]
+    for name, value in summaries[1].items():
+        if name != "spectra":
+            assert value == pytest.approx(summaries[0][name], rel=1e-4), name
+    expected, eigenvalues = (summary["spectra"][0]["eigenvalues"] for summary in summaries)
+    np.testing.assert_allclose(eigenvalues, expected, atol=1e-12)
 
 
 def test_a_client_may_make_local_steps(prior, data, attacks_alone):

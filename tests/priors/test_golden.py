@@ -1,4 +1,4 @@
-"""Both U-Nets and the sampler against what torch computed, kept in tests/priors/golden (made by tests/priors/make_golden.py)."""
+"""Both U-Nets and the sampler against what torch computed, kept in tests/priors/golden (made by make_golden.py there)."""
 
 import dataclasses
 import functools

@@ -77,10 +77,10 @@ def test_a_victim_is_attacked_by_what_applies_to_it(tiny_prior):
 
 
 def test_options_reach_the_methods(tiny_prior):
-    plan = plan_of(
-        tiny_prior, methods=("dsg-mean", "dlg"), guidance_rate=0.3, interval=2, chains=3, labels="joint", dlg_steps=7
-    )
-    assert plan.methods["dsg-mean"] == MeanOfChains(DSG(0.3, interval=2), chains=3)
+    guidance = dict(guidance_rate=0.3, interval=2, through_prior=False, zeta=3.0)
+    plan = plan_of(tiny_prior, methods=("dsg-mean", "dps", "dlg"), chains=3, labels="joint", dlg_steps=7, **guidance)
+    assert plan.methods["dsg-mean"] == MeanOfChains(DSG(0.3, interval=2, through_prior=False), chains=3)
+    assert plan.methods["dps"] == DPS(3.0, through_prior=False)
     assert plan.methods["dlg"] == dataclasses.replace(METHODS["dlg"], steps=7, joint_labels=True)
 
 

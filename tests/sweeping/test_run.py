@@ -27,8 +27,10 @@ from tiny import (
 
 import gdiff_jax as gd
 from gdiff_jax import parallel
-from gdiff_jax.methods import METHODS
+from gdiff_jax.mechanisms.base import pytree, static
+from gdiff_jax.methods import DLG, METHODS, Method
 from gdiff_jax.options import replace
+from gdiff_jax.problem import Info
 from gdiff_jax.sweeping import comparison, records, run, tables, trials
 from gdiff_jax.sweeping.plan import PRIOR_ONLY, VictimState
 
@@ -96,7 +98,7 @@ def are_the_same(small, large):
     small, large = sorted(small, key=key), sorted((r for r in large if r["image"] < 3), key=key)
     assert [key(r) for r in small] == [key(r) for r in large]
     np.testing.assert_allclose([r["psnr"] for r in small], [r["psnr"] for r in large], atol=1e-3)
-    assert len({round(r["psnr"], 3) for r in small}) == len(small)
+    assert np.std([r["psnr"] for r in small]) > 0.1  # there is something to tell apart
 
 
 def test_a_result_depends_on_neither_chunk_nor_neighbours(finished, tiny_prior):
@@ -238,18 +240,20 @@ def test_linear_algebra_is_done_one_trial_after_the_other(tiny_prior):
     assert max(map(len, shapes)) == 2
 
 
-def test_a_trial_that_fails_is_counted_and_its_neighbours_do_not_notice(tiny_prior):
+@pytest.mark.parametrize("method", ["dsg", pytest.param("dps", marks=long)])
+def test_a_trial_that_fails_is_counted_and_its_neighbours_do_not_notice(tiny_prior, method):
     """Noise of 1e38 overflows the distance: those trials end in nan, in the same batch as others."""
-    plan = plain_plan(tiny_prior, methods=("dps",), sigma_grid=(0.1, 1e38))
-    cells = [[trials.Trial(trials.Group("dps", "mlp-narrow", 0), sigma, i, 0) for i in range(3)] for sigma in (0.1, 1e38)]
-    program = run.compile_program(plan, ONE_DEVICE, cells[0][0], 6)
-    ((_, rows, _),) = run.compute(plan, program, {0: cells[0] + cells[1]})
-    ((_, alone, _),) = run.compute(plan, program, {0: cells[0]})
-    assert [r["failed"] for r in rows] == [False] * 3 + [True] * 3
-    assert [r["outcome"] for r in rows[:3]] == ["finished"] * 3
-    assert {r["outcome"] for r in rows[3:]} <= {"not_finite", "leak_not_finite"}
-    assert [r["psnr"] for r in rows[:3]] == pytest.approx([r["psnr"] for r in alone], abs=1e-4)
-    assert "3 (3 failed)" in tables.table(rows, [])
+    plan = plain_plan(tiny_prior, methods=(method,), sigma_grid=(0.1, 1e38))
+    group = trials.Group(method, "mlp-narrow", 0)
+    fine, lost = ([trials.Trial(group, sigma, i, 0) for i in range(2)] for sigma in (0.1, 1e38))
+    program = run.compile_program(plan, ONE_DEVICE, fine[0], 4)
+    ((_, rows, _),) = run.compute(plan, program, {0: fine + lost})
+    ((_, alone, _),) = run.compute(plan, program, {0: fine})
+    assert [r["failed"] for r in rows] == [False] * 2 + [True] * 2
+    assert [r["outcome"] for r in rows[:2]] == ["finished"] * 2
+    assert {r["outcome"] for r in rows[2:]} <= {"not_finite", "leak_not_finite"}
+    assert [r["psnr"] for r in rows[:2]] == pytest.approx([r["psnr"] for r in alone], abs=1e-4)
+    assert "2 (2 failed)" in tables.table(rows, [])
 
 
 def is_exact(rows, sigmas=(0.0, 0.1)):
@@ -342,11 +346,9 @@ def is_attacked(plan):
     assert {name: rows[0][name] for name in known} == known
 
 
-QUICK = [changes for changes, _ in CLIENTS if "victims" not in changes and changes.get("labels") != "joint"]
-
-
-@pytest.mark.parametrize("changes", QUICK, ids=lambda x: str(x)[:50])
-def test_every_client_and_attacker_runs(tiny_prior, changes):
+@pytest.mark.parametrize("changes", [changes for changes, _ in CLIENTS[1:3]], ids=lambda x: str(x)[:50])
+def test_clients_of_several_steps_are_attacked(tiny_prior, changes):
+    """By one who guesses rate and labels, and by one who knows both of a group in batches."""
     is_attacked(client_plan(tiny_prior, changes, plain_plan))
 
 
@@ -361,10 +363,26 @@ def test_every_client_and_attacker_runs_and_is_told(tiny_prior, tmp_path, change
     assert (tmp_path / "out" / "labels.png").exists() == (plan.attacker.knowledge.labels != "known")
 
 
-def test_the_distance_of_joint_labels_is_at_the_label_that_was_found(tiny_prior):
+@pytree
+class Says(Method):
+    """An attack that finds a grey image and the same label for every leak."""
+
+    label: int = static(default=1)
+    name = "dlg"
+
+    def __call__(self, key, problem):
+        trace = jax.tree.map(lambda a: jnp.full(1, a, jnp.float32), gd.StepInfo(0.1, 0.1, 0.1))
+        image = jnp.zeros(problem.shape)
+        return image, Info(trace, problem.outcome(image), jax.nn.one_hot(self.label, problem.num_classes))
+
+
+@pytest.mark.parametrize(
+    "dlg", [Says(), pytest.param(DLG(steps=3, joint_labels=True), marks=long)], ids=lambda m: type(m).__name__
+)
+def test_the_distance_of_joint_labels_is_at_the_label_that_was_found(tiny_prior, dlg):
     """Not at the one read off the last layer, which dlg was not told: after three steps the two differ."""
-    plan = plain_plan(tiny_prior, labels="joint", methods=("dlg",), sigma_grid=(0.0,), **SHORT)
-    rows, store = run_in_memory(plan)
+    plan = plain_plan(tiny_prior, labels="joint", methods=("dlg",), sigma_grid=(0.0,))
+    rows, arrays = attack_once(dataclasses.replace(plan, methods={"dlg": dlg}), 3)
     victim, params = plan.victims["mlp-narrow"], plan.params[VictimState("mlp-narrow", 0)]
     gradient = lambda x, y: gd.victim_gradient(victim.loss, params, x, y)
 
@@ -373,8 +391,8 @@ def test_the_distance_of_joint_labels_is_at_the_label_that_was_found(tiny_prior)
         return jax.vmap(lambda k: gd.l2(gradient(image, k), gradient(truth, y)))(jnp.arange(10))
 
     accuracy = []
-    for row in attacks_of(rows):
-        image = jnp.asarray(store.arrays(row["chunk"])["images"][row["row"]])
+    for row in rows:
+        image = jnp.asarray(arrays["images"][row["row"]])
         y = int(plan.labels[row["image"]])
         at = np.asarray(distances(image, jnp.asarray(plan.images[row["image"]]), jnp.asarray(y)))
         assert (np.abs(row["distance"] - at[y]) < 1e-3 * at[y]) == (row["label_accuracy"] == 1)
@@ -382,16 +400,17 @@ def test_the_distance_of_joint_labels_is_at_the_label_that_was_found(tiny_prior)
         accuracy.append(row["label_accuracy"])
     assert len(accuracy) == 3
     assert min(accuracy) < 1
+    assert dlg != Says() or accuracy == [0, 1, 0]
 
 
+@long
 def test_guidance_at_x0hat_runs(tiny_prior):
-    rows, _ = run_in_memory(
-        plan_of(tiny_prior, through_prior=False, methods=("dsg",), num_images=1, sigma_grid=(0.0,), steps=2)
-    )
+    rows, _ = run_in_memory(plan_of(tiny_prior, through_prior=False, methods=("dsg", "dps"), num_images=1, sigma_grid=(0.0,)))
     assert all(np.isfinite(row["psnr"]) for row in rows)
 
 
-@pytest.mark.parametrize("method", ["calibrated-dsg", pytest.param("calibrated-mean", marks=long)])
+@long
+@pytest.mark.parametrize("method", ["calibrated-dsg", "calibrated-mean"])
 def test_calibrated_methods_take_groups_and_leave_their_own_trace(tiny_prior, method):
     """What was measured of the guidance is in the trace of who measured it, and of nobody else."""
     plan = plain_plan(tiny_prior, methods=(method,), num_images=4, group=2, chains=2, sigma_grid=(0.1,))

@@ -8,6 +8,9 @@ import numpy as np
 import pytest
 from tiny import plan_of
 
+from gdiff_jax.federated import LocalSGD
+from gdiff_jax.matching import cosine, l2
+from gdiff_jax.mechanisms import GaussianNoise
 from gdiff_jax.sweeping import trials
 from gdiff_jax.sweeping.plan import VictimState
 from gdiff_jax.victims import cnn
@@ -66,7 +69,9 @@ def test_who_knows_the_statistics_is_at_distance_0_from_the_truth_and_who_does_n
     assert low <= objective(dataclasses.replace(plan, victims={"mlp-narrow": victim}, params=params)) < high
 
 
-@pytest.mark.parametrize("name", ["mlp", "lenet", "lenet-sigmoid", "cnn", "cnn-batchnorm", "resnet"])
+@pytest.mark.parametrize(
+    "name", ["mlp", "lenet", "lenet-sigmoid", "cnn", "cnn-batchnorm", pytest.param("resnet", marks=pytest.mark.long)]
+)
 def test_labels_of_untrained_victims_are_always_inferred_right(tiny_prior, name):
     """As the sweep infers them, without noise: every class."""
     plan = plan_of(tiny_prior, victims=(name,), labels="inferred")
@@ -112,9 +117,9 @@ def test_every_mechanism_releases_something_of_its_own(tiny_prior):
             private = own._replace(sigma=jnp.float32(plan.sigmas[text][0]), key=jax.random.clone(own.key))
             out, match = released(plan, parts(plan, mechanism=text)[0], shared, private)
             rows[text] = {
-                "noise_norm": trials.l2(out.leak, out.gradient),
-                "leak_cosine": 1 - trials.cosine(out.leak, out.gradient),
-                "leak_norm": trials.l2(out.leak, jax.tree.map(jnp.zeros_like, out.leak)),
+                "noise_norm": l2(out.leak, out.gradient),
+                "leak_cosine": 1 - cosine(out.leak, out.gradient),
+                "leak_norm": l2(out.leak, jax.tree.map(jnp.zeros_like, out.leak)),
                 "distance": match(own.images[0]),
             }
         return rows
@@ -126,6 +131,28 @@ def test_every_mechanism_releases_something_of_its_own(tiny_prior):
     for text in ("none", "clip:0.1", "topk:0.2", "random:0.5", "soteria:0.5"):
         assert rows[text]["distance"] < 1e-4 * rows[text]["leak_norm"], text
     assert all(rows[text]["distance"] > 1e-2 for text in MECHANISMS if "+" in text)
+
+
+def test_what_is_asked_for_reaches_the_objective(tiny_prior):
+    """Nothing is computed: what does not depend on numbers is known after tracing."""
+
+    def match(**changes):
+        plan = plan_of(tiny_prior, num_images=2, **changes)
+        group, shared, own = parts(plan)
+        return jax.eval_shape(lambda shared, own: released(plan, group, shared, own)[1], shared, own)
+
+    plain = match()
+    assert plain.distance is l2
+    assert plain.weights is None
+    assert plain.client is None
+    assert isinstance(plain.mechanism, GaussianNoise)
+    assert match(adaptive=False).mechanism is None
+    assert match(distance="cosine").distance is cosine
+    assert match(layer_weights="equal").weights.keys() == plain.leak.keys()
+    local = match(local_steps=3, group=2, local_batch=1).client
+    assert isinstance(local, LocalSGD)
+    assert (local.steps, local.batch_size) == (3, 1)
+    assert match(group=2).label.shape == (2,)
 
 
 def test_a_trained_state_is_attacked_with_its_own_weights(tiny_prior):
