@@ -19,7 +19,7 @@ FLOORS = (
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 PACKAGE = ROOT / "gdiff_jax"
 FILES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")
-# A guarantee is asked of a mechanism by its text form, and theory asks mechanisms for their bounds: within functions, both ways.
+# Within functions: the text form of a mechanism asks theory for its guarantee, which asks the mechanism for its bounds.
 ALLOWED = {("mechanisms", "theory")}
 
 

@@ -17,6 +17,7 @@ from absl.flags import FLAGS
 from gdiff_jax import parallel
 from gdiff_jax.auditing.settings import AuditConfig
 from gdiff_jax.commands import flags
+from gdiff_jax.mechanisms import Chain, Clip, GaussianNoise
 from gdiff_jax.mechanisms.base import pytree
 from gdiff_jax.methods import Info, Method
 from gdiff_jax.metrics import image_metrics
@@ -159,6 +160,14 @@ class Still(Method):
         x = jnp.broadcast_to(problem.expected_image + self.shade, problem.shape)
         step = StepInfo(problem.match(x), jnp.full((), jnp.nan), x0_error(x, problem.truth))
         return x, Info(jax.tree.map(lambda a: jnp.asarray(a)[None], step), problem.outcome(x))
+
+
+QUICK_AUDIT = dict(steps=3, batch=4, seeds=1, progress=False)  # for a call, as `audit_config` has them
+
+
+def clipped(sigma):
+    """The mechanism of `audit_config`."""
+    return Chain((Clip(1.0), GaussianNoise(sigma)))
 
 
 def audit_config(tiny_prior, out, **changes):

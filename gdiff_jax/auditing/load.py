@@ -23,9 +23,9 @@ from gdiff_jax.errors import ConfigError, need
 from gdiff_jax.metrics import candidate_count
 from gdiff_jax.options import replace
 from gdiff_jax.sweeping import checks, inputs
-from gdiff_jax.sweeping.config import SweepConfig
+from gdiff_jax.sweeping.config import Run, SweepConfig
 from gdiff_jax.sweeping.plan import Plan
-from gdiff_jax.sweeping.records import Store
+from gdiff_jax.sweeping.records import Row, Store
 from gdiff_jax.sweeping.run import run_trials
 from gdiff_jax.theory.summary import LARGEST_GRAM, prior_information
 from gdiff_jax.victims import saved_trees
@@ -48,9 +48,14 @@ def audit_named(config: AuditConfig) -> Audit:
         if not config.attacks.methods:
             plan = with_analytic(plan, plan.attacker.knowledge.adaptive)
         store = Store(Path(sweep.run.out), plan.identity)
-        attack = partial(run_trials, batch=config.run.batch, memory_gib=config.run.memory_gib)
         with contextlib.closing(store):
-            return run(plan, question, store, attack, _about(config, sweep, plan))
+            return run(plan, question, store, partial(_attack, config.run), _about(config, sweep, plan))
+
+
+def _attack(options: Run, plan: Plan, store: Store) -> list[Row]:
+    rows = run_trials(plan, store, options.batch, options.memory_gib)
+    print("theory, film and report ...")
+    return rows
 
 
 def _with_methods(config: AuditConfig) -> SweepConfig:

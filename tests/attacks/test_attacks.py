@@ -106,7 +106,7 @@ def test_of_restarts_the_least_objective_is_returned_and_nan_never() -> None:
         base.best_of(jax.random.key(3), run, 0)
 
 
-@pytest.mark.parametrize("attack", [dlg, invert_gradients])
+@pytest.mark.parametrize("attack", [pytest.param(dlg, marks=pytest.mark.long), invert_gradients])
 def test_the_truth_changes_the_trace_alone_and_trials_do_not_meet(least_squares, attack) -> None:
     """Restarts too: no choice may depend on the truth."""
     run = lambda key, objective, truth: attack(key, objective, SHAPE, steps=6, restarts=3, truth=truth)
@@ -130,6 +130,7 @@ def private(label: int = 1):
     return params, x, victim_gradient(VICTIM.loss, params, x, jnp.array(label))
 
 
+@pytest.mark.long
 def test_dlg_on_a_network_with_and_without_the_label() -> None:
     """A smooth victim of more parameters than pixels gives the image away; as in the paper, the label with it.
 

@@ -2,14 +2,13 @@
 
 import ast
 import re
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import own_models
 import pytest
-from tiny import Still, without_time
+from tiny import QUICK_AUDIT, Still, clipped, without_time
 
 import gdiff_jax as gd
 from gdiff_jax.auditing import call
@@ -21,12 +20,6 @@ from gdiff_jax.sweeping.attackers import Attacker
 from gdiff_jax.sweeping.config import Client
 from gdiff_jax.theory.summary import summarise
 from gdiff_jax.victims import networks
-
-QUICK = dict(steps=3, batch=4, seeds=1, progress=False)
-
-
-def clipped(sigma):
-    return Chain((Clip(1.0), GaussianNoise(sigma)))
 
 
 @pytest.fixture(scope="module")
@@ -51,14 +44,14 @@ def attacks_alone(monkeypatch):
 def planned(monkeypatch, prior):
     """What would be run, of the call's arguments."""
     monkeypatch.setattr(call, "run", lambda plan, *_: plan)
-    return lambda *arguments, **options: gd.audit(*arguments, **{"prior": prior, **QUICK, **options})
+    return lambda *arguments, **options: gd.audit(*arguments, **{"prior": prior, **QUICK_AUDIT, **options})
 
 
 def test_the_call_and_the_command_find_the_same(small, prior, data):
     (loss, params), (images, labels) = own_models.make(), data
     options = dict(prior=prior, sigmas=(0.1, 0, 1), mechanism=clipped, candidates=images)
     methods = (InvertingGradients(steps=3), "calibrated-mean")
-    audit = gd.audit(loss, params, images[:3], labels[:3], methods=methods, **options, **QUICK)
+    audit = gd.audit(loss, params, images[:3], labels[:3], methods=methods, **options, **QUICK_AUDIT)
     theirs = gd.Audit.load(small / "audit.json")
     key = lambda r: (r["method"], r["sigma"] or 0, r["image"], r["seed"])
     ours, other = (sorted(a.trials, key=key) for a in (audit, theirs))
@@ -89,7 +82,7 @@ def kept(prior, data, tmp_path_factory):
     """An audit with a folder, to be called again with other arguments, and its first answer."""
     (loss, params), (images, labels) = own_models.make(), data
     usual = dict(loss=loss, params=params, images=images[:2], labels=labels[:2], sigmas=(0, 1), mechanism=clipped)
-    usual |= dict(prior=prior, methods=[Still()], folder=tmp_path_factory.mktemp("audit") / "kept", **QUICK)
+    usual |= dict(prior=prior, methods=[Still()], folder=tmp_path_factory.mktemp("audit") / "kept", **QUICK_AUDIT)
     again = lambda **changes: gd.audit(**{**usual, **changes})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(auditing, "_theory", lambda *_: None)
@@ -185,7 +178,7 @@ def norm_of(gradient):
 
 def test_groups_are_scored_image_by_image_whatever_their_labels(prior, data, tmp_path):
     images, _ = data
-    options = dict(prior=prior, sigmas=(0,), methods=[Still()], **QUICK)
+    options = dict(prior=prior, sigmas=(0,), methods=[Still()], **QUICK_AUDIT)
     audit = gd.audit(mean_loss, PARAMS, images[:4], TREE, client=gd.sweeping.config.Client(group=2), **options)
     assert [r["leak"] for r in audit.at(0.0)] == [0, 0, 2, 2]
     assert [r["image"] for r in audit.at(0.0)] == [0, 1, 2, 3]
@@ -203,7 +196,7 @@ def test_groups_are_scored_image_by_image_whatever_their_labels(prior, data, tmp
 
 def test_labels_of_one_image_may_be_a_pytree_too(prior, data, attacks_alone):
     two = jax.tree.map(lambda a: a[:2], TREE)
-    audit = gd.audit(single_loss, PARAMS, data[0][:2], two, prior=prior, sigmas=(0,), methods=[Still()], **QUICK)
+    audit = gd.audit(single_loss, PARAMS, data[0][:2], two, prior=prior, sigmas=(0,), methods=[Still()], **QUICK_AUDIT)
     assert [r["label"][0] for r in audit.attacks] == [0, 1]
 
 
@@ -225,7 +218,7 @@ def test_theory_takes_such_labels():
 def test_a_client_may_make_local_steps(prior, data, attacks_alone):
     (loss, params), (images, labels) = own_models.make(), data
     client = Client(local_steps=2, local_learning_rate=0.5)
-    options = dict(prior=prior, sigmas=(0,), methods=[Still()], client=client, **QUICK)
+    options = dict(prior=prior, sigmas=(0,), methods=[Still()], client=client, **QUICK_AUDIT)
     audit = gd.audit(loss, params, images[:2], labels[:2], **options)
     assert "2 local steps" in audit.about["threat_model"]
     for row in audit.attacks:
@@ -247,7 +240,7 @@ def victim():
 def test_of_a_victim_labels_are_inferred(victim, prior, data, attacks_alone):
     """Right without noise, and not under much of it: they are read off the leak."""
     images, labels = data
-    options = dict(prior=prior, sigmas=(0, 1e4), methods=[Still()], attacker="server", **QUICK)
+    options = dict(prior=prior, sigmas=(0, 1e4), methods=[Still()], attacker="server", **QUICK_AUDIT)
     audit = gd.audit(*victim, images, labels, **options)
     assert {r["labels"] for r in audit.trials} == {"inferred"}
     assert [r["label_accuracy"] for r in audit.at(0.0)] == [1] * 6
@@ -280,120 +273,3 @@ def test_dlg_looks_for_the_labels_where_the_attacker_is_to(planned, victim, data
     plan = planned(*victim, *data, methods=("dlg",), attacker=Attacker("server", labels="joint"))
     assert plan.methods["dlg"].joint_labels
     assert not planned(*victim, *data, methods=("dlg",)).methods["dlg"].joint_labels
-
-
-LOSS = lambda params, x, y: (params["w"] * jnp.sin(x)).sum()
-IMAGES = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), np.uint8)
-# What is wrong, and what is said of it: the value and the remedy, in the words of the call, whose arguments are no flags.
-WRONG = [
-    (dict(images=np.zeros((2, 8, 8, 3))), r"images are \(2, 8, 8, 3\).*resize"),
-    (dict(images=np.full((2, 16, 16, 3), 7.0)), r"2 \* x - 1"),
-    (dict(images=np.full((2, 16, 16, 3), np.nan)), r"2 \* x - 1"),
-    (dict(images=IMAGES[:0]), r"images are \(0, 16, 16, 3\)"),
-    (dict(labels=np.zeros(3)), "one for each of 2"),
-    (dict(labels={}), "one for each of 2"),
-    (dict(prior="no-such-prior"), "'no-such-prior' is no file or folder"),
-    (dict(prior=3), "prior 3 is no name"),
-    (dict(sigmas=()), "standard deviations"),
-    (dict(sigmas=(-1,)), "standard deviations"),
-    (dict(sigmas=(1, 1.0)), "without repeats"),
-    (dict(sigmas=("much",)), "sigmas 'much' is not a number"),
-    (dict(mechanism=GaussianNoise(1.0)), "mechanism fails.*a function of a noise level, such as GaussianNoise"),
-    (dict(mechanism=lambda s: 3), "mechanism fails.*TypeError"),
-    (dict(mechanism=lambda s: lambda key, g: {}), "mechanism changes the shape"),
-    (dict(methods=("magic",)), "method 'magic' is not known; known: dsg, .*or objects of gdiff_jax.methods"),
-    (dict(methods=(3,)), "method 3 is not known"),
-    (dict(methods="dsg"), "method 'd' is not known"),
-    (dict(methods=("dsg", DSG(0.3))), "methods name dsg more than once"),
-    (dict(methods=("analytic",)), "method analytic needs a first layer that is dense"),
-    (dict(methods=("calibrated-mean",), attacker=Attacker(adaptive=False)), "method calibrated-mean draws from the mechanism"),
-    (dict(methods=("calibrated-dsg",), client=Client(local_steps=2)), "method calibrated-dsg draws from the mechanism"),
-    (dict(methods=(gd.methods.DLG(joint_labels=True),)), r'attacker=Attacker\("server", labels="joint"\)'),
-    (dict(attacker="friend"), "attacker 'friend' is not known; known: informed, server, eavesdropper"),
-    (dict(attacker=Attacker(labels="some")), "labels 'some' is not known; known: known, inferred, joint"),
-    (dict(attacker="server"), r"'server' infers labels.*gdiff_jax.Victim only; give one in place of the loss, or Attacker\("),
-    (dict(client=2), r"client 2 is no .*such as Client\(group=2\)"),
-    (dict(client=Client(group=0)), "group 0 must be at least 1"),
-    (dict(client=Client(group=3)), "2 images do not divide into groups of 3; give a multiple"),
-    (dict(client=Client(local_learning_rate=0.0)), "local_learning_rate 0.0 must be finite and above 0"),
-    (dict(client=Client(group=2, local_batch=1)), "ask for more local_steps, or leave local_batch at 0"),
-    (dict(seeds=0), "seeds 0"),
-    (dict(seeds=1.5), "seeds 1.5 must be a whole number"),
-    (dict(seed="a"), "seed 'a' must be a whole number"),
-    (dict(batch=0), "batch 0"),
-    (dict(steps=0), "steps 0"),
-    (dict(steps=5000), "ask for fewer"),
-    (dict(threshold=np.inf), "threshold inf"),
-    (dict(threshold="high"), "threshold 'high'"),
-    (dict(share=0), "share 0"),
-    (dict(delta=1), "delta 1"),
-    (dict(candidates=np.zeros((2, 8, 8, 3))), r"candidates are \(2, 8, 8, 3\)"),
-    (dict(candidates=IMAGES[:1], images=IMAGES[:1], labels=np.zeros(1)), "candidates hold nothing but the private images"),
-    (dict(params={}), "no array"),
-    (dict(params={"w": 1.0}), "float"),
-    (dict(loss=lambda p, x, y: p["w"] * x), "floating scalar"),
-    (dict(loss=lambda p, x, y: (p["w"] * x.reshape(7)).sum()), r"loss\(params, x, y\) failed"),
-    (dict(loss=lambda p, x, y: jnp.where(y == 0, 1, jnp.inf) * LOSS(p, x, y), labels=np.arange(2)), r"1 of 2 images \(1, "),
-    (dict(folder=__file__), "is not a sweep's output; give another folder"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("number", range(len(WRONG)), ids=lambda i: f"{i}-{next(iter(WRONG[i][0]))}")
-def test_the_call_says_what_is_wrong_before_anything_is_computed(number, planned):
-    changes, words = WRONG[number]
-    arguments = dict(loss=LOSS, params={"w": jnp.ones((16, 16, 3))}, images=IMAGES, labels=np.zeros(2), methods=("dsg",))
-    arguments |= changes
-    with pytest.raises(ValueError, match=words) as error:
-        planned(**arguments)
-    assert "--" not in str(error.value)
-
-
-SERVER = Attacker("server")
-WRONG_OF_VICTIMS = [
-    (dict(labels=np.arange(6) + 5), "labels 5..10 go beyond the victim's classes, 0..9"),
-    (dict(labels=np.eye(10, dtype=np.float32)[:6]), r"float32 \(6, 10\); this attacker infers integers"),
-    (dict(params={}), "no array"),
-    (dict(client=Client(local_steps=2), attacker="eavesdropper", methods=("analytic-dsg",)), "analytic-dsg draws from"),
-    (
-        dict(client=Client(local_steps=2), attacker=Attacker("server", local_rate="guessed"), mechanism=clipped),
-        r'which this attacker guesses; give Attacker\("...", local_rate="known"\)',
-    ),
-]
-
-
-@pytest.mark.parametrize("number", range(len(WRONG_OF_VICTIMS)))
-def test_so_it_does_of_a_victim(number, planned, victim, data):
-    changes, words = WRONG_OF_VICTIMS[number]
-    arguments = dict(loss=victim[0], params=victim[1], images=data[0], labels=data[1], attacker="server") | changes
-    with pytest.raises(ValueError, match=words) as error:
-        planned(**arguments)
-    assert "--" not in str(error.value)
-
-
-def test_so_it_does_of_batch_norms(planned, data):
-    normed = gd.victims.zoo.make_victim("cnn-batchnorm", (16, 16, 3), 10)
-    weights = normed.init(jax.random.key(0))
-    with pytest.raises(ValueError, match=r'2 local steps; give Attacker\("...", statistics="batch"\)'):
-        planned(normed, weights, *data, client=Client(local_steps=2))
-    joint = Attacker("server", labels="joint", statistics="replaced")
-    with pytest.raises(ValueError, match="dlg can optimise labels only with the candidate's own"):
-        planned(normed, weights, *data, methods=("dlg",), attacker=joint)
-
-
-class Large:
-    """A program that no memory holds."""
-
-    def lower(self, *_):
-        return self
-
-    compile = lower
-
-    def memory_analysis(self):
-        return SimpleNamespace(argument_size_in_bytes=0, output_size_in_bytes=0, temp_size_in_bytes=2**60)
-
-
-def test_what_the_engine_says_of_memory_names_no_flag(prior, data, monkeypatch):
-    monkeypatch.setattr(engine.trials, "make_runner", lambda *_: Large())
-    with pytest.raises(ValueError, match=r"one trial of prior-only needs 1073741824.00 GiB") as error:
-        gd.audit(LOSS, {"w": jnp.ones((16, 16, 3))}, *data, prior=prior, methods=("dsg",), **QUICK)
-    assert "--" not in str(error.value)

@@ -248,7 +248,10 @@ def test_soteria_prunes_what_tells_most():
     assert soteria_mask(jax.random.key(0), features, x, 0.0).all()
 
 
-@pytest.mark.parametrize("make", [victims.mlp, victims.lenet, victims.resnet, victims.vit_tiny])
+@pytest.mark.parametrize(
+    "make",
+    [victims.mlp, *(pytest.param(make, marks=pytest.mark.long) for make in (victims.lenet, victims.resnet, victims.vit_tiny))],
+)
 def test_soteria_zeroes_rows_of_a_victims_last_kernel(make):
     victim = make((16, 16, 3), 10)
     params = victim.init(jax.random.key(0))

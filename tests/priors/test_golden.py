@@ -62,6 +62,7 @@ def test_unet2d_is_diffusers(name):
     assert error(run(unet2d(UNET2D[name])), golden("unet2d")[name]) < TOLERANCE
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("mistake", UNET2D_MISTAKES)
 def test_a_mistake_in_the_unet2d_is_seen(mistake):
     right = unet2d(SMALL_CELEBAHQ)
@@ -90,6 +91,7 @@ ADM_MISTAKES = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("mistake", ADM_MISTAKES)
 def test_a_mistake_in_the_adm_is_seen(mistake, monkeypatch):
     denoise = adm(SMALL_FFHQ)

@@ -550,7 +550,7 @@ def test_mutated_state_dicts_are_refused(folder, tensors, own_cache, name):
     load_prior(folder)  # it was the mutations
 
 
-@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+@pytest.mark.parametrize("suffix", [pytest.param(".pt", marks=pytest.mark.long), ".safetensors"])
 def test_mutated_adm_files_are_refused(tmp_path, own_cache, suffix):
     path, flags = tmp_path / f"adm{suffix}", ADM["plain"]
     whole = state_dict(torch_shapes(ADMConfig.from_flags(flags), ADM_CONV1D))

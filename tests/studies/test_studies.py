@@ -43,6 +43,7 @@ VULNERABILITY = (
 )  # fmt: skip
 
 
+@pytest.mark.long
 def test_the_study_of_vulnerability(tiny_prior, tmp_path):
     flags = (*VULNERABILITY, f"--data={tiny_prior}/images.npz")
     first = run("vulnerability.py", tiny_prior, tmp_path / "out", *flags)
@@ -74,6 +75,7 @@ def test_the_study_of_vulnerability(tiny_prior, tmp_path):
     assert json.loads((out / "results.json").read_text()) == results
 
 
+@pytest.mark.long
 def test_the_study_of_noise(tiny_prior, tmp_path):
     flags = ("--victims=mlp-narrow", "--sigma_grid=0.1", "--defences=none,topk:0.1,sign", "--clients=4")
     result = run("noise_study.py", tiny_prior, tmp_path / "out", *flags)
@@ -189,6 +191,7 @@ def test_the_report_of_singular_and_of_estimated_spectra(exact, tmp_path):
     )
 
 
+@pytest.mark.long
 def test_the_study_of_calibration(tiny_prior, tmp_path):
     flags = ("--victims=mlp-narrow", "--sigma_grid=0.1,1", "--rates=0.2", "--zetas=4", "--untuned=calibrated-mean")
     result = run("calibration_study.py", tiny_prior, tmp_path / "out", *flags)

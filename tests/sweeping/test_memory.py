@@ -1,5 +1,6 @@
 """As many trials at a time as the memory holds, which changes no result."""
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -8,6 +9,7 @@ from tiny import ONE_DEVICE, plain_plan
 
 from gdiff_jax.errors import ConfigError
 from gdiff_jax.sweeping import memory, run, trials
+from gdiff_jax.sweeping.records import MemoryStore
 
 
 class Needs:
@@ -51,5 +53,6 @@ def test_a_memory_budget_changes_how_many_run_at_a_time_and_no_result(tiny_prior
     psnr = lambda program: [row["psnr"] for _, rows, _ in run.compute(plan, program, {0: chunk}) for row in rows]
     assert len(psnr(little)) == 4
     np.testing.assert_allclose(psnr(little), psnr(plenty), atol=1e-3)
-    with pytest.raises(ConfigError, match="one trial of"):
-        program(4, 1e-6)
+    alone = dataclasses.replace(plan, methods={})
+    with pytest.raises(ConfigError, match="one trial of prior-only needs"):
+        run.run_trials(alone, MemoryStore(), 4, memory_gib=1e-6, mesh=ONE_DEVICE, progress=False)

@@ -1,7 +1,7 @@
 """A plan in words: who attacks, what is released, with which settings."""
 
 import pytest
-from test_run import CLIENTS, client_plan
+from test_clients import CLIENTS, client_plan
 from tiny import plan_of
 
 from gdiff_jax.methods import METHODS

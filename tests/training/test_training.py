@@ -51,6 +51,7 @@ def data(tmp_path_factory):
     return root
 
 
+@pytest.mark.long
 def test_a_prior_resumes_to_the_same_weights(data, tmp_path):
     flags = [
         f"--data={data}/train.npz",
@@ -95,6 +96,7 @@ def test_nearest_training_images_are_found_mirrored_or_not():
     assert distance[1] < 1e-3 > distance[2]
 
 
+@pytest.mark.long
 def test_an_unfinished_training_run_is_a_prior(data, tmp_path):
     """Its moving average, bitwise; a checkpoint whose average is not what was saved is refused."""
     (tmp_path / "config.json").write_text(json.dumps(NETWORK.to_diffusers()))
