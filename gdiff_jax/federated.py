@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from gdiff_jax.matching import Loss
-from gdiff_jax.mechanisms.base import Gradient, pytree, static
+from gdiff_jax.mechanisms.base import Gradient
+from gdiff_jax.pytrees import pytree, static
 
 
 @pytree

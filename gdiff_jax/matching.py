@@ -11,7 +11,6 @@ differentiated in reverse.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
@@ -20,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from gdiff_jax.mechanisms import Gradient, Mechanism
+from gdiff_jax.pytrees import pytree, static
 
 Loss = Callable[[Any, Any, Any], jax.Array]
 Distance = Callable[[Gradient, Gradient], jax.Array]
@@ -158,8 +158,7 @@ class _Known(NamedTuple):
     client: Client | None
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree
 class GradientMatching:
     """objective(x0) = distance(M(grad_W L(W, x0, y)), leak): what guides a sampler towards the private image.
 
@@ -183,8 +182,8 @@ class GradientMatching:
     params: Any
     label: Any
     leak: Gradient
-    loss: Loss = dataclasses.field(metadata=dict(static=True))
-    distance: Distance = dataclasses.field(default=l2, metadata=dict(static=True))
+    loss: Loss = static()
+    distance: Distance = static(default=l2)
     mechanism: Mechanism | None = None
     weights: Gradient | None = None
     client: Client | None = None

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from gdiff_jax import attacks, samplers
 from gdiff_jax.attacks.analytic import LayerInput
 from gdiff_jax.matching import cosine, squared_l2
-from gdiff_jax.mechanisms.base import pytree, static
 from gdiff_jax.problem import Info, Method, Outcome, Problem
+from gdiff_jax.pytrees import pytree, static
 from gdiff_jax.samplers.base import Signal, Start
 from gdiff_jax.samplers.ensemble import CHAINS
 from gdiff_jax.signal import CALIBRATED_RATE, NoiseCalibration
@@ -53,9 +53,13 @@ class DSG(Method):
     def describe(self) -> str:
         return f"DSG guidance rate {self.guidance_rate:g}"
 
-    def __call__(
+    def __call__(self, key: jax.Array, problem: Problem) -> tuple[jax.Array, Info]:
+        return self.sample(key, problem)
+
+    def sample(
         self, key: jax.Array, problem: Problem, start: Start | None = None, signal: Signal | None = None
     ) -> tuple[jax.Array, Info]:
+        """`dsg_sample` with these options, of a problem."""
         p = problem
         image, trace = samplers.dsg_sample(
             key, p.denoise, p.match, p.schedule, p.shape, guidance_rate=self.guidance_rate, interval=self.interval,
@@ -65,29 +69,26 @@ class DSG(Method):
 
 
 @pytree
-class CalibratedDSG(Method):
+class CalibratedDSG(DSG):
     """DSG that measures how much of its guidance is signal, and how far it may go: one setting at every noise."""
 
     guidance_rate: jax.Array | float = CALIBRATED_RATE
-    interval: int = static(default=1)
-    through_prior: bool = static(default=True)
     name: ClassVar[str] = "calibrated-dsg"
     needs_noise: ClassVar[bool] = True
     calibrated: ClassVar[bool] = True
 
     def describe(self) -> str:
-        return f"calibrated DSG guidance rate {self.guidance_rate:g} at most"
+        return f"calibrated {super().describe()} at most"
 
     def __call__(self, key: jax.Array, problem: Problem) -> tuple[jax.Array, Info]:
-        dsg = DSG(self.guidance_rate, self.interval, self.through_prior)
-        return dsg(key, problem, signal=NoiseCalibration(problem.match))
+        return self.sample(key, problem, signal=NoiseCalibration(problem.match))
 
 
 @pytree
 class MeanOfChains(Method):
     """Several reconstructions of one leak, combined by how far they agree (`samplers.posterior_mean`)."""
 
-    chain: DSG | CalibratedDSG = dataclasses.field(default_factory=DSG)
+    chain: DSG = DSG()
     chains: int = static(default=CHAINS)
 
     @property
@@ -221,27 +222,21 @@ class Analytic(Method):
 
 
 @pytree
-class AnalyticDSG(Method):
+class AnalyticDSG(DSG):
     """DSG that starts where the noise of the analytic estimate ends."""
 
-    guidance_rate: jax.Array | float = 0.2
-    interval: int = static(default=1)
-    through_prior: bool = static(default=True)
     name: ClassVar[str] = "analytic-dsg"
     needs_first_dense: ClassVar[bool] = True
     needs_noise: ClassVar[bool] = True
 
-    def _dsg(self) -> DSG:
-        return DSG(self.guidance_rate, self.interval, self.through_prior)
-
     def describe(self) -> str:
-        return f"{self._dsg().describe()} from the analytic estimate"
+        return f"{super().describe()} from the analytic estimate"
 
     def __call__(self, key: jax.Array, problem: Problem) -> tuple[jax.Array, Info]:
         layer_input = _layer_input(problem)
         k_start, k_sample = jax.random.split(key)
         start = samplers.start_from(k_start, problem.schedule, layer_input.x, problem.sigma * layer_input.std)
-        image, info = self._dsg()(k_sample, problem, start)
+        image, info = self.sample(k_sample, problem, start)
         return image, info._replace(outcome=problem.outcome(image, dead_layer=~jnp.isfinite(layer_input.std)))
 
 

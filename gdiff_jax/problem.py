@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from gdiff_jax.first_dense import FirstDense
 from gdiff_jax.matching import GradientMatching
-from gdiff_jax.mechanisms.base import pytree, static
+from gdiff_jax.pytrees import pytree, static
 from gdiff_jax.samplers.base import Denoise
 from gdiff_jax.schedule import Schedule
 

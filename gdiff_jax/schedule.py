@@ -7,12 +7,13 @@ the network was trained with.
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from gdiff_jax.pytrees import pytree, static
 
 VarianceType = Literal["fixed_small", "fixed_large", "learned_range"]
 Spacing = Literal["uniform", "quadratic"]
@@ -47,8 +48,7 @@ def _kept(total: int, num: int, spacing: Spacing) -> np.ndarray:
     return np.maximum.accumulate(t - np.arange(num)) + np.arange(num)
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree
 class Schedule:
     """The kept timesteps of a reverse process, a pytree of arrays of shape (num_steps,); make with `Schedule.create`."""
 
@@ -59,7 +59,7 @@ class Schedule:
     mean_xt: jax.Array
     log_beta: jax.Array  # log of beta_t = 1 - abar / abar_prev, the largest sensible variance
     log_beta_tilde: jax.Array  # log of the posterior variance; at t = 0, where it is 0, that of the next step up
-    variance: VarianceType = dataclasses.field(default="fixed_small", metadata=dict(static=True))
+    variance: VarianceType = static(default="fixed_small")
 
     @classmethod
     def create(

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from gdiff_jax.matching import GradientMatching, as_compared, at_full_precision, l2, mixed_partial, squared_l2, victim_gradient
-from gdiff_jax.mechanisms.base import pytree, static
+from gdiff_jax.pytrees import pytree, static
 from gdiff_jax.samplers.base import Share
 
 CALIBRATED_RATE = 0.4  # guidance rate of DSG under `NoiseCalibration`, where all of the guidance is signal [our choice]

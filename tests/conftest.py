@@ -1,7 +1,6 @@
 """Strict JAX for every test, and the toy priors whose mathematics is known."""
 
 import atexit
-import dataclasses
 import importlib.metadata
 import os
 import shutil
@@ -31,6 +30,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gdiff_jax.pytrees import pytree
+
 # Before the first array is made, in every xdist worker: the number of devices is fixed by then.
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -55,8 +56,7 @@ def x64() -> Iterator[None]:
         yield
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree
 class GaussianDenoiser:
     """The exact eps for images drawn from N(mean, cov): sqrt(1 - abar) (abar cov + (1 - abar) I)^-1 (x_t - sqrt(abar) mean)."""
 

@@ -1,16 +1,15 @@
 """Objectives whose derivatives are known, of images of six pixels."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gdiff_jax.pytrees import pytree
+
 SHAPE = (2, 3, 1)
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree
 class Residual:
     """|| A x0 - b ||."""
 
@@ -21,8 +20,7 @@ class Residual:
         return jnp.linalg.norm(self.a @ x0.ravel() - self.b)
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree
 class Flat:
     """An objective without a slope."""
 

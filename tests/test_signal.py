@@ -10,7 +10,7 @@ import pytest
 
 import gdiff_jax as gd
 from gdiff_jax.mechanisms import Chain, Clip, GaussianNoise, LaplaceNoise, RandomSparsification, Sign, TopK
-from gdiff_jax.mechanisms.base import pytree
+from gdiff_jax.pytrees import pytree
 from gdiff_jax.samplers import SignalInfo, Start, StepInfo, dsg_sample, dsg_step, mean_of_chains, posterior_mean
 from gdiff_jax.samplers.base import Share, guided_posterior
 from gdiff_jax.schedule import Schedule

@@ -18,11 +18,11 @@ from gdiff_jax import parallel
 from gdiff_jax.auditing.settings import AuditConfig
 from gdiff_jax.commands import flags
 from gdiff_jax.mechanisms import Chain, Clip, GaussianNoise
-from gdiff_jax.mechanisms.base import pytree
 from gdiff_jax.methods import Info, Method
 from gdiff_jax.metrics import image_metrics
 from gdiff_jax.options import flat, replace
 from gdiff_jax.priors import Denoiser
+from gdiff_jax.pytrees import pytree
 from gdiff_jax.sweeping import inputs
 from gdiff_jax.sweeping.config import SweepConfig
 from gdiff_jax.sweeping.plan import PRIOR_ONLY
@@ -56,8 +56,7 @@ def plan_of(tiny_prior, **changes):
     return inputs.load(config(tiny_prior, "unused", **changes))
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree
 class Plain(Denoiser):
     """The exact eps for pixels drawn from N(0, 0.5^2), which compiles in no time."""
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from gdiff_jax.attacks.base import eigh_alone
 from gdiff_jax.matching import GradientMatching, Loss, at_full_precision
+from gdiff_jax.pytrees import pytree
 
 
 @at_full_precision
@@ -128,8 +129,7 @@ def _soft(loss: Loss) -> Loss:
     return soft
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree
 class JointLabels:
     """objective((x, logits)) = distance where the label is softmax(logits): image and label at once (DLG, Zhu et al. 2019).
 

@@ -29,21 +29,6 @@ def clip_norm(mechanism: Mechanism) -> float | None:
     return None
 
 
-def describe_guarantee(sigma: float, mechanism: Mechanism, size: int, delta: float, kappa: float) -> dict[str, Any]:
-    """What one release through `mechanism`, of noise `sigma`, guarantees, as numbers; None where there is none.
-
-    Args:
-      sigma: of the noise, for the row alone: `mechanism` holds it already.
-      mechanism: of one noise level.
-      size: number of parameters.
-      delta: of the epsilon.
-      kappa: probability with which a blind guess reconstructs the image.
-    """
-    from gdiff_jax.theory import privacy  # with dp_accounting half a second, which a start need not wait
-
-    return guarantee_row(sigma, privacy.guarantee(mechanism, size, delta), kappa)
-
-
 def guarantee_row(sigma: float, guarantee: Guarantee, kappa: float) -> dict[str, Any]:
     """A guarantee as a line of a table, for `AuditRecord.guarantees`."""
     row: dict[str, Any] = {"sigma": float(sigma), "delta": guarantee.delta, "reason": guarantee.reason}

@@ -19,11 +19,11 @@ from gdiff_jax import modules
 from gdiff_jax.auditing import checks
 from gdiff_jax.auditing.about import clip_norm
 from gdiff_jax.auditing.result import Audit
-from gdiff_jax.auditing.run import Question, run, with_analytic
+from gdiff_jax.auditing.run import Question, default_methods, run, with_analytic
 from gdiff_jax.errors import need
 from gdiff_jax.matching import Loss
 from gdiff_jax.mechanisms import GaussianNoise, LaplaceNoise, Mechanism, UniformNoise
-from gdiff_jax.methods import Method
+from gdiff_jax.methods import DSG, Method
 from gdiff_jax.metrics import candidate_count
 from gdiff_jax.priors import Prior
 from gdiff_jax.sweeping.attackers import Attacker
@@ -112,7 +112,7 @@ def audit(
         need(steps <= len(prior.betas), f"steps {steps}: the prior was trained with {len(prior.betas)}; ask for fewer")
         attacker = checks.attacker_of(attacker)
         checks.check_client(client, len(x))
-        chosen = checks.methods_of(methods, attacker.knowledge, client)
+        chosen = checks.methods_of(methods or default_methods(attacker, client), attacker, client)
         checks.check_knowledge(loss, attacker, client, chosen)
         victim, weights = _victim(loss, params, x, y, attacker, client)
         plan = Plan(
@@ -122,14 +122,16 @@ def audit(
         )  # fmt: skip
         checks.check_fits(victim, client, chosen)
         plan = _with_mechanism(plan, mechanism, sigmas)
-        plan = plan if methods else with_analytic(plan, attacker.knowledge.adaptive)
+        plan = plan if methods else with_analytic(plan)
         if victim.has_batch_norm and attacker.knowledge.statistics == "replaced":
             plan = dataclasses.replace(plan, proxy=prior_samples(plan))
         store = MemoryStore() if folder is None else Store(Path(folder), _identity(plan, name, batch))
         about = {"command": "gdiff_jax.audit(...)", "images": f"{len(x)} images given"}
         attack = partial(run_trials, batch=batch, progress=progress)
+        dsg = chosen.get("dsg")
+        question = Question(others, threshold, share, film=dsg if isinstance(dsg, DSG) else DSG())
         with contextlib.closing(store):  # a notebook that keeps a traceback keeps the store in it, and its lock
-            return run(plan, Question(others, threshold, share), store, attack, about)
+            return run(plan, question, store, attack, about)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,6 +18,7 @@ from gdiff_jax.mechanisms import Chain, Clip, Mechanism
 from gdiff_jax.methods import DLG, METHODS, Method
 from gdiff_jax.priors import Prior, load_prior
 from gdiff_jax.sweeping.attackers import Attacker, Knowledge
+from gdiff_jax.sweeping.checks import hindrances
 from gdiff_jax.sweeping.config import Client
 from gdiff_jax.victims import Victim
 from gdiff_jax.victims.own import OwnVictim
@@ -104,18 +105,17 @@ def check_client(client: Client, images: int) -> None:
     client.check(images)
 
 
-def methods_of(asked: Sequence[str | Method], knows: Knowledge, client: Client) -> dict[str, Method]:
-    """The attacks by name, those of an audit where none is asked for; each can be run by this attacker."""
-    calibrated = knows.adaptive and client.local_steps == 1
-    joint = knows.labels == "joint"
+def methods_of(asked: Sequence[str | Method], attacker: Attacker, client: Client) -> dict[str, Method]:
+    """The attacks by name; each can be run by this attacker."""
+    joint = attacker.knowledge.labels == "joint"
     chosen = []
-    for method in asked or ("dsg", "calibrated-mean" if calibrated else "dps"):
+    for method in asked:
         if not isinstance(method, Method):
             known = isinstance(method, str) and method in METHODS
             need(known, f"method {method!r} is not known; known: {', '.join(METHODS)}, or objects of gdiff_jax.methods")
             method = METHODS[method]
             method = dataclasses.replace(method, joint_labels=joint) if isinstance(method, DLG) else method
-        ok = (knows.adaptive or not method.needs_noise) and (client.local_steps == 1 or not method.calibrated)
+        ok = not hindrances(method, attacker, client)
         need(ok, f"method {method.name} draws from the mechanism's noise, of one gradient: not with this attacker or client")
         alone = not getattr(method, "joint_labels", False)
         need(alone or joint, f'method {method.name} looks for the labels too; give attacker=Attacker("server", labels="joint")')
@@ -142,18 +142,23 @@ def check_mechanism(make: Callable[[Any], Mechanism], params: Any) -> None:
 
 def check_knowledge(loss: Any, attacker: Attacker, client: Client, methods: dict[str, Method]) -> None:
     """That what is attacked, a loss or a `Victim`, gives what this attacker is to know or to infer."""
-    knows, several = attacker.knowledge, client.local_steps > 1
+    knows = attacker.knowledge
     need(
-        isinstance(loss, Victim) or not (knows.labels != "known" or (several and knows.local_rate == "guessed")),
+        isinstance(loss, Victim) or not (knows.labels != "known" or knows.guesses_rate(client.local_steps)),
         f"attacker {attacker.attacker!r} infers labels or rates from the last layer, which is known of a "
         'gdiff_jax.Victim only; give one in place of the loss, or Attacker("...", labels="known", local_rate="known")',
     )
     if not (isinstance(loss, Victim) and loss.has_batch_norm):
         return
     need(
-        knows.statistics != "known" or not several,
+        knows.statistics != "known" or client.local_steps == 1,
         f"the victim's BatchNorms have other statistics in each of {client.local_steps} local steps; "
         'give Attacker("...", statistics="batch") or "replaced"',
+    )
+    need(
+        knows.statistics == "batch" or not client.splits_images,
+        f"the victim's BatchNorms have other statistics in each local batch of {client.local_batch}; "
+        'give Attacker("...", statistics="batch"), or leave local_batch at 0',
     )
     need(
         knows.statistics == "batch" or not any(getattr(method, "joint_labels", False) for method in methods.values()),
@@ -172,8 +177,7 @@ def check_rate(mechanism: Mechanism, knows: Knowledge, client: Client) -> None:
     """That a clipped update is not to be divided by a guessed rate."""
     stages = mechanism.stages if isinstance(mechanism, Chain) else (mechanism,)
     need(
-        not (client.local_steps > 1 and knows.local_rate == "guessed" and knows.adaptive)
-        or not any(isinstance(stage, Clip) for stage in stages),
+        not (knows.guesses_rate(client.local_steps) and knows.adaptive) or not any(isinstance(stage, Clip) for stage in stages),
         "the mechanism clips, to a norm in units of the local rate, which this attacker guesses; "
         'give Attacker("...", local_rate="known") or adaptive=False',
     )

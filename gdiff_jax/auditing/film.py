@@ -24,7 +24,7 @@ def _frames(num_steps: int) -> np.ndarray:
     return np.unique(np.round(np.linspace(0, num_steps - 1, min(FRAMES, num_steps))).astype(int))
 
 
-def film(key: jax.Array, problem: Problem, guidance_rate: float = 0.2) -> list[np.ndarray]:
+def film(key: jax.Array, problem: Problem, guidance_rate: Any) -> list[np.ndarray]:
     """The iterates of one reconstruction by DSG at about `FRAMES` of its steps, the last one included; `key` of the sampler."""
 
     @jax.jit

@@ -17,9 +17,10 @@ from gdiff_jax import images as image_files
 from gdiff_jax import modules
 from gdiff_jax.auditing.checks import in_other_words
 from gdiff_jax.auditing.result import Audit
-from gdiff_jax.auditing.run import Question, audited, run, with_analytic
+from gdiff_jax.auditing.run import Question, audited, default_methods, run, with_analytic
 from gdiff_jax.auditing.settings import Asked, AuditConfig, Model
 from gdiff_jax.errors import ConfigError, need
+from gdiff_jax.methods import DSG
 from gdiff_jax.metrics import candidate_count
 from gdiff_jax.options import replace
 from gdiff_jax.sweeping import checks, inputs
@@ -43,10 +44,10 @@ def audit_named(config: AuditConfig) -> Audit:
         config.check()
         sweep = _with_methods(config)
         plan = _load_plan(config, sweep)
-        question = load_question(config.asked, sweep, plan)
+        question = dataclasses.replace(load_question(config.asked, sweep, plan), film=DSG(config.attacks.guidance_rate))
         _check_gradients(plan)
         if not config.attacks.methods:
-            plan = with_analytic(plan, plan.attacker.knowledge.adaptive)
+            plan = with_analytic(plan)
         store = Store(Path(sweep.run.out), plan.identity)
         with contextlib.closing(store):
             return run(plan, question, store, partial(_attack, config.run), _about(config, sweep, plan))
@@ -65,8 +66,8 @@ def _with_methods(config: AuditConfig) -> SweepConfig:
     config.attacker.check()
     if config.attacks.methods:
         return checks.write_out_all(sweep, mechanisms)
-    second = "dps" if checks.hindrances("calibrated-mean", sweep, mechanisms) else "calibrated-mean"
-    return replace(sweep, methods=("dsg", second))
+    methods = default_methods(sweep.attacker, sweep.client, sweep.attacks.distance, mechanisms)
+    return replace(sweep, methods=methods)
 
 
 def _load_plan(config: AuditConfig, sweep: SweepConfig) -> Plan:

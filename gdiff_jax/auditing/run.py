@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -16,10 +17,13 @@ from gdiff_jax.auditing.about import about_run, guarantee_row
 from gdiff_jax.auditing.assemble import Trials, assemble
 from gdiff_jax.auditing.film import film, film_steps
 from gdiff_jax.auditing.result import Audit
-from gdiff_jax.methods import Analytic, AnalyticDSG, Problem
+from gdiff_jax.methods import DSG, METHODS, Analytic, AnalyticDSG, Problem
 from gdiff_jax.metrics import candidate_count
 from gdiff_jax.sweeping import trials, words
-from gdiff_jax.sweeping.plan import Plan, VictimState
+from gdiff_jax.sweeping.attackers import Attacker
+from gdiff_jax.sweeping.checks import hindrances
+from gdiff_jax.sweeping.config import Client
+from gdiff_jax.sweeping.plan import NoisyMechanism, Plan, VictimState
 from gdiff_jax.sweeping.records import MemoryStore, Row, Store
 from gdiff_jax.theory.summary import summarise
 
@@ -36,6 +40,7 @@ class Question:
       share: look for the noise from which on fewer than this share of the images is recovered.
       spectra: images whose spectrum of J^T J is computed.
       information: (d, d) inverse covariance of images like the private ones, for the van Trees limit; None leaves it out.
+      film: the DSG by which one reconstruction is made again, to be looked at while it comes into being.
     """
 
     candidates: np.ndarray
@@ -43,6 +48,7 @@ class Question:
     share: float = 0.1
     spectra: int = 1
     information: np.ndarray | None = None
+    film: DSG = DSG()
 
 
 def audited(plan: Plan) -> tuple[VictimState, str]:
@@ -51,11 +57,19 @@ def audited(plan: Plan) -> tuple[VictimState, str]:
     return state, mechanism
 
 
-def with_analytic(plan: Plan, adaptive: bool) -> Plan:
-    """`plan` with the analytic attacks where a first layer is dense: what an audit runs unless methods are named."""
+def default_methods(
+    attacker: Attacker, client: Client, distance: str = "l2", mechanisms: Mapping[str, NoisyMechanism] = MappingProxyType({})
+) -> tuple[str, str]:
+    """What an audit runs unless methods are named: that by which most is recognised, and of those it can what comes closest."""
+    against = hindrances(METHODS["calibrated-mean"], attacker, client, distance, mechanisms)
+    return "dsg", "dps" if against else "calibrated-mean"
+
+
+def with_analytic(plan: Plan) -> Plan:
+    """`plan` with the analytic attacks where a first layer is dense: what an audit runs too unless methods are named."""
     state, _ = audited(plan)
     fitting = [m for m in (Analytic(), AnalyticDSG()) if m.fits(plan.victims[state.name].first_dense, plan.client.group)]
-    methods = {**plan.methods, **{m.name: m for m in fitting if adaptive or not m.needs_noise}}
+    methods = {**plan.methods, **{m.name: m for m in fitting if not hindrances(m, plan.attacker, plan.client)}}
     return dataclasses.replace(plan, methods=methods, identity={**plan.identity, "methods": list(methods)})
 
 
@@ -81,7 +95,7 @@ def run(
     kappa = 1 / candidate_count(question.candidates, plan.images) if known else BLIND_GUESS
     found = gather(attack(plan, store), store)
     guarantees = [guarantee_row(s, plan.guarantee(state.name, mechanism, s), kappa) for s in plan.sigmas[mechanism]]
-    theory, frames = _theory(plan, question), _film(plan)
+    theory, frames = _theory(plan, question), _film(plan, question.film)
     told = {**_about(plan, question), **about, "seconds": round(time.time() - started, 1)}
     return assemble(
         told, found, plan.images if known else None, candidates=question.candidates, mean_image=plan.prior.mean_image,
@@ -116,8 +130,8 @@ def _theory(plan: Plan, question: Question) -> dict[str, Any] | None:
     )  # fmt: skip
 
 
-def _film(plan: Plan) -> list[np.ndarray]:
-    """Of the first trial at the smallest noise, by DSG; [] for groups of images."""
+def _film(plan: Plan, dsg: DSG) -> list[np.ndarray]:
+    """Of the first trial at the smallest noise; [] for groups of images."""
     if plan.client.group > 1:
         return []
     state, mechanism = audited(plan)
@@ -133,9 +147,8 @@ def _film(plan: Plan) -> list[np.ndarray]:
         return trials.problem_of(plan, group, shared, own, trials.attacker_match(plan, group, shared, own, out, labels))
 
     alone = jax.tree.map(lambda a: jnp.asarray(a)[0], own)
-    rate = getattr(plan.methods.get("dsg"), "guidance_rate", 0.2)
     k_noise, k_sample = jax.random.split(alone.key)
-    return film(k_sample, problem_of(shared, alone, k_noise), rate)
+    return film(k_sample, problem_of(shared, alone, k_noise), dsg.guidance_rate)
 
 
 def _about(plan: Plan, question: Question) -> dict[str, Any]:

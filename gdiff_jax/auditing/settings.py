@@ -9,8 +9,7 @@ from gdiff_jax import images as image_files
 from gdiff_jax.errors import need
 from gdiff_jax.mechanisms import text as mechanism_text
 from gdiff_jax.options import option
-from gdiff_jax.sweeping.attackers import Attacker
-from gdiff_jax.sweeping.config import Attacks, Client, Noise, PriorOptions, PrivateImages, Run, SweepConfig, Victims
+from gdiff_jax.sweeping.config import Attacks, Common, PrivateImages, Run, SweepConfig, Victims
 from gdiff_jax.victims.zoo import VICTIMS
 
 
@@ -72,16 +71,12 @@ class AuditAttacks(Attacks):
 
 
 @dataclasses.dataclass(frozen=True)
-class AuditConfig:
+class AuditConfig(Common):
+    private: AuditPrivateImages = AuditPrivateImages()
+    attacks: AuditAttacks = AuditAttacks()
+    run: Run = Run(seeds=2, out="runs/audit")
     model: Model = Model()
     asked: Asked = Asked()
-    noise: Noise = Noise()
-    private: AuditPrivateImages = AuditPrivateImages()
-    client: Client = Client()
-    attacker: Attacker = Attacker()
-    attacks: AuditAttacks = AuditAttacks()
-    prior: PriorOptions = PriorOptions()
-    run: Run = Run(seeds=2, out="runs/audit")
     from_json: str = option("", "make the report of this audit.json again; nothing is computed, only --out counts")
 
     @property
@@ -114,15 +109,8 @@ class AuditConfig:
         """The sweep that the audit rests on, in the folder OUT/sweep."""
         images = self.private.images or image_files.BUNDLED
         count = 1 if self.model.gradient else self.private.num_images
-        private = PrivateImages(images, count, self.private.label, self.private.num_classes)
-        return SweepConfig(
-            mechanisms=(self.model.mechanism,),
-            noise=self.noise,
-            victims=Victims((self.model.victim,), (self.model.training_steps,), self.model.checkpoints),
-            private=private,
-            client=self.client,
-            attacker=self.attacker,
-            attacks=self.attacks,
-            prior=self.prior,
-            run=dataclasses.replace(self.run, out=f"{self.run.out}/sweep"),
-        )
+        parts = {field.name: getattr(self, field.name) for field in dataclasses.fields(Common)}
+        parts["private"] = dataclasses.replace(self.private, images=images, num_images=count)
+        parts["run"] = dataclasses.replace(self.run, out=f"{self.run.out}/sweep")
+        victims = Victims((self.model.victim,), (self.model.training_steps,), self.model.checkpoints)
+        return SweepConfig(**parts, mechanisms=(self.model.mechanism,), victims=victims)

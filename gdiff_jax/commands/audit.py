@@ -14,7 +14,6 @@ is installed the command is also called gdiff-audit.
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 from gdiff_jax.auditing.settings import AuditConfig
@@ -23,9 +22,7 @@ from gdiff_jax.errors import ConfigError
 
 
 def main() -> None:
-    sys.modules["__main__"].__doc__ = __doc__  # which is what --help shows
-    flags.define_flags(AuditConfig())
-    flags.run(_audit)
+    flags.command(_audit, AuditConfig(), text=__doc__)
 
 
 def _audit() -> None:

@@ -81,6 +81,14 @@ def read_flags(defaults: C) -> C:
     return options.replace(defaults, **{name: flags.FLAGS[name].value for name in options.flat(defaults)})
 
 
+def command(main: Callable[[], None], *settings: Any, text: str | None) -> None:
+    """`run` with the flags of these settings, and with this text at the top of --help."""
+    sys.modules["__main__"].__doc__ = text  # which is what absl shows, whatever script or entry point calls
+    for defaults in settings:
+        define_flags(defaults)
+    run(main)
+
+
 def run(main: Callable[[], None]) -> None:
     """Parses the flags and calls main; bad input ends with one line on stderr and exit code 2."""
 

@@ -8,16 +8,12 @@ how far the samples are from the training images.
 
 from __future__ import annotations
 
-import sys
-
 from gdiff_jax.commands import flags
 from gdiff_jax.training.settings import PriorCard
 
 
 def main() -> None:
-    sys.modules["__main__"].__doc__ = __doc__  # which is what --help shows
-    flags.define_flags(PriorCard())
-    flags.run(_measure)
+    flags.command(_measure, PriorCard(), text=__doc__)
 
 
 def _measure() -> None:

@@ -14,18 +14,13 @@ called gdiff-sweep.
 
 from __future__ import annotations
 
-import sys
-
 from gdiff_jax.commands import flags
 from gdiff_jax.commands.processes import Processes, join
 from gdiff_jax.sweeping.config import SweepConfig
 
 
 def main() -> None:
-    sys.modules["__main__"].__doc__ = __doc__  # which is what --help shows
-    flags.define_flags(SweepConfig())
-    flags.define_flags(Processes())
-    flags.run(_sweep)
+    flags.command(_sweep, SweepConfig(), Processes(), text=__doc__)
 
 
 def _sweep() -> None:

@@ -18,9 +18,7 @@ from gdiff_jax.training.settings import PriorTraining
 
 
 def main() -> None:
-    sys.modules["__main__"].__doc__ = __doc__  # which is what --help shows
-    flags.define_flags(PriorTraining())
-    flags.run(_train)
+    flags.command(_train, PriorTraining(), text=__doc__)
 
 
 def _train() -> None:

@@ -8,16 +8,12 @@ Where the package is installed the command is also called gdiff-train-victim.
 
 from __future__ import annotations
 
-import sys
-
 from gdiff_jax.commands import flags
 from gdiff_jax.training.settings import VictimTraining
 
 
 def main() -> None:
-    sys.modules["__main__"].__doc__ = __doc__  # which is what --help shows
-    flags.define_flags(VictimTraining())
-    flags.run(_train)
+    flags.command(_train, VictimTraining(), text=__doc__)
 
 
 def _train() -> None:

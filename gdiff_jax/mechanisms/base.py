@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-import typing
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
 
+from gdiff_jax.pytrees import pytree
+
 T = TypeVar("T")
 Gradient = Any  # a pytree of arrays
-static: Callable[..., Any] = functools.partial(dataclasses.field, metadata=dict(static=True))
-
-
-@typing.dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field,))
-def pytree(cls: type[T]) -> type[T]:
-    """A frozen dataclass whose fields are leaves, but for those made with `static()`."""
-    return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))
 
 
 class Mechanism(Protocol):

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
-from gdiff_jax.mechanisms.base import Gradient, per_leaf, pytree, seen, static
+from gdiff_jax.mechanisms.base import Gradient, per_leaf, seen
+from gdiff_jax.pytrees import pytree, static
 
 
 @pytree

@@ -8,7 +8,8 @@ from typing import ClassVar
 
 import jax
 
-from gdiff_jax.mechanisms.base import Gradient, per_leaf, pytree
+from gdiff_jax.mechanisms.base import Gradient, per_leaf
+from gdiff_jax.pytrees import pytree
 
 
 @dataclasses.dataclass(frozen=True)

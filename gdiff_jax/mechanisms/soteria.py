@@ -8,7 +8,8 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from gdiff_jax.mechanisms.base import Gradient, pytree, seen, static
+from gdiff_jax.mechanisms.base import Gradient, seen
+from gdiff_jax.pytrees import pytree, static
 
 
 @pytree

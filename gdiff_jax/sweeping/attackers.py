@@ -21,6 +21,10 @@ class Knowledge:
     local_rate: str
     statistics: str
 
+    def guesses_rate(self, local_steps: int) -> bool:
+        """Whether the rate of a client's local steps, of which there are several, has to be guessed."""
+        return local_steps > 1 and self.local_rate == "guessed"
+
 
 ATTACKERS = {
     # The worst case, the one to plan for: whatever a protocol may reveal is taken as revealed.

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 
 from gdiff_jax.errors import need
 from gdiff_jax.mechanisms.text import Spec
-from gdiff_jax.methods import METHODS
+from gdiff_jax.methods import METHODS, Method
 from gdiff_jax.options import replace
-from gdiff_jax.sweeping.config import SweepConfig, check_list
+from gdiff_jax.sweeping.attackers import Attacker
+from gdiff_jax.sweeping.config import Client, SweepConfig, check_list
+from gdiff_jax.sweeping.plan import NoisyMechanism
 from gdiff_jax.victims import zoo
 from gdiff_jax.victims.own import is_own
 
@@ -29,7 +32,7 @@ def check(config: SweepConfig, mechanisms: Mapping[str, Spec]) -> None:
     config.client.check(config.private.num_images)
     check_list("mechanisms", config.mechanisms)
     for method in config.attacks.methods:
-        against = " ".join(hindrances(method, config, mechanisms))
+        against = " ".join(_hindrances(method, config, mechanisms))
         need(
             not against,
             f"--methods {method} cannot be run with {against}: it draws from the noise"
@@ -39,9 +42,8 @@ def check(config: SweepConfig, mechanisms: Mapping[str, Spec]) -> None:
     _check_statistics(config)
     knows = config.attacker.knowledge
     clips = [text for text in mechanisms if "clip" in text]
-    guessed = config.client.local_steps > 1 and knows.local_rate == "guessed"
     need(
-        not (clips and guessed and knows.adaptive),
+        not (clips and knows.guesses_rate(config.client.local_steps) and knows.adaptive),
         f"--local_rate=guessed with --mechanisms={clips and clips[0]}: the norm that it clips to is in units of the rate; "
         "use --local_rate=known, or --noadaptive",
     )
@@ -60,11 +62,10 @@ def _check_statistics(config: SweepConfig) -> None:
         f"--statistics=known with --local_steps {steps}: {normed[0]} has other statistics in each step; "
         "use --statistics=batch or replaced",
     )
-    batch = config.client.local_batch
     need(
-        knows.statistics == "batch" or batch in (0, config.client.group),
-        f"--statistics={knows.statistics} with --local_batch {batch}: {normed[0]} has other statistics in each local batch; "
-        "use --statistics=batch, or leave --local_batch at 0",
+        knows.statistics == "batch" or not config.client.splits_images,
+        f"--statistics={knows.statistics} with --local_batch {config.client.local_batch}: {normed[0]} has other "
+        "statistics in each local batch; use --statistics=batch, or leave --local_batch at 0",
     )
     need(
         knows.labels != "joint" or knows.statistics == "batch" or "dlg" not in config.attacks.methods,
@@ -82,18 +83,27 @@ def check_own(config: SweepConfig, name: str) -> None:
     need(not pruned, f"--mechanisms {pruned and pruned[0]} with --victims {name}: soteria prunes built-in networks only")
 
 
-def hindrances(method: str, config: SweepConfig, mechanisms: Mapping[str, Spec]) -> list[str]:
+def hindrances(
+    method: Method,
+    attacker: Attacker,
+    client: Client,
+    distance: str = "l2",
+    mechanisms: Mapping[str, NoisyMechanism] = MappingProxyType({}),
+) -> list[str]:
     """The flags under which the method cannot be run, for what it needs to know or to compare."""
-    needs, knows = METHODS[method], config.attacker.knowledge
-    unknown = "--attacker=eavesdropper" if config.attacker.attacker == "eavesdropper" else "--noadaptive"
-    masks = [f"--mechanisms={text}" for text, spec in mechanisms.items() if spec.hides_mask]
+    unknown = "--attacker=eavesdropper" if attacker.attacker == "eavesdropper" else "--noadaptive"
+    masks = [f"--mechanisms={text}" for text, mechanism in mechanisms.items() if mechanism.hides_mask]
     flags = {
-        unknown: needs.needs_noise and not knows.adaptive,
-        f"--distance={config.attacks.distance}": needs.calibrated and config.attacks.distance != "l2",
-        f"--local_steps={config.client.local_steps}": needs.calibrated and config.client.local_steps > 1,
-        **dict.fromkeys(masks, needs.calibrated),
+        unknown: method.needs_noise and not attacker.knowledge.adaptive,
+        f"--distance={distance}": method.calibrated and distance != "l2",
+        f"--local_steps={client.local_steps}": method.calibrated and client.local_steps > 1,
+        **dict.fromkeys(masks, method.calibrated),
     }
     return [flag for flag, hinders in flags.items() if hinders]
+
+
+def _hindrances(name: str, config: SweepConfig, mechanisms: Mapping[str, Spec]) -> list[str]:
+    return hindrances(METHODS[name], config.attacker, config.client, config.attacks.distance, mechanisms)
 
 
 def write_out_all(config: SweepConfig, mechanisms: Mapping[str, Spec]) -> SweepConfig:
@@ -105,6 +115,6 @@ def write_out_all(config: SweepConfig, mechanisms: Mapping[str, Spec]) -> SweepC
     def fits(name: str) -> bool:
         method, group = METHODS[name], config.client.group
         somewhere = not method.needs_first_dense or any(method.fits(victim.first_dense, group) for victim in built_in)
-        return somewhere and not hindrances(name, config, mechanisms)
+        return somewhere and not _hindrances(name, config, mechanisms)
 
     return replace(config, methods=tuple(filter(fits, METHODS)))

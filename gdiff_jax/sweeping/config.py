@@ -119,6 +119,11 @@ class Client:
     local_learning_rate: float = option(0.01, "of the local steps")
     local_batch: int = option(0, "images a local step, a divisor of --group; 0 is all of the group")
 
+    @property
+    def splits_images(self) -> bool:
+        """Whether a local step takes a part of the images."""
+        return self.local_batch not in (0, self.group)
+
     def check(self, num_images: int) -> None:
         check_least(self, 1, "group", "local_steps")
         rate, group, batch = self.local_learning_rate, self.group, self.local_batch
@@ -257,15 +262,21 @@ class Victims:
 
 
 @dataclasses.dataclass(frozen=True)
-class SweepConfig:
-    """All that is asked of a sweep; what the parts do not know of each other is checked in `sweeping.inputs`."""
+class Common:
+    """The parts that are asked of a sweep and of an audit."""
 
-    mechanisms: tuple[str, ...] = option(("gaussian",), mechanism_text.HELP)
     noise: Noise = Noise()
-    victims: Victims = Victims()
     private: PrivateImages = PrivateImages()
     client: Client = Client()
     attacker: Attacker = Attacker()
     attacks: Attacks = Attacks()
     prior: PriorOptions = PriorOptions()
     run: Run = Run()
+
+
+@dataclasses.dataclass(frozen=True)
+class SweepConfig(Common):
+    """All that is asked of a sweep; what the parts must know of each other is checked in `sweeping.checks`."""
+
+    mechanisms: tuple[str, ...] = option(("gaussian",), mechanism_text.HELP)
+    victims: Victims = Victims()

@@ -13,6 +13,7 @@ from gdiff_jax import modules
 from gdiff_jax.errors import ConfigError, need
 from gdiff_jax.matching import Distance, cosine, l1, l2
 from gdiff_jax.mechanisms import text as mechanism_text
+from gdiff_jax.methods import Method
 from gdiff_jax.options import flat
 from gdiff_jax.priors import Prior, load_prior
 from gdiff_jax.samplers import unguided_sample
@@ -52,7 +53,8 @@ def load(config: SweepConfig, images_known: bool = True) -> Plan:
     data = load_private(config.private, config.prior.prior, shape) if images_known else _unknown_image(config.private, shape)
     images, labels = image_files.to_model(data.images), np.asarray(data.labels)
     victims, own_params, hashes = _load_victims(config.victims.victims, shape, classes, images[0], labels[0])
-    _check_fits(config, victims)
+    methods = config.attacks.make(joint_labels=config.attacker.knowledge.labels == "joint")
+    _check_fits(methods, victims, config.client.group)
     params, trained = _load_params(config, victims, own_params)
     normed = any(victim.has_batch_norm for victim in victims.values())
     plan = Plan(
@@ -65,7 +67,7 @@ def load(config: SweepConfig, images_known: bool = True) -> Plan:
         params=params,
         mechanisms=dict(mechanisms),
         sigmas=sigmas,
-        methods=config.attacks.make(joint_labels=config.attacker.knowledge.labels == "joint"),
+        methods=methods,
         attacker=config.attacker,
         client=config.client,
         proxy=prior.expected_image[None],
@@ -191,10 +193,9 @@ def _load_params(
     return params, hashes
 
 
-def _check_fits(config: SweepConfig, victims: dict[str, Any]) -> None:
+def _check_fits(methods: dict[str, Method], victims: dict[str, Any], group: int) -> None:
     """That each method can be run against one victim at least."""
-    group = config.client.group
-    for name, method in config.attacks.make().items():
+    for name, method in methods.items():
         need(
             any(method.fits(victim.first_dense, group) for victim in victims.values()),
             f"--methods {name} needs a victim whose first layer is dense, such as mlp, and --group=1; "

@@ -203,7 +203,7 @@ def attacker_match(plan: Plan, group: Group, shared: Shared, own: Private, out: 
         known = knows.statistics == "known"
         loss = victim.loss_known_statistics if known else victim.loss_replaced_statistics
         y = (labels, victim.batch_statistics(shared.params, _of_client(plan, own)[0] if known else shared.proxy))
-    if client is not None and knows.local_rate == "guessed":
+    if client is not None and knows.guesses_rate(client.steps):
         assert isinstance(victim, Victim)  # of others the last layer is not known, which is checked before
         sent = leak[victim.last_bias] * (client.learning_rate * client.steps)
         rate = guess_learning_rate(sent, client.batch_size or plan.client.group, victim.num_classes, client.steps)

@@ -49,7 +49,7 @@ def _unknown(plan: Plan) -> list[str]:
         unknown.append("labels are inferred from the last layer's gradient")
     if knows.labels == "joint":
         unknown.append("DLG optimises the labels with the image; the other methods infer them from the last layer's gradient")
-    if plan.client.local_steps > 1 and knows.local_rate == "guessed":
+    if knows.guesses_rate(plan.client.local_steps):
         unknown.append("the local rate is guessed from the last layer's bias")
     if _has_batch_norm(plan) and knows.statistics != "known":
         source = {"batch": "the candidate's own", "replaced": "those of samples of the prior"}[knows.statistics]

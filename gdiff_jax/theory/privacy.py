@@ -8,6 +8,7 @@ forms are of the Gaussian mechanism, which is exactly mu-GDP with mu = 1 / z (Do
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -85,13 +86,18 @@ class Guarantee:
         if self.mu is not None:
             return gdp_tpr(self.mu, fpr)
         if self._loss is not None:
-            grid = np.linspace(-20.0, 60.0, 4001)
-            deltas = np.array(self._loss.get_delta_for_epsilon(grid))
-            return float(min(1.0, np.min(np.exp(grid) * fpr + deltas)))
+            epsilons, deltas = self._curve
+            return float(min(1.0, np.min(np.exp(epsilons) * fpr + deltas)))
         if self.pure_epsilon is not None:
             e = math.exp(min(self.pure_epsilon, 700.0))
             return float(min(1.0, e * fpr, 1 - (1 - fpr) / e))
         return 1.0
+
+    @functools.cached_property
+    def _curve(self) -> tuple[np.ndarray, np.ndarray]:
+        """delta(epsilon) on a grid, of a numerical privacy loss distribution: seconds, and the same for every rate."""
+        grid = np.linspace(-20.0, 60.0, 4001)
+        return grid, np.array(self._loss.get_delta_for_epsilon(grid))
 
     @property
     def advantage(self) -> float:

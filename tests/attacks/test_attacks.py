@@ -12,6 +12,7 @@ from objectives import SHAPE, Flat, Residual, normal
 
 from gdiff_jax import GradientMatching, Schedule, cosine, dsg_sample, squared_l2, victim_gradient
 from gdiff_jax.attacks import JointLabels, base, dense_layer_input, dlg, invert_gradients, read_first_dense, total_variation
+from gdiff_jax.pytrees import pytree
 from gdiff_jax.samplers import Start, StepInfo, red_diff_sample
 from gdiff_jax.samplers.base import batched, reverse, start_from
 from gdiff_jax.schedule import make_betas
@@ -20,8 +21,7 @@ from gdiff_jax.victims import FirstDense, mlp
 STEPS = 12
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree
 class LeastSquares(Residual):
     """|| A x - b ||^2."""
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from test_audit_summary import make, row
 
-from gdiff_jax.auditing.about import clip_norm, describe_guarantee
+from gdiff_jax.auditing.about import clip_norm, guarantee_row
 from gdiff_jax.auditing.assemble import Trials, assemble
 from gdiff_jax.mechanisms import Chain, Clip, GaussianNoise
 from gdiff_jax.theory import privacy
@@ -57,11 +57,11 @@ def test_the_share_of_signal_is_kept_where_it_was_measured():
 
 def test_a_guarantee_is_a_row_of_numbers():
     clipped = Chain((Clip(2.0), GaussianNoise(3.0)))
-    row = describe_guarantee(3.0, clipped, 100, 1e-5, 0.1)
+    row = guarantee_row(3.0, privacy.guarantee(clipped, 100, 1e-5), 0.1)
     assert row["epsilon"] == pytest.approx(privacy.gaussian_epsilon(1.5, 1e-5))
     assert (row["sigma"], row["delta"], row["reason"], row["pure"]) == (3.0, 1e-5, "", False)
     assert row["gamma"] == pytest.approx(privacy.gdp_tpr(1 / 1.5, 0.1))
-    none = describe_guarantee(3.0, GaussianNoise(3.0), 100, 1e-5, 0.1)
+    none = guarantee_row(3.0, privacy.guarantee(GaussianNoise(3.0), 100, 1e-5), 0.1)
     assert none.keys() == row.keys()
     assert (none["epsilon"], none["gamma"], none["reason"]) == (None, None, "no clipping")
     assert [clip_norm(m) for m in (clipped, GaussianNoise(3.0), Chain((Clip(2.0),)))] == [2.0, None, None]

@@ -136,6 +136,8 @@ def test_so_it_does_of_batch_norms(planned, data):
     weights = normed.init(jax.random.key(0))
     with pytest.raises(ValueError, match=r'2 local steps; give Attacker\("...", statistics="batch"\)'):
         planned(normed, weights, *data, client=Client(local_steps=2))
+    with pytest.raises(ValueError, match=r"other statistics in each local batch of 1; .*leave local_batch at 0"):
+        planned(normed, weights, *data, client=Client(group=2, local_steps=2, local_batch=1), attacker="eavesdropper")
     joint = Attacker("server", labels="joint", statistics="replaced")
     with pytest.raises(ValueError, match="dlg can optimise labels only with the candidate's own"):
         planned(normed, weights, *data, methods=("dlg",), attacker=joint)

@@ -10,10 +10,10 @@ from test_trials import MECHANISMS, told_apart
 from tiny import attack_once, attacks_of, config, plain_plan, plan_of, run_in_memory, run_in_process, scores, to_folder
 
 import gdiff_jax as gd
-from gdiff_jax.mechanisms.base import pytree, static
 from gdiff_jax.methods import DLG, METHODS, Method
 from gdiff_jax.options import replace
 from gdiff_jax.problem import Info
+from gdiff_jax.pytrees import pytree, static
 from gdiff_jax.sweeping import comparison
 from gdiff_jax.sweeping.plan import VictimState
 

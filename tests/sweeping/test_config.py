@@ -133,7 +133,8 @@ def test_methods_all_leaves_out_what_cannot_be_run():
 
 def hindrances(method, **changes):
     c = replace(SweepConfig(), **changes)
-    return checks.hindrances(method, c, inputs.parse_mechanisms(c.mechanisms))
+    mechanisms = inputs.parse_mechanisms(c.mechanisms)
+    return checks.hindrances(METHODS[method], c.attacker, c.client, c.attacks.distance, mechanisms)
 
 
 def test_calibrated_methods_are_left_to_those_who_know_the_mechanism(tiny_prior):

@@ -16,7 +16,7 @@ SMALL = {
     "mlp, d = 192": victims.mlp((8, 8, 3), 10, widths=(16, 12), activation=jax.nn.tanh),
     "lenet, d = 192": victims.lenet((8, 8, 3), 10, width=4),
     "vit, d = 192": victims.vit_tiny((8, 8, 3), 10, dim=8, heads=2, depth=1),
-    "cnn, d = 1024": victims.cnn((32, 32, 1), 10, channels=(4, 8), activation=jax.nn.tanh),
+    "cnn, d = 256": victims.cnn((16, 16, 1), 10, channels=(4, 8), activation=jax.nn.tanh),
 }
 
 
@@ -65,7 +65,7 @@ def test_hutchinson_is_right_within_its_standard_error(x64, name):
     loss, params, x, y, blocks = case(name)
     truth = math.sqrt(sum(np.square(b).sum() for b in blocks.values()))
     keys = jax.random.split(jax.random.key(0), 200)
-    found, shares = jax.jit(lambda keys: jax.lax.map(lambda k: jacobian.frobenius(k, loss, params, x, y, 256), keys))(keys)
+    found, shares = jax.jit(lambda keys: jax.lax.map(lambda k: jacobian.frobenius(k, loss, params, x, y, 64), keys))(keys)
     score = (np.asarray(found.value) - truth) / np.asarray(found.standard_error)
     assert (np.abs(score) < 2).mean() > 0.9
     assert 0.85 < score.std() < 1.15
@@ -132,7 +132,7 @@ def test_full_reorthogonalisation_keeps_single_precision_honest():
     assert float(ritz.values[-1]) == pytest.approx(1000, rel=1e-5)
 
 
-@pytest.mark.parametrize("name", ["mlp, d = 192", "cnn, d = 1024"])
+@pytest.mark.parametrize("name", ["mlp, d = 192", "cnn, d = 256"])
 def test_matrix_free_spectrum_agrees_with_the_full_one(x64, name):
     loss, params, x, y, blocks = case(name)
     full = np.concatenate(list(blocks.values()))
