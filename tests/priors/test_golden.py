@@ -119,6 +119,7 @@ def test_adm_parameters_are_those_of_the_published_ffhq_model():
     assert sum(int(np.prod(s)) for s in modules.param_shapes(ADMConfig.from_flags(imagenet)).values()) == 552_814_086
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("name", "variance"),
     [("celebahq", "fixed_small"), ("cifar10", "fixed_large"), ("learned-variance", "learned_range")],
@@ -131,6 +132,7 @@ def test_fifty_steps_of_ddpm_are_those_of_diffusers_scheduler(name, variance):
     assert np.abs(np.asarray(x) - golden("trajectory")[f"{name}-{variance}"]).max() < 1e-4
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("make", [lambda: unet2d(TWO), lambda: adm(ADM["plain"])], ids=["unet2d", "adm"])
 def test_rematerialisation_changes_neither_the_value_nor_the_gradient(make):
     def value_and_gradient(denoise, x, t):

@@ -537,7 +537,7 @@ def expect_refusal(folder, what):
     assert str(folder) in str(caught.value), what
 
 
-@pytest.mark.parametrize("name", [SAFETENSORS, BIN])
+@pytest.mark.parametrize("name", [SAFETENSORS, pytest.param(BIN, marks=pytest.mark.long)])
 def test_mutated_state_dicts_are_refused(folder, tensors, own_cache, name):
     (folder / FP16).unlink()
     cases = list(mutations(tensors, np.random.default_rng(0)))

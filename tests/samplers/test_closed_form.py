@@ -57,7 +57,10 @@ def problem(gaussian):
     return mean, cov, matrix, sigma, leak, *posterior
 
 
-@pytest.mark.parametrize(("num_steps", "variance", "bias"), [(1000, "fixed_small", 0.01), (250, "fixed_large", 0.03)])
+@pytest.mark.parametrize(
+    ("num_steps", "variance", "bias"),
+    [pytest.param(1000, "fixed_small", 0.01, marks=pytest.mark.long), (250, "fixed_large", 0.03)],
+)
 def test_unguided_samples_have_the_moments_of_the_prior(gaussian, problem, num_steps: int, variance: str, bias: float) -> None:
     schedule = Schedule.create(num_steps=num_steps, variance=variance)
     samples = draw(lambda key: unguided_sample(key, gaussian, schedule, SHAPE, clip=False)[0])

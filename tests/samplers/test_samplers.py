@@ -274,7 +274,7 @@ def reconstruct(name: str, key: jax.Array, denoise, params, image: jax.Array, la
     return SAMPLERS[name](key_sample, denoise, match, schedule, image.shape)
 
 
-@pytest.mark.parametrize(("name", "chunks"), [("dps", (16, 1)), ("dsg every 3rd", (1,))])
+@pytest.mark.parametrize(("name", "chunks"), [pytest.param("dps", (16, 1), marks=pytest.mark.long), ("dsg every 3rd", (1,))])
 def test_a_trial_does_not_depend_on_its_neighbours(tiny_unet, random_params, name: str, chunks: tuple[int, ...]) -> None:
     """Alone or in chunks of 16 as among 64: equal to 1e-4 after ten steps with a U-Net (sums in another order, no more)."""
     schedule, params = Schedule.create(num_steps=10), random_params(VICTIM)

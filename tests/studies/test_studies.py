@@ -101,6 +101,7 @@ BAD = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("script", "flag", "value"), BAD)
 def test_bad_input_ends_with_one_line(tiny_prior, tmp_path, script, flag, value):
     result = run(script, tiny_prior, tmp_path / "out", flag)
@@ -271,6 +272,7 @@ def test_trials_of_unlike_studies_are_refused():
             calibration_report.check_complete(found)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

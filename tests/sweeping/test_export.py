@@ -33,7 +33,11 @@ def lowered(plan, group, *platforms):
 
 GROUPS = [
     trials.Group(trials.PRIOR_ONLY, "", 0, ""),
-    *(trials.Group(m, v, 0) for v in MAIN_JOB.victims.victims for m in MAIN_JOB.attacks.methods),
+    *(
+        pytest.param(trials.Group(m, v, 0), marks=[] if m == "dsg" else pytest.mark.long)
+        for v in MAIN_JOB.victims.victims
+        for m in MAIN_JOB.attacks.methods
+    ),
 ]
 
 

@@ -151,7 +151,7 @@ class Squared:
         return jnp.square(self.matrix @ x.ravel() - self.leak).sum()
 
 
-@pytest.mark.parametrize("i", [200, 600])
+@pytest.mark.parametrize("i", [200, pytest.param(600, marks=pytest.mark.long)])
 def test_jensen_gap_in_closed_form_and_between_its_bounds(gaussian, bed, i):
     """f = || M x - g ||^2 has the gap tr(M C_t M^T), C_t the covariance of x0 given x_t; Theorem 2 and its counterpart hold."""
     m, c, matrix, truth, leak, _ = bed

@@ -19,6 +19,9 @@ SMALL = {
     "cnn, d = 256": victims.cnn((16, 16, 1), 10, channels=(4, 8), activation=jax.nn.tanh),
 }
 
+# Attention in float64 is slow to compile, and differentiates as everything else does.
+EACH = [pytest.param(name, marks=pytest.mark.long) if "vit" in name else name for name in SMALL]
+
 
 @functools.cache
 def case(name):
@@ -36,7 +39,7 @@ def case(name):
         return victim.loss, params, x, y, blocks
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", EACH)
 def test_exact_values_are_those_of_the_jacobian(x64, name):
     loss, params, x, y, blocks = case(name)
     full = np.concatenate(list(blocks.values()))
@@ -59,7 +62,7 @@ def test_exact_values_are_those_of_the_jacobian(x64, name):
         np.testing.assert_allclose(moved / 2e-6, ordered @ (v / np.linalg.norm(v)), atol=1e-6)
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", EACH)
 def test_hutchinson_is_right_within_its_standard_error(x64, name):
     """Over many keys: within two standard errors as often as a normal estimate is, and not by a too large error."""
     loss, params, x, y, blocks = case(name)
