@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from gdiff_jax import attacks, samplers
 from gdiff_jax.attacks.analytic import LayerInput
+from gdiff_jax.auto import Auto
 from gdiff_jax.matching import cosine, squared_l2
 from gdiff_jax.problem import Info, Method, Outcome, Problem
 from gdiff_jax.pytrees import pytree, static
@@ -30,6 +31,7 @@ __all__ = [
     "METHODS",
     "Analytic",
     "AnalyticDSG",
+    "Auto",
     "CalibratedDSG",
     "Info",
     "InvertingGradients",
@@ -254,5 +256,6 @@ METHODS: dict[str, Method] = {
         InvertingGradients(),
         Analytic(),
         AnalyticDSG(),
+        Auto(MeanOfChains(CalibratedDSG())),
     )
 }

@@ -64,7 +64,7 @@ def match_images(reconstruction: jax.Array, truth: jax.Array) -> jax.Array:
 
 def psnr_from_error(error: jax.Array) -> jax.Array:
     """PSNR in dB from a mean squared error of images in [-1, 1] (the trace's `x0_error`), whose range is 2; it ends at 200."""
-    return jnp.minimum(10 * jnp.log10(4.0 / error), EXACT)
+    return jnp.minimum(10 * jnp.log10(4.0 / jnp.maximum(error, 1e-21)), EXACT)
 
 
 def _unlike(candidates: np.ndarray, truth: np.ndarray) -> np.ndarray:

@@ -11,7 +11,7 @@ FLOORS = (
     {"errors", "options", "files", "provenance", "intervals", "first_dense", "conv", "schedule", "images", "trace", "pytrees"},
     {"mechanisms", "matching", "modules", "parallel", "tensor_files", "metrics", "federated"},
     {"victims", "priors"},
-    {"samplers", "attacks", "signal", "problem", "methods", "theory"},
+    {"samplers", "attacks", "signal", "problem", "methods", "theory", "algebra", "auto"},
     {"sweeping", "training"},
     {"auditing"},
     {"commands"},

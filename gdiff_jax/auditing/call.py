@@ -19,7 +19,7 @@ from gdiff_jax import modules
 from gdiff_jax.auditing import checks
 from gdiff_jax.auditing.about import clip_norm
 from gdiff_jax.auditing.result import Audit
-from gdiff_jax.auditing.run import Question, default_methods, run, with_analytic
+from gdiff_jax.auditing.run import DEFAULT_METHODS, Question, run, with_analytic
 from gdiff_jax.errors import need
 from gdiff_jax.matching import Loss
 from gdiff_jax.mechanisms import GaussianNoise, LaplaceNoise, Mechanism, UniformNoise
@@ -112,7 +112,7 @@ def audit(
         need(steps <= len(prior.betas), f"steps {steps}: the prior was trained with {len(prior.betas)}; ask for fewer")
         attacker = checks.attacker_of(attacker)
         checks.check_client(client, len(x))
-        chosen = checks.methods_of(methods or default_methods(attacker, client), attacker, client)
+        chosen = checks.methods_of(methods or DEFAULT_METHODS, attacker, client)
         checks.check_knowledge(loss, attacker, client, chosen)
         victim, weights = _victim(loss, params, x, y, attacker, client)
         plan = Plan(

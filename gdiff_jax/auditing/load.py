@@ -17,7 +17,7 @@ from gdiff_jax import images as image_files
 from gdiff_jax import modules
 from gdiff_jax.auditing.checks import in_other_words
 from gdiff_jax.auditing.result import Audit
-from gdiff_jax.auditing.run import Question, audited, default_methods, run, with_analytic
+from gdiff_jax.auditing.run import DEFAULT_METHODS, Question, audited, run, with_analytic
 from gdiff_jax.auditing.settings import Asked, AuditConfig, Model
 from gdiff_jax.errors import ConfigError, need
 from gdiff_jax.methods import DSG
@@ -62,12 +62,10 @@ def _attack(options: Run, plan: Plan, store: Store) -> list[Row]:
 def _with_methods(config: AuditConfig) -> SweepConfig:
     """The sweep, with the methods that an audit runs unless some are named."""
     sweep = config.sweep()
-    mechanisms = inputs.parse_mechanisms(sweep.mechanisms)
     config.attacker.check()
     if config.attacks.methods:
-        return checks.write_out_all(sweep, mechanisms)
-    methods = default_methods(sweep.attacker, sweep.client, sweep.attacks.distance, mechanisms)
-    return replace(sweep, methods=methods)
+        return checks.write_out_all(sweep, inputs.parse_mechanisms(sweep.mechanisms))
+    return replace(sweep, methods=DEFAULT_METHODS)
 
 
 def _load_plan(config: AuditConfig, sweep: SweepConfig) -> Plan:

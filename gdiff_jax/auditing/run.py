@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import cache
-from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -17,13 +16,11 @@ from gdiff_jax.auditing.about import about_run, guarantee_row
 from gdiff_jax.auditing.assemble import Trials, assemble
 from gdiff_jax.auditing.film import film, film_steps
 from gdiff_jax.auditing.result import Audit
-from gdiff_jax.methods import DSG, METHODS, Analytic, AnalyticDSG, Problem
+from gdiff_jax.methods import DSG, Analytic, AnalyticDSG, Problem
 from gdiff_jax.metrics import candidate_count
 from gdiff_jax.sweeping import trials, words
-from gdiff_jax.sweeping.attackers import Attacker
 from gdiff_jax.sweeping.checks import hindrances
-from gdiff_jax.sweeping.config import Client
-from gdiff_jax.sweeping.plan import NoisyMechanism, Plan, VictimState
+from gdiff_jax.sweeping.plan import Plan, VictimState
 from gdiff_jax.sweeping.records import MemoryStore, Row, Store
 from gdiff_jax.theory.summary import summarise
 
@@ -57,12 +54,7 @@ def audited(plan: Plan) -> tuple[VictimState, str]:
     return state, mechanism
 
 
-def default_methods(
-    attacker: Attacker, client: Client, distance: str = "l2", mechanisms: Mapping[str, NoisyMechanism] = MappingProxyType({})
-) -> tuple[str, str]:
-    """What an audit runs unless methods are named: that by which most is recognised, and of those it can what comes closest."""
-    against = hindrances(METHODS["calibrated-mean"], attacker, client, distance, mechanisms)
-    return "dsg", "dps" if against else "calibrated-mean"
+DEFAULT_METHODS = ("auto",)
 
 
 def with_analytic(plan: Plan) -> Plan:

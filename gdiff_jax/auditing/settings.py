@@ -65,8 +65,7 @@ class AuditPrivateImages(PrivateImages):
 class AuditAttacks(Attacks):
     methods: tuple[str, ...] = option(
         (),
-        "attacks, as for the sweep, or all; without, calibrated-mean, which comes closest, dsg, from which most is "
-        "recognised, and, where a first layer is dense, analytic and analytic-dsg",
+        "attacks, as for the sweep, or all; without, auto, and, where a first layer is dense, analytic and analytic-dsg",
     )
 
 

@@ -15,6 +15,7 @@ from gdiff_jax.methods import (
     METHODS,
     Analytic,
     AnalyticDSG,
+    Auto,
     CalibratedDSG,
     InvertingGradients,
     MeanOfChains,
@@ -144,7 +145,7 @@ class Attacks:
     """Which attacks, and their options."""
 
     methods: tuple[str, ...] = option(
-        ("dsg", "dps"),
+        ("dsg", "dps", "auto"),
         f"attacks: {', '.join(METHODS)}, or all; prior-only always runs, analytic ones need a first layer that is dense",
     )
     guidance_rate: float = option(DSG().guidance_rate, "guidance rate of dsg, 0 to 1")
@@ -187,21 +188,26 @@ class Attacks:
             value = getattr(self, name)
             need(math.isfinite(value) and value >= 0, f"--{name} {value} must be finite and >= 0")
 
-    def make(self, joint_labels: bool = False) -> dict[str, Method]:
-        """The methods with their options bound, by name; `joint_labels` lets dlg look for the labels too."""
+    def make(self, joint_labels: bool = False, calibrated: bool = True) -> dict[str, Method]:
+        """The methods with their options bound, by name.
+
+        `joint_labels` lets dlg look for the labels too; without `calibrated` auto searches by dsg-mean, as where the noise is
+        not known.
+        """
         dsg = DSG(self.guidance_rate, self.interval, self.through_prior)
-        calibrated = CalibratedDSG(self.calibrated_rate, self.interval, self.through_prior)
+        by_noise = CalibratedDSG(self.calibrated_rate, self.interval, self.through_prior)
         bound: tuple[Method, ...] = (
             dsg,
-            calibrated,
+            by_noise,
             MeanOfChains(dsg, self.chains),
-            MeanOfChains(calibrated, self.chains),
+            MeanOfChains(by_noise, self.chains),
             DPS(self.zeta, self.through_prior),
             RedDiff(self.red_diff_weight),
             DLG(self.dlg_steps, self.restarts, joint_labels),
             InvertingGradients(self.tv, self.inverting_steps, self.restarts),
             Analytic(),
             AnalyticDSG(self.guidance_rate, self.interval, self.through_prior),
+            Auto(MeanOfChains(by_noise if calibrated else dsg, self.chains)),
         )
         by_name = {method.name: method for method in bound}
         return {name: by_name[name] for name in self.methods}

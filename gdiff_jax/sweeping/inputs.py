@@ -13,7 +13,7 @@ from gdiff_jax import modules
 from gdiff_jax.errors import ConfigError, need
 from gdiff_jax.matching import Distance, cosine, l1, l2
 from gdiff_jax.mechanisms import text as mechanism_text
-from gdiff_jax.methods import Method
+from gdiff_jax.methods import METHODS, Method
 from gdiff_jax.options import flat
 from gdiff_jax.priors import Prior, load_prior
 from gdiff_jax.samplers import unguided_sample
@@ -53,7 +53,10 @@ def load(config: SweepConfig, images_known: bool = True) -> Plan:
     data = load_private(config.private, config.prior.prior, shape) if images_known else _unknown_image(config.private, shape)
     images, labels = image_files.to_model(data.images), np.asarray(data.labels)
     victims, own_params, hashes = _load_victims(config.victims.victims, shape, classes, images[0], labels[0])
-    methods = config.attacks.make(joint_labels=config.attacker.knowledge.labels == "joint")
+    calibrated = not checks.hindrances(
+        METHODS["calibrated-mean"], config.attacker, config.client, config.attacks.distance, mechanisms
+    )
+    methods = config.attacks.make(config.attacker.knowledge.labels == "joint", calibrated)
     _check_fits(methods, victims, config.client.group)
     params, trained = _load_params(config, victims, own_params)
     normed = any(victim.has_batch_norm for victim in victims.values())

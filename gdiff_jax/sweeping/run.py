@@ -16,13 +16,15 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from gdiff_jax import parallel
+from gdiff_jax.auto import Auto
 from gdiff_jax.errors import ConfigError
 from gdiff_jax.methods import Outcome
 from gdiff_jax.metrics import psnr_from_error
 from gdiff_jax.sweeping import memory, processes, trials
 from gdiff_jax.sweeping.plan import PRIOR_ONLY, Plan
 from gdiff_jax.sweeping.records import MemoryStore, Row, Store, strict_json
-from gdiff_jax.sweeping.trials import Trial
+from gdiff_jax.sweeping.solving import Solver
+from gdiff_jax.sweeping.trials import Group, Trial
 
 Chunks = dict[int, list[Trial]]  # by number
 
@@ -47,6 +49,8 @@ def compile_program(plan: Plan, mesh: Mesh, trial: Trial, most: int, memory_gib:
     The devices of a CPU share its memory: where one trial on each does not fit, half of them are used.
     """
     group = trial.group
+    if isinstance(plan.methods.get(group.method), Auto):
+        return _solver(plan, mesh, group, most, memory_gib)
     runner = trials.make_runner(plan, group, mesh)
     shared = parallel.replicate(trials.shared_arguments(plan, group), mesh)
     own = lambda n: parallel.divide(trials.own_arguments(plan, [trial] * n * mesh.size), mesh)
@@ -62,6 +66,13 @@ def compile_program(plan: Plan, mesh: Mesh, trial: Trial, most: int, memory_gib:
     if size * mesh.size < most and processes.is_first():
         tqdm.write(f"{group.title}: {size * mesh.size} trials at a time fit, not {most}")
     return Program(run, size, memory.needed(run), mesh)
+
+
+def _solver(plan: Plan, mesh: Mesh, group: Group, most: int, memory_gib: float) -> Program:
+    """Of `Auto`, which compiles its search when a trial is first left unsolved; its memory is not known before."""
+    most = -(-most // mesh.size)
+    fit = lambda compile_for: memory.fit(compile_for, most, memory.budget(memory_gib, mesh), group.title)
+    return Program(Solver(plan, group, mesh, fit), most, 0, mesh)
 
 
 def _cut(tree: Any, part: slice) -> Any:
@@ -128,6 +139,7 @@ def describe(
                     "memory_mib": round(program.memory / program.size / 2**20, 1),
                     "row": j * plan.client.group + place,
                     "trial": j,
+                    **({"how": str(result["how"][j])} if "how" in result else {}),
                 }
             )
     images = result["image"].reshape(-1, *result["image"].shape[2:])

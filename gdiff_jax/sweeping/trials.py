@@ -231,14 +231,22 @@ def problem_of(plan: Plan, group: Group, shared: Shared, own: Private, match: Gr
     )
 
 
-def attack(plan: Plan, group: Group, shared: Shared, own: Private) -> dict[str, Any]:
-    """One trial: a client releases, an attacker reconstructs, the result is scored."""
+def problem_released(plan: Plan, group: Group, shared: Shared, own: Private) -> tuple[jax.Array, Problem]:
+    """The key that the method of a trial draws from, and what its attacker has."""
+    k_noise, k_sample = jax.random.split(own.key)
+    out = release(plan, group, shared, own, k_noise)
+    guess = guess_labels(plan, group, shared, own, out.leak)
+    return k_sample, problem_of(plan, group, shared, own, attacker_match(plan, group, shared, own, out, guess))
+
+
+def attack(plan: Plan, group: Group, shared: Shared, own: Private, method: Any = None) -> dict[str, Any]:
+    """One trial: a client releases, an attacker reconstructs by `method` or the shared one, the result is scored."""
+    method = method or shared.method
     k_noise, k_sample = jax.random.split(own.key)
     out = release(plan, group, shared, own, k_noise)
     guess = guess_labels(plan, group, shared, own, out.leak)
     match = attacker_match(plan, group, shared, own, out, guess)
-    assert shared.method is not None
-    x, info = shared.method(k_sample, problem_of(plan, group, shared, own, match))
+    x, info = method(k_sample, problem_of(plan, group, shared, own, match))
     if info.label_logits is not None:
         guess = jnp.argmax(info.label_logits, axis=-1).astype(own.labels.dtype)
         match = dataclasses.replace(match, label=guess)

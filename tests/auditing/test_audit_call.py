@@ -261,11 +261,14 @@ def test_methods_are_names_or_objects(planned, data):
 def test_without_methods_the_call_runs_what_its_attacker_can(planned, victim, data):
     images, labels = data
     methods = lambda *model, **options: list(planned(*model, images, labels, **options).methods)
-    assert methods(*own_models.make()) == ["dsg", "calibrated-mean"]
-    assert methods(*own_models.mlp()) == ["dsg", "calibrated-mean", "analytic", "analytic-dsg"]
-    assert methods(*victim, client=Client(group=2)) == ["dsg", "calibrated-mean"]
-    assert methods(*victim, attacker="eavesdropper") == ["dsg", "dps", "analytic"]
-    assert methods(*victim, client=Client(local_steps=2)) == ["dsg", "dps", "analytic", "analytic-dsg"]
+    assert methods(*own_models.make()) == ["auto"]
+    assert methods(*own_models.mlp()) == ["auto", "analytic", "analytic-dsg"]
+    assert methods(*victim, client=Client(group=2)) == ["auto"]
+    assert methods(*victim, attacker="eavesdropper") == ["auto", "analytic"]
+    assert methods(*victim, client=Client(local_steps=2)) == ["auto", "analytic", "analytic-dsg"]
+    search = lambda **options: planned(*victim, images, labels, **options).methods["auto"].search.name
+    assert search() == "calibrated-mean"
+    assert search(attacker="eavesdropper") == search(client=Client(local_steps=2)) == "dsg-mean"
     assert methods(*victim, methods=("dsg",)) == ["dsg"]
 
 

@@ -33,17 +33,10 @@ def test_an_audit_goes_on_where_it_was_ended(tiny_prior, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "methods"),
-    [
-        (dict(), ("dsg", "calibrated-mean")),
-        (dict(attacker="eavesdropper"), ("dsg", "dps")),
-        (dict(mechanism="soteria:0.4+gaussian"), ("dsg", "dps")),
-        (dict(local_steps=2), ("dsg", "dps")),
-    ],
+    "changes", [{}, dict(attacker="eavesdropper"), dict(mechanism="soteria:0.4+gaussian"), dict(local_steps=2)]
 )
-def test_an_audit_runs_by_default_what_its_attacker_can(changes, methods):
-    """Who does not know the noise cannot draw from it."""
-    assert load._with_methods(replace(AuditConfig(), **changes)).attacks.methods == methods
+def test_an_audit_runs_by_default_the_strongest_attack_whoever_attacks(changes):
+    assert load._with_methods(replace(AuditConfig(), **changes)).attacks.methods == ("auto",)
 
 
 def test_the_private_images_are_known_where_they_are_named_or_no_gradient_is():

@@ -42,12 +42,12 @@ def test_groups_are_those_of_the_client(plan_of):
 
 def test_a_first_dense_layer_is_found(plan_of):
     """It gives the image away exactly, which no default may overlook."""
-    assert list(plan_of(victim=f"{MODELS}:mlp", methods=()).methods) == ["dsg", "calibrated-mean", "analytic", "analytic-dsg"]
-    assert list(plan_of(methods=()).methods) == ["dsg", "calibrated-mean"]
+    assert list(plan_of(victim=f"{MODELS}:mlp", methods=()).methods) == ["auto", "analytic", "analytic-dsg"]
+    assert list(plan_of(methods=()).methods) == ["auto"]
     named = plan_of(victim=f"{MODELS}:mlp", methods=("dsg",))
     assert list(named.methods) == ["dsg"]
     unknown_noise = plan_of(victim="mlp-narrow", methods=(), attacker="eavesdropper")
-    assert list(unknown_noise.methods) == ["dsg", "dps", "analytic"]
+    assert list(unknown_noise.methods) == ["auto", "analytic"]
 
 
 def test_a_first_dense_layer_is_read_off(tiny_prior, tmp_path, attacks_alone):

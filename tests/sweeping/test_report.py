@@ -17,7 +17,8 @@ def test_the_summary_holds_tables_and_words(tiny_sweep, tiny_prior):
         assert part in summary
     assert "Attacker 'informed', who knows the victim's weights and loss" in summary
     assert f"over 3 images x 2 seeds of {tiny_sweep.private.images}; prior {tiny_sweep.prior.prior} (sha256 " in summary
-    assert "3 steps, quadratic; DSG guidance rate 0.2, DPS zeta 8, guided by l2." in summary
+    assert "3 steps, quadratic; DSG guidance rate 0.2, DPS zeta 8, algebra, then " in summary
+    assert "where it does not reach, guided by l2." in summary
 
 
 def test_one_method_is_compared_with_nothing(tiny_sweep, tiny_prior, tmp_path, monkeypatch, capsys):

@@ -34,7 +34,7 @@ def test_every_trial_once_and_all_outputs(tiny_sweep):
     out = Path(tiny_sweep.run.out)
     rows = read_records(out)
     cells = [(r["method"], r["sigma"], r["image"], r["seed"]) for r in rows]
-    assert len(set(cells)) == len(cells) == 3 * 2 * (1 + 2 * 3)
+    assert len(set(cells)) == len(cells) == 3 * 2 * (1 + 3 * 3)
     assert all(np.isfinite(r["psnr"]) and np.isfinite(r["ssim"]) for r in rows)
     assert {(r["failed"], r["outcome"]) for r in rows} == {(False, "finished")}
     for name in ("manifest.json", "summary.md", "quality.png", "contact_sheet.png"):
@@ -53,7 +53,8 @@ def test_records_hold_what_the_arrays_hold(tiny_sweep, tiny_prior):
         again = scores(image, images[row["image"]])
         for name in ("psnr", "ssim", "mse"):
             assert row[name] == pytest.approx(float(again[name]), abs=1e-3)
-        assert row["psnr_of_best_step"] == pytest.approx(10 * np.log10(4 / error.min()), abs=1e-3)
+        if np.nanmin(error) > 1e-12:  # what is solved may have an error of exactly 0, its PSNR an end
+            assert row["psnr_of_best_step"] == pytest.approx(10 * np.log10(4 / np.nanmin(error)), abs=1e-3)
 
 
 def test_common_random_numbers(tiny_sweep):

@@ -1,0 +1,241 @@
+"""The layers of a chain: an affine run with what its gradient says of its input, or an activation and its inverse."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gdiff_jax.algebra.chain import Kind, Link
+
+Leaves = Sequence[jax.Array]
+FLAT = 1e2  # where an activation is taken to have reached its constant, if it has one
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Layer:
+    """Neighbouring links of one kind: v -> u by `pre`, which has no parameters, u -> z by `core`.
+
+    u is the smallest thing between v and the parameters, such as the mean over a window; the patches of a convolution, which
+    repeat each pixel, belong to the core. Of an activation or of what is neither, all is core.
+    """
+
+    kind: Kind
+    pre: tuple[Link, ...]
+    core: tuple[Link, ...]
+
+    @property
+    def leaves(self) -> tuple[int, ...]:
+        return tuple(sorted({k for link in self.core for k in link.leaves}))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (*self.pre, *self.core)[0].shape
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Of u."""
+        return self.core[0].shape
+
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        return self.core[-1].out_shape
+
+    def prepared(self, v: jax.Array) -> jax.Array:
+        """u of v."""
+        for link in self.pre:
+            v = link((), v)
+        return v
+
+    def apply(self, leaves: Leaves, u: jax.Array) -> jax.Array:
+        """z of u."""
+        for link in self.core:
+            u = link(leaves, u)
+        return u
+
+    def __call__(self, leaves: Leaves, v: jax.Array) -> jax.Array:
+        return self.apply(leaves, self.prepared(v))
+
+    @functools.partial(jax.jit, static_argnums=(0, 4))
+    def gradient(self, leaves: Leaves, d: jax.Array, u: jax.Array, leaf: int) -> jax.Array:
+        """Of <d, z(u)> in one of the parameters: affine in u for an affine layer, whose d is that of the loss in z."""
+        return jax.grad(lambda p: jnp.vdot(d, self.apply(replaced(leaves, {leaf: p}), u)))(leaves[leaf])
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def pulled_back(self, leaves: Leaves, v: jax.Array, d: jax.Array) -> jax.Array:
+        """dL/dv of d = dL/dz."""
+        return jax.vjp(lambda v: self(leaves, v), v)[1](d)[0]
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def values(self, leaves: Leaves, u: jax.Array) -> jax.Array:
+        return self.apply(leaves, u)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def slopes(self, leaves: Leaves, z: jax.Array) -> jax.Array:
+        """Derivatives of an activation, each at its own z."""
+        return jax.vjp(lambda z: self.apply(leaves, z), z)[1](jnp.ones(self.out_shape))[0]
+
+
+def replaced(leaves: Leaves, some: dict[int, jax.Array]) -> list[jax.Array]:
+    """The parameters with some others in their places."""
+    return [some.get(k, leaf) for k, leaf in enumerate(leaves)]
+
+
+def layers_of(links: Sequence[Link]) -> list[Layer]:
+    """Runs of one kind, as layers in order."""
+    layers: list[Layer] = []
+    start = 0
+    while start < len(links):
+        end = start
+        while end < len(links) and links[end].kind is links[start].kind:
+            end += 1
+        run = tuple(links[start:end])
+        cut = 0
+        if run[0].kind is Kind.AFFINE and any(link.leaves for link in run):
+            first = next(k for k, link in enumerate(run) if link.leaves)
+            sizes = [np.prod(link.shape) for link in run[: first + 1]]
+            cut = first - int(np.argmin(sizes[::-1]))
+        layers.append(Layer(run[0].kind, run[:cut], run[cut:]))
+        start = end
+    return layers
+
+
+def direct_leaf(layer: Layer, leaves: Leaves, own: set[int]) -> int | None:
+    """The parameter, among its own, whose gradient is dL/dz itself: one that is added without being repeated.
+
+    The bias of a dense layer that sees the whole image, or the positions that a transformer adds to its tokens.
+    """
+    d = np.random.default_rng(0).normal(size=layer.out_shape)
+    for leaf in own.intersection(layer.leaves):
+        if leaves[leaf].size == d.size:
+            gradient = layer.gradient(leaves, jnp.asarray(d), jnp.zeros(layer.input_shape), leaf)
+            if np.array_equal(np.ravel(gradient), np.ravel(d)):
+                return leaf
+    return None
+
+
+class Split(NamedTuple):
+    """How a parameter's gradient falls into parts, each of one channel of u and of the same linear map.
+
+    Attributes:
+      leaf: the parameter.
+      u_axis, leaf_axis: of the channels.
+    """
+
+    leaf: int
+    u_axis: int
+    leaf_axis: int
+
+    def channels_last(self, u: Any) -> Any:
+        """(rows, channels) of u."""
+        return jnp.moveaxis(u, self.u_axis, -1).reshape(-1, u.shape[self.u_axis])
+
+    def as_input(self, rows: Any, shape: tuple[int, ...]) -> Any:
+        """u of (rows, channels)."""
+        rest = [n for axis, n in enumerate(shape) if axis != self.u_axis]
+        return jnp.moveaxis(rows.reshape(*rest, shape[self.u_axis]), -1, self.u_axis)
+
+
+def split_of(layer: Layer, leaves: Leaves, d: jax.Array, own: set[int]) -> Split | None:
+    """A split that holds for this layer, found by trying: of the kernel of a convolution or of a dense layer on tokens."""
+    rng, shape = np.random.default_rng(1), layer.input_shape
+    axes = dict.fromkeys((len(shape) - 1, min(1, len(shape) - 1)))
+    for leaf in sorted(own.intersection(layer.leaves)):
+        offset = layer.gradient(leaves, d, jnp.zeros(shape), leaf)
+        pairs = [(a, b) for a in axes for b, n in enumerate(offset.shape) if n == shape[a]]
+        for u_axis, leaf_axis in pairs:
+            split = Split(leaf, u_axis, leaf_axis)
+            rows, scales = rng.normal(size=(int(np.prod(shape)) // shape[u_axis], 1)), rng.normal(size=shape[u_axis])
+            answer = lambda s, rows=rows, split=split, offset=offset: np.asarray(
+                layer.gradient(leaves, d, split.as_input(rows * s, shape), split.leaf) - offset
+            )
+            of_first = np.take(answer(np.eye(1, len(scales))[0]), 0, axis=leaf_axis)
+            expected = np.moveaxis(of_first[..., None] * scales, -1, leaf_axis)
+            if np.abs(of_first).max() > 0 and np.allclose(answer(scales), expected, 1e-9, 1e-9 * np.abs(expected).max()):
+                return split
+    return None
+
+
+def input_before(layer: Layer, u: np.ndarray) -> np.ndarray | None:
+    """v of u where `pre` is a bijection, such as a reshape or the normalisation of pixels; else None."""
+    if not layer.pre:
+        return u
+    if np.prod(layer.shape) != np.prod(layer.input_shape):
+        return None
+    zero = jnp.zeros(layer.shape)
+    offset = layer.prepared(zero)
+    linear = lambda v: layer.prepared(v) - offset
+    transposed = jax.linear_transpose(linear, zero)
+    v, _ = jax.scipy.sparse.linalg.cg(
+        lambda v: transposed(linear(v))[0], transposed(jnp.asarray(u) - offset)[0], tol=1e-14, maxiter=100
+    )
+    off = np.abs(np.asarray(layer.prepared(v)) - u).max()
+    return np.asarray(v) if off <= 1e-9 * max(np.abs(u).max(), 1e-300) else None
+
+
+class Before(NamedTuple):
+    """What an activation's output says of its input.
+
+    Attributes:
+      z: where it is known, else 0.
+      known: where the activation is not constant.
+      below: where it is at its lower constant, so z is at most `floor`.
+      slope: derivative, 0 where the activation is constant.
+      floor: greatest z of the lower constant.
+    """
+
+    z: np.ndarray
+    known: np.ndarray
+    below: np.ndarray
+    slope: np.ndarray
+    floor: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Activation:
+    """A non-decreasing activation: its constants, if it has any below and above.
+
+    Attributes:
+      lower, upper: values, -inf and inf where there are none.
+      floor: greatest input of the lower constant.
+      kinked: whether its slope jumps there or at the upper one.
+    """
+
+    lower: float
+    upper: float
+    floor: float
+    kinked: bool
+
+
+def activation_of(layer: Layer, leaves: Leaves) -> Activation | None:
+    """What this pointwise layer is; None where it decreases somewhere, so that an output has two inputs (GELU, SiLU)."""
+    small = np.geomspace(1e-6, FLAT, 200)
+    grid = np.concatenate([-small[::-1], [0.0], small])
+    curve = np.asarray([np.ravel(layer.values(leaves, jnp.full(layer.shape, t)))[0] for t in grid])
+    if (np.diff(curve) < -1e-12).any():
+        return None
+    flat = lambda part: np.ptp(part) == 0
+    lower = float(curve[0]) if flat(curve[:10]) else -np.inf
+    upper = float(curve[-1]) if flat(curve[-10:]) else np.inf
+    floor = float(grid[np.flatnonzero(curve == lower)[-1]]) if np.isfinite(lower) else -np.inf
+    slope = np.diff(curve) / np.diff(grid)
+    return Activation(lower, upper, floor, bool((np.abs(np.diff(slope)) > 0.4 * np.abs(slope).max()).any()))
+
+
+def inverted(layer: Layer, activation: Activation, leaves: Leaves, h: np.ndarray, tolerance: float) -> Before:
+    """The inputs of an activation by bisection; within `tolerance` of a constant the output is taken for it."""
+    below, above = h <= activation.lower + tolerance, h >= activation.upper - tolerance
+    low, high = np.full(h.shape, -1e4), np.full(h.shape, 1e4)
+    for _ in range(80):
+        middle = (low + high) / 2
+        short = np.asarray(layer.values(leaves, jnp.asarray(middle))) < h
+        low, high = np.where(short, middle, low), np.where(short, high, middle)
+    known = ~(below | above)
+    z = np.where(known, (low + high) / 2, 0.0)
+    slope = np.where(known, np.asarray(layer.slopes(leaves, jnp.asarray(z))), 0.0)
+    return Before(z, known, below, slope, activation.floor)

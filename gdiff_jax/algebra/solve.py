@@ -1,0 +1,174 @@
+"""What of an image can be solved from its gradient: from the head of the network down, as far as the equations reach.
+
+Float64 on the host's CPU, whatever the default precision and device: the systems' singular values span many orders.
+Sources: a dense layer's input (Phong et al. 2017; Geiping et al. 2020), tokens by the gradient of their positions (APRIL, Lu et
+al., CVPR 2022, arXiv 2112.14087), the recursion through convolutions (R-GAP, Zhu & Blaschko, ICLR 2021, arXiv 2010.07733). That
+the deltas of positions and biases are found by trying, bounds settle weak directions, and the image is solved from the lowest
+layer that is determined is ours [our choice].
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gdiff_jax.algebra import refine
+from gdiff_jax.algebra.descent import Descent, Open
+from gdiff_jax.algebra.layers import replaced
+from gdiff_jax.algebra.structure import Loss, Structure, entry_of, on_host, structure_of, wide
+from gdiff_jax.algebra.system import Level
+
+EXACT = 2e-3  # relative residual of the gradient, up to which an image explains it: nothing is left to search for
+POLISHED = 3e-6  # of a smooth network, up to which more steps gain nothing
+
+
+class Solution(NamedTuple):
+    """What the algebra made of a leak.
+
+    Attributes:
+      image: (H, W, C) float64, or None where nothing could be solved.
+      residual: || grad_W L(image) - leak || / || leak ||.
+      exact: whether that is as small as rounding, or the mechanism's noise, makes it at the truth.
+      open: what a linear system that is solved leaves open; None where that is nothing, or none was reached.
+      steps: what was solved, a line each, for people.
+    """
+
+    image: np.ndarray | None
+    residual: float
+    exact: bool
+    open: Open | None
+    steps: tuple[str, ...]
+
+
+def solve(
+    loss: Loss, params: Any, leak: Any, image_shape: tuple[int, ...], y: Any, sigma: float = 0.0, seed: int = 0
+) -> Solution:
+    """The image of one leaked gradient, as far as it can be solved, with no prior and without a look at the truth.
+
+    Args:
+      loss: `loss(params, x, y)` of one image; its layers are found in its jaxpr.
+      params: any pytree of float arrays.
+      leak: its gradient, shaped as params.
+      image_shape: (H, W, C).
+      y: the label, such as `attacks.infer_label` reads off the leak.
+      sigma: standard deviation of noise in each number of the leak.
+      seed: of where the search for the image begins.
+
+    Returns:
+      a `Solution`. Nothing is raised for a leak that cannot be solved: its steps say where the way ended.
+    """
+    y = jax.tree.map(jnp.asarray, y)
+    structure = structure_of(loss, params, image_shape, y)
+    with on_host():
+        leaves, gradient, tree = wide((params, y)), wide(leak), jax.tree.structure((params, y))
+        norm = np.sqrt(sum(float(jnp.vdot(g, g)) for g in gradient))
+        if not np.isfinite(norm) or norm == 0:
+            return Solution(None, np.inf, False, None, ("the gradient is zero" if norm == 0 else "the gradient is not finite",))
+        entry = entry_of(structure, leaves)
+        if entry is None:
+            return Solution(None, np.inf, False, None, ("no layer was found whose delta the gradient holds",))
+        index, leaf = entry
+        d = np.asarray(gradient[leaf]).reshape(structure.layers[index].out_shape)
+        nothing = np.zeros(d.shape, bool)
+        top = Level(index, np.zeros(d.shape), nothing, nothing, d, 1.0)
+        descent = Descent(
+            structure, tree, leaves, gradient, sigma, [top], [f"the delta of layer {index} from {structure.names[leaf]}"]
+        )
+        descent.run()
+        judge = functools.partial(_residual, structure, params, y, gradient, top)
+        noise = sigma * np.sqrt(sum(g.size for g in gradient)) / norm
+        return _finish(descent, judge, 1.1 * noise + EXACT, seed)
+
+
+def _residual(structure: Structure, params: Any, y: Any, gradient: list[jax.Array], top: Level, x: np.ndarray) -> float:
+    """Relative, of the whole gradient but for its length, which clipping changes.
+
+    Where that is large, with the head's delta taken from the leak: of a confident network p - 1 has few digits left in float32,
+    and the gradient as many.
+    """
+    leaves, tree = wide(params), jax.tree.structure(params)
+    off = _misfit(jax.tree.leaves(structure.gradient(jax.tree.unflatten(tree, leaves), jnp.asarray(x), y)), gradient)
+    layers = structure.layers[: top.at + 1]
+    own = tuple(k for layer in layers for k in layer.leaves if k in structure.own)
+    if off <= EXACT or len(own) < len(gradient):
+        return off
+
+    def along(some: list[jax.Array]) -> jax.Array:
+        out, full = jnp.asarray(x), replaced([*leaves, *wide(y)], dict(zip(own, some, strict=True)))
+        for layer in layers:
+            out = layer(full, out)
+        return jnp.vdot(jnp.asarray(top.d), out)
+
+    return min(off, _misfit(jax.grad(along)([leaves[k] for k in own]), [gradient[k] for k in own]))
+
+
+def _misfit(a: list[jax.Array], b: list[jax.Array]) -> float:
+    """min over c of || c a - b || / || b ||."""
+    dot = lambda a, b: sum(float(jnp.vdot(p, q)) for p, q in zip(a, b, strict=True))
+    scale = dot(a, b) / max(dot(a, a), 1e-300)
+    return float(np.sqrt(sum(float(jnp.sum(jnp.square(scale * p - q))) for p, q in zip(a, b, strict=True)) / dot(b, b)))
+
+
+def _finish(descent: Descent, judge: Callable[[np.ndarray], float], floor: float, seed: int) -> Solution:
+    """The image where the descent reached it, else from its lowest levels; the one of least residual."""
+    found = list[tuple[float, np.ndarray]]()
+
+    def add(x: np.ndarray | None) -> bool:
+        if x is not None and np.isfinite(x).all():
+            found.append((judge(x), x))
+        return bool(found) and _best(found)[0] <= floor
+
+    done = add(descent.image)
+    # A chain's steps cost little; through what lies above a first layer that was read off, they do not.
+    enough = POLISHED if descent.levels[0].at else EXACT
+    if found and descent.smooth() and descent.open is None and descent.sigma == 0 and _best(found)[0] > enough:
+        done = add(_polished(descent, _best(found)[1]))
+    if not done and descent.open is None and len(descent.levels) > 1 and descent.sigma == 0:
+        done = _search(descent, add, seed)
+    if not found:
+        return Solution(None, np.inf, False, None, tuple(descent.steps))
+    residual, image = _best(found)
+    return Solution(image, residual, done, None if done else descent.open, tuple(descent.steps))
+
+
+def _best(found: list[tuple[float, np.ndarray]]) -> tuple[float, np.ndarray]:
+    return min(found, key=lambda f: f[0])
+
+
+def _polished(descent: Descent, x: np.ndarray) -> np.ndarray:
+    """By Gauss-Newton on the whole gradient, which contracts from a good start where nothing jumps."""
+    residual = _residual_of_loss(descent.structure, descent.tree, len(descent.gradient))
+    x, cost = refine.least_squares(residual, (list(descent.leaves), list(descent.gradient)), x, steps=8)
+    descent.steps.append(f"all pixels from the whole gradient: sum of squares {cost:.1e}")
+    return x
+
+
+@functools.lru_cache(maxsize=32)
+def _residual_of_loss(structure: Structure, tree: Any, count: int) -> refine.Residual:
+    return refine.residual_of_loss(structure.loss, tree, count)
+
+
+def _search(descent: Descent, add: Callable[[np.ndarray | None], bool], seed: int) -> bool:
+    """The image from the lowest level below whose layer it is not determined, by one tolerance of constants after another."""
+    layers, level = descent.structure.layers, descent.levels[-1]
+    own = tuple(k for k in layers[level.at].leaves if k in descent.structure.own)
+    residual = _residual_below(descent.structure, level.at, own)
+    assert descent.hidden is not None
+    start = 0.05 * np.random.default_rng(seed).normal(size=layers[0].shape)
+    for multiple in (4.0, 1.5, 16.0):
+        level = descent.level_below(multiple * descent.hidden[-1])
+        x, cost = refine.below(residual, descent.leaves, descent.gradient, level, start)
+        descent.steps.append(f"the image from the output of layer {level.at} and its gradient: sum of squares {cost:.1e}")
+        if add(x):
+            return True
+    return False
+
+
+@functools.lru_cache(maxsize=32)
+def _residual_below(structure: Structure, index: int, own: tuple[int, ...]) -> refine.Residual:
+    return refine.residual_below(structure.layers[: index + 1], own)

@@ -1,0 +1,134 @@
+"""The layers of a loss, and how far down its gradient can be solved."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gdiff_jax.algebra.chain import Kind, find_chain
+from gdiff_jax.algebra.layers import Layer, activation_of, direct_leaf, layers_of
+
+Loss = Callable[[Any, jax.Array, Any], jax.Array]
+
+
+@contextmanager
+def on_host() -> Iterator[None]:
+    """Float64 on a CPU device."""
+    host = jax.local_devices(backend="cpu")[0]
+    with (
+        jax.enable_x64(True),
+        jax.default_device(host),
+        jax.numpy_rank_promotion("allow"),
+        jax.numpy_dtype_promotion("standard"),
+    ):
+        yield
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Structure:
+    """The layers of a loss.
+
+    Attributes:
+      loss: of the whole.
+      layers: from the image to the loss.
+      names: of all parameters, flat.
+      own: parameters that one layer alone uses.
+    """
+
+    loss: Loss
+    layers: tuple[Layer, ...]
+    names: tuple[str, ...]
+    own: frozenset[int]
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def gradient(self, params: Any, x: jax.Array, y: Any) -> Any:
+        return jax.grad(self.loss)(params, x, y)
+
+
+def wide(tree: Any) -> list[jax.Array]:
+    """Its arrays, those of floats in float64; within `on_host`."""
+    floating = lambda a: jnp.issubdtype(a.dtype, jnp.floating)
+    arrays = [np.asarray(a) for a in jax.tree.leaves(tree)]
+    return [jnp.asarray(a, jnp.float64 if floating(a) else a.dtype) for a in arrays]
+
+
+@functools.lru_cache(maxsize=16)
+def _structure(loss: Loss, tree: Any, shapes: tuple[Any, ...], image_shape: tuple[int, ...]) -> Structure:
+    wide = lambda shape, dtype: jax.ShapeDtypeStruct(shape, jnp.float64 if np.issubdtype(dtype, np.floating) else dtype)
+    params, y = jax.tree.unflatten(tree, [wide(*s) for s in shapes])
+    layers = tuple(layers_of(find_chain(loss, params, jax.ShapeDtypeStruct(image_shape, jnp.float64), y)))
+    paths, _ = jax.tree_util.tree_flatten_with_path(params)
+    names = tuple(jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in paths)
+    uses = [k for layer in layers for k in layer.leaves]
+    return Structure(loss, layers, names, frozenset(k for k in range(len(names)) if uses.count(k) == 1))
+
+
+def structure_of(loss: Loss, params: Any, image_shape: tuple[int, ...], y: Any) -> Structure:
+    """The layers of `loss(params, x, y)`, found in its jaxpr; kept for the next leak of the same network."""
+    leaves, tree = jax.tree.flatten((params, y))
+    with on_host():
+        return _structure(
+            loss, tree, tuple((np.shape(a), np.asarray(a).dtype if np.ndim(a) == 0 else a.dtype) for a in leaves), image_shape
+        )
+
+
+def entry_of(structure: Structure, leaves: list[jax.Array]) -> tuple[int, int] | None:
+    """The lowest layer whose delta is an array of the gradient, and which."""
+    for i, layer in enumerate(structure.layers):
+        if layer.kind is Kind.AFFINE and (leaf := direct_leaf(layer, leaves, set(structure.own))) is not None:
+            return i, leaf
+    return None
+
+
+def is_direct(loss: Loss, params: Any, image_shape: tuple[int, ...], y: Any) -> bool:
+    """Whether the first layer's own delta is an array of the gradient, so that nothing above it has to be solved."""
+    structure = structure_of(loss, params, image_shape, y)
+    with on_host():
+        entry = entry_of(structure, wide((params, y)))
+    return entry is not None and entry[0] == 0
+
+
+def explain(loss: Loss, params: Any, x: Any, y: Any = 0) -> list[str]:
+    """A line a layer: what it is, from which arrays of the gradient its input can be solved, and where that stops and why.
+
+    Args:
+      loss: `loss(params, x, y)`.
+      params: any pytree of arrays.
+      x: an image (H, W, C); its shape alone matters.
+      y: a label.
+    """
+    y = jax.tree.map(jnp.asarray, y)
+    structure = structure_of(loss, params, tuple(np.shape(x)), y)
+    with on_host():
+        leaves = wide((params, y))
+        entry = entry_of(structure, leaves)
+        lines = []
+        for i, layer in enumerate(structure.layers):
+            arrays = ", ".join(structure.names[k] for k in layer.leaves if k < len(structure.names)) or "no parameters"
+            what = f"{i}: {layer.shape} -> {layer.out_shape}, {layer.kind.value}, {arrays}"
+            lines.append(f"{what}: {_reach(structure, leaves, i, entry)}")
+        return lines
+
+
+def _reach(structure: Structure, leaves: list[jax.Array], i: int, entry: tuple[int, int] | None) -> str:
+    """What the descent does at a layer, in words."""
+    if entry is None:
+        return "not reached: no layer's delta can be read off an array of the gradient"
+    layer, (first, leaf) = structure.layers[i], entry
+    if i > first:
+        return "not needed"
+    if i == first:
+        return f"its delta is the gradient of {structure.names[leaf]}; its input is solved from its kernel's"
+    between = structure.layers[i:first]
+    stops = [k for k, one in enumerate(between, i) if one.kind is Kind.OTHER]
+    stops += [k for k, one in enumerate(between, i) if one.kind is Kind.POINTWISE and activation_of(one, leaves) is None]
+    if stops:
+        return f"not reached: layer {max(stops)} cannot be inverted; the image is searched for from what is known above"
+    return "inverted" if layer.kind is Kind.POINTWISE else "its input is solved from its kernel's gradient and its output"

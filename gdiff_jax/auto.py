@@ -1,0 +1,134 @@
+"""The strongest attack there is for a leak: what can be solved is solved, and only what is left is searched for."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gdiff_jax import algebra, samplers
+from gdiff_jax.matching import l2
+from gdiff_jax.mechanisms import Chain, Clip, GaussianNoise, LaplaceNoise, UniformNoise
+from gdiff_jax.problem import Info, Method, Problem
+from gdiff_jax.pytrees import pytree
+from gdiff_jax.samplers.ensemble import CHAINS
+from gdiff_jax.trace import StepInfo, x0_error
+
+FILLED = 0.02  # relative residual up to which a picture that the prior completed counts as an explanation of the gradient
+
+
+class Candidate(NamedTuple):
+    """What the algebra makes of one leak.
+
+    Attributes:
+      image: (H, W, C) float32; nan where nothing could be solved.
+      exact: whether it explains the gradient, so that nothing is left to search for.
+      words: how it came about, a sentence.
+    """
+
+    image: np.ndarray
+    exact: bool
+    words: str
+
+
+@pytree
+class Auto(Method):
+    """`algebra.solve`; the prior for directions that it leaves open; then `search`, unless the gradient is explained.
+
+    Of what they find the image of least distance to the leak is kept. It solves in float64 on the host, so it is called outside
+    jit; `after` is what runs on the device. It can be run whatever the attacker knows: the search must be one that can.
+    """
+
+    search: Method
+    name: ClassVar[str] = "auto"
+
+    def describe(self) -> str:
+        return f"algebra, then {self.search.describe()} where it does not reach"
+
+    def __call__(self, key: jax.Array, problem: Problem) -> tuple[jax.Array, Info]:
+        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(problem)):
+            raise ValueError("auto solves on the host and cannot be traced; call it outside jit, vmap and grad")
+        candidate = self.candidate(key, problem)
+        if candidate.exact:
+            return alone(problem, jnp.asarray(candidate.image))
+        return _after(self, key, problem, jnp.asarray(candidate.image), jnp.asarray(False))
+
+    def candidate(self, key: jax.Array, problem: Problem) -> Candidate:
+        """By algebra and, in what it leaves open, the prior; on the host, of concrete arrays."""
+        nothing, why = np.full(problem.shape, np.nan, np.float32), _not_solvable(problem)
+        if why:
+            return Candidate(nothing, False, f"only searched for: {why}")
+        match = problem.match
+        sigma = float(problem.sigma)
+        solution = algebra.solve(match.loss, match.params, match.leak, problem.shape, match.label, sigma)
+        if solution.image is None:
+            return Candidate(nothing, False, f"only searched for: {solution.steps[-1]}")
+        image, words = solution.image, f"solved: {'; '.join(solution.steps)}; residual {solution.residual:.1e}"
+        if solution.open is None:
+            return Candidate(image.astype(np.float32), solution.exact, words)
+        space = samplers.NullSpace(*(jnp.asarray(a, jnp.float32) for a in solution.open))
+        filled = _filled(jax.random.fold_in(key, 1), problem, jnp.asarray(image, jnp.float32), space)
+        misfit = float(_misfit(problem, filled))
+        n, left = space.basis.shape
+        words = f"solved: {'; '.join(solution.steps)}; {left} of {n} directions filled by the prior; residual {misfit:.1e}"
+        return Candidate(np.asarray(filled), misfit < FILLED, words)
+
+    def after(self, key: jax.Array, problem: Problem, image: jax.Array, exact: jax.Array) -> tuple[jax.Array, Info]:
+        """The search, and the closer of its image and the candidate; the candidate itself where it is exact."""
+        searched, info = self.search(key, problem)
+        distance = lambda x: dataclasses.replace(problem.match, distance=l2, weights=None)(x)
+        closer = exact | (jnp.isfinite(image).all() & (distance(image) < distance(searched)))
+        x = jnp.where(closer, image, searched)
+        return x, Info(_as_steps(info.trace), problem.outcome(x))
+
+
+def alone(problem: Problem, image: jax.Array) -> tuple[jax.Array, Info]:
+    """A candidate as a method's result: its trace holds its last step alone."""
+    blank = jnp.full(problem.schedule.num_steps, jnp.nan)
+    distance = dataclasses.replace(problem.match, distance=l2, weights=None)(image)
+    error = x0_error(jnp.clip(image, -1.0, 1.0), problem.truth)
+    trace = StepInfo(blank.at[-1].set(distance), blank, blank.at[-1].set(error))
+    return image, Info(trace, problem.outcome(image))
+
+
+def _as_steps(trace: Any) -> StepInfo:
+    return StepInfo(trace.distance, trace.guidance_norm, trace.x0_error)
+
+
+@jax.jit
+def _after(auto: Auto, key: jax.Array, problem: Problem, image: jax.Array, exact: jax.Array) -> tuple[jax.Array, Info]:
+    return auto.after(key, problem, image, exact)
+
+
+@jax.jit
+def _misfit(problem: Problem, image: jax.Array) -> jax.Array:
+    """Distance of an image's gradient to the leak over the leak's norm."""
+    match = dataclasses.replace(problem.match, distance=l2, weights=None)
+    return match(image) / l2(match.leak, jax.tree.map(jnp.zeros_like, match.leak))
+
+
+@jax.jit
+def _filled(key: jax.Array, problem: Problem, image: jax.Array, space: samplers.NullSpace) -> jax.Array:
+    """The mean of several images that agree with the system, which agrees as well: about the one to be expected."""
+    sample = lambda key: samplers.null_space_sample(key, problem.denoise, problem.schedule, image, space, clip=problem.clip)[0]
+    return jax.vmap(sample)(jax.random.split(key, CHAINS)).mean(0)
+
+
+def _not_solvable(problem: Problem) -> str:
+    """Why the algebra does not speak of this leak; empty where it does."""
+    if len(problem.shape) != 3:
+        return "the leak is of several images"
+    if problem.match.client is not None:
+        return "the leak is an update of several local steps"
+    mechanism = problem.match.mechanism
+    stages = mechanism.stages if isinstance(mechanism, Chain) else () if mechanism is None else (mechanism,)
+    unknown = [type(s).__name__ for s in stages if not isinstance(s, (Clip, GaussianNoise, LaplaceNoise, UniformNoise))]
+    if unknown:
+        return f"the mechanism changes more of the gradient than its length ({unknown[0]})"
+    match = problem.match
+    if float(problem.sigma) > 0 and not algebra.is_direct(match.loss, match.params, problem.shape, match.label):
+        return "under noise only a first layer that is dense or has positions is solved"
+    return ""

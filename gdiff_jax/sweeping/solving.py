@@ -1,0 +1,87 @@
+"""Trials of `Auto`: leaks and scores are the devices' work, as of every method; the algebra between them is the host's."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from gdiff_jax import auto, parallel
+from gdiff_jax.auto import Auto
+from gdiff_jax.methods import Problem
+from gdiff_jax.sweeping import trials
+from gdiff_jax.sweeping.plan import Plan
+from gdiff_jax.sweeping.trials import Group, Private, Shared
+
+Fit = Callable[[Callable[[int], Any]], tuple[int, Any]]
+
+
+@dataclasses.dataclass(eq=False)
+class Solver:
+    """run(shared, private) of many trials, in the place of a compiled program.
+
+    Attributes:
+      fit: `size, program = fit(compile_for)`, for as many trials a device as its memory holds; called when a trial is first
+        left unsolved, as searching for one is by far what needs most.
+    """
+
+    plan: Plan
+    group: Group
+    mesh: Mesh
+    fit: Fit
+
+    def __call__(self, shared: Shared, own: Private) -> dict[str, Any]:
+        method = self.plan.methods[self.group.method]
+        assert isinstance(method, Auto)
+        found = [method.candidate(key, problem) for key, problem in self._problems(shared, own)]
+        images = np.stack([candidate.image for candidate in found])
+        exact = np.array([candidate.exact for candidate in found])
+        both = (own, *parallel.divide((images, exact), self.mesh))
+        result = self._known(shared, both) if exact.all() else self._searched(shared, both)
+        return {**jax.device_get(result), "how": np.array([candidate.words for candidate in found])}
+
+    def _problems(self, shared: Shared, own: Private) -> list[tuple[jax.Array, Problem]]:
+        """Key and problem of each trial, on the first device."""
+        shared, own = jax.device_put((shared, own), self.mesh.devices[0])
+        return [self._released(shared, jax.tree.map(lambda a, i=i: a[i], own)) for i in range(len(own.sigma))]
+
+    @cached_property
+    def _released(self) -> Any:
+        return jax.jit(lambda shared, own: trials.problem_released(self.plan, self.group, shared, own))
+
+    @cached_property
+    def _known(self) -> Any:
+        """Scores candidates, all of which are exact."""
+        method = lambda key, problem, image, exact: auto.alone(problem, image)
+        return jax.jit(parallel.map_trials(self._trial(method), self.mesh))
+
+    def _searched(self, shared: Shared, both: Any) -> Any:
+        if self._program is None:
+            searching = jax.jit(parallel.map_trials(self._trial(None), self.mesh))
+            self._program = self.fit(lambda n: searching.lower(shared, self._rows(both, 0, n)).compile())
+        size, program = self._program
+        count = len(both[1])
+        starts = range(0, count, size * self.mesh.size)
+        parts = [jax.device_get(program(shared, self._rows(both, start, size))) for start in starts]
+        return jax.tree.map(lambda *a: np.concatenate(a)[:count], *parts)
+
+    _program: tuple[int, Any] | None = None
+
+    def _rows(self, both: Any, start: int, size: int) -> Any:
+        """So many trials a device from the start on, the last repeated."""
+        rows = np.minimum(np.arange(start, start + size * self.mesh.size), len(both[1]) - 1)
+        return parallel.divide(jax.tree.map(lambda a: a[rows], both), self.mesh)
+
+    def _trial(self, method: Any) -> Callable[[Shared, Any], Any]:
+        def trial(shared: Shared, both: Any) -> dict[str, Any]:
+            own, image, exact = both
+            chosen = method or shared.method.after  # type: ignore[union-attr]
+            run = lambda key, problem: chosen(key, problem, image, exact)
+            return trials.attack(self.plan, self.group, shared, own, run)
+
+        return trial

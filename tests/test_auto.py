@@ -1,0 +1,94 @@
+"""What is solved is not searched for, and what is searched for is kept only where it is closer."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import gdiff_jax as gd
+from gdiff_jax.auto import Auto
+from gdiff_jax.methods import DSG
+from gdiff_jax.problem import Outcome, Problem
+from gdiff_jax.pytrees import pytree
+from gdiff_jax.schedule import make_betas
+from gdiff_jax.victims import cnn, mlp, resnet
+
+SHAPE, CLASSES = (8, 8, 3), 4
+IMAGE = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, SHAPE), jnp.float32)
+AUTO = Auto(DSG())
+
+
+def key():
+    return jax.random.key(3)
+
+
+@pytree
+class Plain:
+    """Half of everything is noise."""
+
+    share: float = 0.5
+
+    def __call__(self, x_t, t):
+        return self.share * x_t, None
+
+
+def problem_of(victim, mechanism=None, **options):
+    params, label = victim.init(jax.random.key(1)), jnp.asarray(2)
+    leak = jax.jit(jax.grad(victim.loss))(params, IMAGE, label)
+    match = gd.GradientMatching(params, label, leak, victim.loss, mechanism=mechanism)
+    schedule = gd.Schedule.create(make_betas(), 4)
+    return Problem(Plain(), schedule, match, jnp.zeros(SHAPE), **{"shape": SHAPE, "truth": IMAGE, **options})
+
+
+def test_what_is_solved_is_the_result():
+    image, info = AUTO(key(), problem_of(mlp(SHAPE, CLASSES, widths=(16,))))
+    assert np.abs(image - IMAGE).max() < 1e-6
+    assert Outcome(int(info.outcome)) is Outcome.FINISHED
+    assert np.isnan(info.trace.distance[:-1]).all()  # nothing was searched for
+    assert info.trace.x0_error[-1] < 1e-12
+
+
+def test_what_cannot_be_solved_is_searched_for():
+    problem = problem_of(resnet(SHAPE, CLASSES, channels=(8,)))
+    image, info = AUTO(key(), problem)
+    searched, expected = DSG()(key(), problem)
+    np.testing.assert_allclose(image, searched, atol=1e-5)
+    np.testing.assert_allclose(info.trace.distance, expected.trace.distance, rtol=1e-3)
+    assert AUTO.candidate(key(), problem).words.startswith("only searched for: ")
+
+
+def test_the_closer_of_two_is_kept():
+    problem, candidate = problem_of(mlp(SHAPE, CLASSES, widths=(16,))), jnp.full(SHAPE, 0.3)
+    searched, _ = DSG()(key(), problem)
+    closer = problem.match(candidate) < problem.match(searched)
+    kept, _ = AUTO.after(key(), problem, candidate, jnp.asarray(False))
+    np.testing.assert_allclose(kept, candidate if closer else searched, atol=1e-5)
+    np.testing.assert_array_equal(AUTO.after(key(), problem, candidate, jnp.asarray(True))[0], candidate)
+    np.testing.assert_allclose(AUTO.after(key(), problem, jnp.full(SHAPE, jnp.nan), jnp.asarray(False))[0], searched, atol=1e-5)
+
+
+def test_the_prior_fills_what_is_open():
+    """And leaves the rest: the image explains the gradient as well as its inequalities let it."""
+    problem = problem_of(cnn(SHAPE, CLASSES, channels=(3, 12)))
+    candidate = AUTO.candidate(key(), problem)
+    assert "directions filled by the prior" in candidate.words
+    assert problem.match(jnp.asarray(candidate.image)) < 0.1 * problem.match(jnp.zeros(SHAPE))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (dict(mechanism=gd.mechanisms.TopK(0.1)), "changes more of the gradient than its length"),
+        (dict(mechanism=gd.GaussianNoise(jnp.float32(0.1)), sigma=0.1), "under noise"),
+        (dict(shape=(2, *SHAPE)), "several images"),
+    ],
+)
+def test_what_the_algebra_does_not_speak_of_is_said(changes, words):
+    candidate = AUTO.candidate(key(), problem_of(cnn(SHAPE, CLASSES, channels=(12, 24)), **changes))
+    assert words in candidate.words
+    assert np.isnan(candidate.image).all()
+
+
+def test_it_is_not_traced():
+    with pytest.raises(ValueError, match="call it outside jit"):
+        jax.jit(lambda key, problem: AUTO(key, problem)[0])(key(), problem_of(mlp(SHAPE, CLASSES, widths=(16,))))
