@@ -41,7 +41,7 @@ _EXPORTS = {
     "signal": ("NoiseCalibration",),
     "victims": ("Victim",),
 }
-_SUBMODULES = ("attacks", "images", "methods", "parallel", "sweeping", "theory", *_EXPORTS)
+_SUBMODULES = ("algebra", "attacks", "images", "methods", "parallel", "sweeping", "theory", *_EXPORTS)
 _HOME = {name: module for module, names in _EXPORTS.items() for name in names}
 
 __all__ = [

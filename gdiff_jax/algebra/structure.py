@@ -95,6 +95,27 @@ def is_direct(loss: Loss, params: Any, image_shape: tuple[int, ...], y: Any) -> 
     return entry is not None and entry[0] == 0
 
 
+def infer_label(loss: Loss, params: Any, leak: Any, image_shape: tuple[int, ...]) -> int:
+    """The label of one image: the one negative entry of the last bias's gradient, p - onehot(y) (iDLG, Zhao et al. 2020).
+
+    The layer is found in the loss, as all are; it must be dense, with a bias, before a softmax with cross-entropy.
+
+    Raises:
+      ValueError: where there is no such layer.
+    """
+    y = jnp.asarray(0)
+    structure = structure_of(loss, params, image_shape, y)
+    with on_host():
+        leaves, gradient = wide((params, y)), wide(leak)
+        for layer in reversed(structure.layers):
+            if layer.kind is Kind.AFFINE and layer.leaves:
+                leaf = direct_leaf(layer, leaves, set(structure.own))
+                if leaf is None:
+                    break
+                return int(np.argmin(gradient[leaf]))
+    raise ValueError("no last layer with a bias was found in the loss from which its label could be read")
+
+
 def explain(loss: Loss, params: Any, x: Any, y: Any = 0) -> list[str]:
     """A line a layer: what it is, from which arrays of the gradient its input can be solved, and where that stops and why.
 

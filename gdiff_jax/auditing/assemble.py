@@ -96,7 +96,7 @@ def _mean_image_scores(mean_image: np.ndarray, truth: np.ndarray) -> list[Row]:
 
 def _curve(trace: Mapping[str, np.ndarray]) -> dict[str, list[float | None]]:
     """A trace as `AuditRecord.curves` holds it: PSNR in dB in place of the squared error on [-1, 1]."""
-    psnr = 10 * np.log10(4 / np.maximum(np.asarray(trace["x0_error"], np.float64), 1e-12))
+    psnr = 10 * np.log10(4 / np.maximum(np.asarray(trace["x0_error"], np.float64), 4e-20))
     curve = {"distance": _rounded(trace["distance"]), "psnr": _rounded(psnr)}
     if "signal" in trace and np.isfinite(trace["signal"]).any():
         curve["signal"] = _rounded(trace["signal"])

@@ -13,8 +13,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from gdiff_jax import algebra, modules
 from gdiff_jax import images as image_files
-from gdiff_jax import modules
 from gdiff_jax.auditing.checks import in_other_words
 from gdiff_jax.auditing.result import Audit
 from gdiff_jax.auditing.run import DEFAULT_METHODS, Question, audited, run, with_analytic
@@ -41,6 +41,7 @@ def audit_named(config: AuditConfig) -> Audit:
       ConfigError: with the value and the remedy, before anything is computed.
     """
     with in_other_words(r"--(victim|mechanism)s\b", r"--\1"):  # a sweep may have several
+        config = config.completed()
         config.check()
         sweep = _with_methods(config)
         plan = _load_plan(config, sweep)
@@ -126,7 +127,14 @@ def _with_gradient(plan: Plan, config: AuditConfig, orders: saved_trees.Orders) 
         known or not normed or plan.attacker.knowledge.statistics != "known",
         f"--gradient of {state.name} without --images: its BatchNorms' statistics are not known; --attacker=server",
     )
-    return dataclasses.replace(plan, leak=leak, identity=_with_hash(plan, gradient=modules.digest(leak), truth=known))
+    plan = dataclasses.replace(plan, leak=leak, identity=_with_hash(plan, gradient=modules.digest(leak), truth=known))
+    if not config.reads_label:
+        return plan
+    try:
+        label = algebra.infer_label(plan.victims[state.name].loss, plan.params[state], leak, plan.prior.image_shape)
+    except ValueError as error:
+        raise ConfigError(f"--gradient without --images: {error}; say the image's label with --label") from None
+    return dataclasses.replace(plan, labels=np.full(len(plan.images), label, np.int32))
 
 
 def load_question(asked: Asked, sweep: SweepConfig, plan: Plan) -> Question:
@@ -156,6 +164,7 @@ def _about(config: AuditConfig, sweep: SweepConfig, plan: Plan) -> dict[str, Any
         "weights": model.weights,
         "gradient": model.gradient,
         "images": sweep.private.images if plan.images_known else "not known",
+        "assumed": config.assumed,
         "candidates_from": config.asked.candidates or sweep.private.images,
         "hashes": {name: value for name, value in plan.identity["sha256"].items() if value},
     }

@@ -29,7 +29,7 @@ def noise_text(record: AuditRecord, noise: Interval) -> str:
 def verdict(record: AuditRecord) -> list[str]:
     """The audit's answer, a few sentences with intervals: how bad, and how much noise."""
     if not record.has_truth:
-        return _verdict_without_truth(record)
+        return _verdict_without_truth(record) + how(record)
     noise_levels, about = levels(record), record.about
     first, last, images = noise_levels[0], noise_levels[-1], len({r["leak"] for r in record.attacks})
     noise = "without noise" if first.sigma == 0 else f"at the smallest noise tried, sigma {first.sigma:.3g}"
@@ -65,7 +65,26 @@ def verdict(record: AuditRecord) -> list[str]:
         lines.append(f"There is no differential-privacy guarantee: {reason}. Stronger attacks than these may exist.")
     else:
         lines.append("Attacks show what is possible today; the guarantees below hold against every attack.")
-    return lines
+    return lines + how(record)
+
+
+def how(record: AuditRecord) -> list[str]:
+    """How `auto` came by its pictures: by algebra, or by search alone, which is no evidence that there is nothing to find."""
+    lines: dict[str, list[str]] = defaultdict(list)  # noise levels by what is said of them
+    searched = False
+    for sigma in record.sigmas:
+        rows = [r["how"] for r in record.at(sigma) if r.get("how")]
+        solved = [text for text in rows if text.startswith("solved: ")]
+        others = [text for text in rows if text not in solved]
+        searched |= bool(others)
+        if solved:
+            lines[f"{len(solved)} of {len(rows)} leaks were {solved[0]}"].append(f"{sigma:.3g}")
+        if others:
+            lines[f"{len(others)} of {len(rows)} leaks were {others[0]}"].append(f"{sigma:.3g}")
+    said = [f"At sigma {', '.join(levels)} {text}." for text, levels in lines.items()]
+    if searched:
+        said.append("That a search finds little does not show that little can be found: see what the information limits allow.")
+    return said
 
 
 def _recognised(record: AuditRecord, noise_levels: list[Level], noise: float) -> list[str]:
@@ -97,10 +116,17 @@ def _verdict_without_truth(record: AuditRecord) -> list[str]:
         return ["Every attack on this gradient failed; see the warnings."]
     best = min(rows, key=lambda r: r["distance"])
     relative = best["distance"] / best["gradient_norm"] if best["gradient_norm"] else math.nan
+    solved = str(best.get("how")).startswith("solved") and relative < 1e-2
+    known = (
+        "It was solved, not searched for: unless another image has the same gradient, it is the private one."
+        if solved
+        else "The private image is not known here, so how close the picture is cannot be said: compare it with the image if "
+        "you hold it, or audit the model with images of your own."
+    )
     return [
         f"Of {len(rows)} attempts on this gradient the closest ({best['method']}, seed {best['seed']}) explains it up to a "
-        f"residual of {relative:.1%} of its norm. The private image is not known here, so how close the picture is cannot be "
-        "said: compare it with the image if you hold it, or audit the model with images of your own."
+        f"residual of {relative:.2g} of its norm. {known}",
+        *(f"Assumed: {text}." for text in record.about.get("assumed", [])),
     ]
 
 

@@ -9,7 +9,7 @@ from gdiff_jax import images as image_files
 from gdiff_jax.errors import need
 from gdiff_jax.mechanisms import text as mechanism_text
 from gdiff_jax.options import option
-from gdiff_jax.sweeping.config import Attacks, Common, PrivateImages, Run, SweepConfig, Victims
+from gdiff_jax.sweeping.config import Attacks, Common, Noise, PrivateImages, Run, SweepConfig, Victims
 from gdiff_jax.victims.zoo import VICTIMS
 
 
@@ -83,6 +83,25 @@ class AuditConfig(Common):
         """Whether the private images are; those of a saved gradient only where they are named."""
         return bool(self.private.images) or not self.model.gradient
 
+    def completed(self) -> AuditConfig:
+        """With what is assumed of a saved gradient where it is not said: that it holds no noise."""
+        unsaid = self.model.gradient and self.noise == Noise()
+        return dataclasses.replace(self, noise=dataclasses.replace(self.noise, sigma_grid=(0.0,))) if unsaid else self
+
+    @property
+    def assumed(self) -> list[str]:
+        """What was not said of a saved gradient, and is taken for granted."""
+        if not self.model.gradient:
+            return []
+        label = "its label is the one that its last layer betrays" if self.reads_label else ""
+        clean = f"it holds noise of sigma {self.noise.sigmas[0]:g}, and the mechanism is {self.model.mechanism}"
+        return [text for text in (label, clean) if text]
+
+    @property
+    def reads_label(self) -> bool:
+        """Whether a saved gradient's label is to be read off it."""
+        return bool(self.model.gradient) and not self.images_known and self.private.label < 0
+
     def check(self) -> None:
         """What the parts must know of each other."""
         self.model.check()
@@ -98,7 +117,6 @@ class AuditConfig(Common):
         if self.images_known:
             return
         mechanism = self.model.mechanism
-        need(self.private.label >= 0, "--gradient without --images: say the image's label with --label, which the loss needs")
         need(
             "soteria" not in mechanism,
             f"--mechanism {mechanism} with --gradient: what soteria prunes depends on the image; give --images",

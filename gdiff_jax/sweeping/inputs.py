@@ -139,7 +139,7 @@ def load_private(private: PrivateImages, prior: str, shape: tuple[int, int, int]
 
 def _unknown_image(private: PrivateImages, shape: tuple[int, int, int]) -> image_files.ImageSet:
     """Grey, to check a loss with."""
-    label, last = private.label, private.num_classes - 1
+    label, last = max(private.label, 0), private.num_classes - 1  # below 0: to be read off the leak
     need(0 <= label <= last, f"--label {label} is outside 0..{last}; change it or --num_classes")
     return image_files.ImageSet(np.full((1, *shape), 128, np.uint8), np.array([label], np.int32), ("unknown",))
 
