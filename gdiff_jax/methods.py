@@ -256,6 +256,6 @@ METHODS: dict[str, Method] = {
         InvertingGradients(),
         Analytic(),
         AnalyticDSG(),
-        Auto(MeanOfChains(CalibratedDSG())),
+        Auto(CalibratedDSG()),
     )
 }

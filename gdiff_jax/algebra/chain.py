@@ -7,53 +7,14 @@ or neither (a norm, attention, softmax). Nothing here knows of networks: whateve
 
 from __future__ import annotations
 
-import dataclasses
-import enum
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.extend.core as jex
 import numpy as np
 
-
-class Kind(enum.Enum):
-    AFFINE = "affine"
-    POINTWISE = "pointwise"
-    OTHER = "other"
-
-
-class _Equation(NamedTuple):
-    """One of the flattened jaxpr's, its variables numbered."""
-
-    eqn: Any
-    inputs: tuple[int, ...]
-    outputs: tuple[int, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Link:
-    """One map of the chain, `out = link(leaves, v)`; `leaves` are all arrays of the parameters and the label.
-
-    Attributes:
-      kind: what it is in v.
-      leaves: which of the parameters it takes, by their place in the flat list.
-      names: of these, as in the tree of parameters.
-      primitives: what it is made of, for people.
-      shape, out_shape: of v and of what it returns.
-    """
-
-    kind: Kind
-    leaves: tuple[int, ...]
-    names: tuple[str, ...]
-    primitives: tuple[str, ...]
-    shape: tuple[int, ...]
-    out_shape: tuple[int, ...]
-    call: Callable[[Sequence[Any], Any], Any] = dataclasses.field(repr=False, compare=False)
-
-    def __call__(self, leaves: Sequence[jax.Array], v: jax.Array) -> jax.Array:
-        return self.call(leaves, v)
-
+from gdiff_jax.algebra.links import Equation, Kind, Link, by_patches, cuts_patches
 
 # Affine in all that depends on the image together; of `select_n` where the choice does not depend on it.
 _AFFINE = {
@@ -76,9 +37,9 @@ _INLINED = {
 }
 
 
-def _flatten(closed: Any) -> tuple[list[_Equation], dict[int, Any], list[int], list[int]]:
+def _flatten(closed: Any) -> tuple[list[Equation], dict[int, Any], list[int], list[int]]:
     """Equations with calls inlined, values of constants by variable, the inputs and the outputs."""
-    equations: list[_Equation] = []
+    equations: list[Equation] = []
     constants: dict[int, Any] = {}
     count = iter(range(10**9))
 
@@ -100,7 +61,7 @@ def _flatten(closed: Any) -> tuple[list[_Equation], dict[int, Any], list[int], l
                 outputs = run(inner.jaxpr, [_constant(c) for c in inner.consts], inputs)
             else:
                 outputs = [next(count) for _ in eqn.outvars]
-                equations.append(_Equation(eqn, tuple(inputs), tuple(outputs)))
+                equations.append(Equation(eqn, tuple(inputs), tuple(outputs)))
             number.update(zip(eqn.outvars, outputs, strict=True))
         return [read(atom) for atom in jaxpr.outvars]
 
@@ -124,7 +85,7 @@ def _in_float64(eqn: Any) -> Any:
     return eqn.replace(params=eqn.params | narrow) if narrow else eqn
 
 
-def _bind(equation: _Equation, values: list[Any]) -> list[Any]:
+def _bind(equation: Equation, values: list[Any]) -> list[Any]:
     """The equation's results."""
     eqn = _in_float64(equation.eqn)
     params = eqn.primitive.get_bind_params(eqn.params)
@@ -133,7 +94,7 @@ def _bind(equation: _Equation, values: list[Any]) -> list[Any]:
     return list(out) if eqn.primitive.multiple_results else [out]
 
 
-def _evaluator(equations: Sequence[_Equation], constants: dict[int, Any], leaf: dict[int, int], v: int, out: int) -> Any:
+def _evaluator(equations: Sequence[Equation], constants: dict[int, Any], leaf: dict[int, int], v: int, out: int) -> Any:
     """The function (leaves, v) -> out of these equations, of those that it needs."""
     needed, kept = {out}, []
     for equation in reversed(equations):
@@ -155,7 +116,7 @@ def _evaluator(equations: Sequence[_Equation], constants: dict[int, Any], leaf: 
     return call
 
 
-def _is_affine(equations: Sequence[_Equation], moving: set[int]) -> bool:
+def _is_affine(equations: Sequence[Equation], moving: set[int]) -> bool:
     for eqn, inputs, _ in equations:
         of_image = [i in moving for i in inputs]
         name = eqn.primitive.name
@@ -179,7 +140,7 @@ def _is_affine(equations: Sequence[_Equation], moving: set[int]) -> bool:
     return True
 
 
-def _is_pointwise(equations: Sequence[_Equation], moving: set[int], shape: tuple[int, ...]) -> bool:
+def _is_pointwise(equations: Sequence[Equation], moving: set[int], shape: tuple[int, ...]) -> bool:
     """Every entry of the result depends on the same entry of v alone; what is broadcast does not depend on the image."""
     for eqn, inputs, _ in equations:
         if eqn.primitive.name not in _POINTWISE or any(out.aval.shape != shape for out in eqn.outvars):
@@ -254,17 +215,16 @@ def find_chain(loss: Callable[..., jax.Array], params: Any, x: Any, y: Any) -> l
         else:
             kind = Kind.OTHER
         used = _leaves_used(equations, leaf, moving, part)
-        links.append(
-            Link(
-                kind, used, tuple(names[i] for i in used), tuple(e.eqn.primitive.name for e in part), shape, shapes[cut],
-                _evaluator(equations, constants, leaf, start, cut),
-            )
+        link = Link(
+            kind, used, tuple(names[i] for i in used), tuple(e.eqn.primitive.name for e in part), shape, shapes[cut],
+            _evaluator(equations, constants, leaf, start, cut),
         )  # fmt: skip
+        links += by_patches(link, part[0].eqn) if len(part) == 1 and cuts_patches(part[0], moving) else [link]
         start, begin = cut, k + 1
     return links
 
 
-def _leaves_used(equations: list[_Equation], leaf: dict[int, int], moving: set[int], part: list[_Equation]) -> tuple[int, ...]:
+def _leaves_used(equations: list[Equation], leaf: dict[int, int], moving: set[int], part: list[Equation]) -> tuple[int, ...]:
     """Parameters that reach these equations otherwise than through the image's path."""
     needed = {i for e in part for i in e.inputs if i not in moving}
     for e in reversed(equations):

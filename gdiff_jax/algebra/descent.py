@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gdiff_jax.algebra.chain import Kind
 from gdiff_jax.algebra.layers import Activation, Layer, activation_of, input_before, inverted, split_of
+from gdiff_jax.algebra.links import Kind
 from gdiff_jax.algebra.structure import Structure
 from gdiff_jax.algebra.system import Level, Solved, System, by_both, by_gradient, rms, seen_by_output, system_of
 

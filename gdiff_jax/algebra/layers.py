@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gdiff_jax.algebra.chain import Kind, Link
+from gdiff_jax.algebra.links import Kind, Link
 
 Leaves = Sequence[jax.Array]
 FLAT = 1e2  # where an activation is taken to have reached its constant, if it has one
@@ -124,21 +124,28 @@ class Split(NamedTuple):
 
     Attributes:
       leaf: the parameter.
-      u_axis, leaf_axis: of the channels.
+      u_axis: of the channels in u.
+      leaf_shape, leaf_axis: the parameter's shape, several axes of it perhaps taken as one, and the axis of the channels in it.
     """
 
     leaf: int
     u_axis: int
+    leaf_shape: tuple[int, ...]
     leaf_axis: int
 
-    def channels_last(self, u: Any) -> Any:
-        """(rows, channels) of u."""
-        return jnp.moveaxis(u, self.u_axis, -1).reshape(-1, u.shape[self.u_axis])
+    def by_channel(self, gradient: Any) -> Any:
+        """(equations, channels) of the parameter's gradient."""
+        return jnp.moveaxis(gradient.reshape(self.leaf_shape), self.leaf_axis, -1).reshape(-1, self.leaf_shape[self.leaf_axis])
 
     def as_input(self, rows: Any, shape: tuple[int, ...]) -> Any:
         """u of (rows, channels)."""
         rest = [n for axis, n in enumerate(shape) if axis != self.u_axis]
         return jnp.moveaxis(rows.reshape(*rest, shape[self.u_axis]), -1, self.u_axis)
+
+
+def _shapes(shape: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """A parameter's shape, and with all axes but the last, or the first, taken as one: a patch of pixels."""
+    return list(dict.fromkeys([shape, (int(np.prod(shape[:-1])), *shape[-1:]), (*shape[:1], int(np.prod(shape[1:])))]))
 
 
 def split_of(layer: Layer, leaves: Leaves, d: jax.Array, own: set[int]) -> Split | None:
@@ -147,15 +154,17 @@ def split_of(layer: Layer, leaves: Leaves, d: jax.Array, own: set[int]) -> Split
     axes = dict.fromkeys((len(shape) - 1, min(1, len(shape) - 1)))
     for leaf in sorted(own.intersection(layer.leaves)):
         offset = layer.gradient(leaves, d, jnp.zeros(shape), leaf)
-        pairs = [(a, b) for a in axes for b, n in enumerate(offset.shape) if n == shape[a]]
-        for u_axis, leaf_axis in pairs:
-            split = Split(leaf, u_axis, leaf_axis)
-            rows, scales = rng.normal(size=(int(np.prod(shape)) // shape[u_axis], 1)), rng.normal(size=shape[u_axis])
-            answer = lambda s, rows=rows, split=split, offset=offset: np.asarray(
-                layer.gradient(leaves, d, split.as_input(rows * s, shape), split.leaf) - offset
+        shapes = _shapes(offset.shape) if offset.ndim > 1 else []
+        for split in [Split(leaf, a, s, b) for a in axes for s in shapes for b, n in enumerate(s) if n == shape[a]]:
+            rows, scales = (
+                rng.normal(size=(int(np.prod(shape)) // shape[split.u_axis], 1)),
+                rng.normal(size=shape[split.u_axis]),
             )
-            of_first = np.take(answer(np.eye(1, len(scales))[0]), 0, axis=leaf_axis)
-            expected = np.moveaxis(of_first[..., None] * scales, -1, leaf_axis)
+            answer = lambda s, rows=rows, split=split, offset=offset: np.asarray(
+                split.by_channel(layer.gradient(leaves, d, split.as_input(rows * s, shape), split.leaf) - offset)
+            )
+            of_first = answer(np.eye(1, len(scales))[0])[:, :1]
+            expected = of_first * scales
             if np.abs(of_first).max() > 0 and np.allclose(answer(scales), expected, 1e-9, 1e-9 * np.abs(expected).max()):
                 return split
     return None

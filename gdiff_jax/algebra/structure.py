@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gdiff_jax.algebra.chain import Kind, find_chain
+from gdiff_jax.algebra.chain import find_chain
 from gdiff_jax.algebra.layers import Layer, activation_of, direct_leaf, layers_of
+from gdiff_jax.algebra.links import Kind
 
 Loss = Callable[[Any, jax.Array, Any], jax.Array]
 
@@ -108,7 +109,7 @@ def infer_label(loss: Loss, params: Any, leak: Any, image_shape: tuple[int, ...]
     with on_host():
         leaves, gradient = wide((params, y)), wide(leak)
         for layer in reversed(structure.layers):
-            if layer.kind is Kind.AFFINE and layer.leaves:
+            if layer.kind is Kind.AFFINE and any(k < len(structure.names) for k in layer.leaves):
                 leaf = direct_leaf(layer, leaves, set(structure.own))
                 if leaf is None:
                     break

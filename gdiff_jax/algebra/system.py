@@ -126,16 +126,19 @@ def _linear(layer: Layer, split: Split, leaves: Leaves, rows: jax.Array) -> jax.
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _matrix(layer: Layer, split: Split, leaves: Leaves, d: jax.Array, offset: jax.Array) -> jax.Array:
-    """(rows, equations): what each row of a channel adds to its part of the gradient."""
+    """(rows, equations): what each row of a channel adds to its part of the gradient.
+
+    As channels do not meet, as many rows as there are channels are put in at once, each into another.
+    """
     shape = layer.input_shape
     channels = shape[split.u_axis]
     rows = int(np.prod(shape)) // channels
 
-    def of_first(row: jax.Array) -> jax.Array:
-        u = split.as_input(jnp.zeros((rows, channels)).at[row, 0].set(1.0), shape)
-        return jnp.take(layer.gradient(leaves, d, u, split.leaf) - offset, 0, axis=split.leaf_axis).ravel()
+    def of_some(first: jax.Array) -> jax.Array:
+        u = split.as_input((jnp.arange(rows)[:, None] == first + jnp.arange(channels)).astype(jnp.float64), shape)
+        return split.by_channel(layer.gradient(leaves, d, u, split.leaf) - offset).T
 
-    return jax.lax.map(of_first, jnp.arange(rows), batch_size=32)
+    return jax.lax.map(of_some, jnp.arange(0, rows, channels)).reshape(-1, offset.size // channels)[:rows]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -152,11 +155,11 @@ def seen_by_output(layer: Layer, split: Split, leaves: Leaves, directions: jax.A
 
 def system_of(layer: Layer, leaves: Leaves, gradient: Leaves, level: Level, split: Split, sigma: float) -> System:
     """The equations of a layer whose output's level is known."""
-    d, channels = jnp.asarray(level.d), layer.input_shape[split.u_axis]
+    d = jnp.asarray(level.d)
     offset = layer.gradient(leaves, d, jnp.zeros(layer.input_shape), split.leaf)
     matrix = np.asarray(_matrix(layer, split, leaves, d, offset)).T
     rows = matrix.shape[1]
-    right = np.moveaxis(np.asarray(gradient[split.leaf] - offset), split.leaf_axis, -1).reshape(-1, channels)
+    right = np.asarray(split.by_channel(gradient[split.leaf] - offset))
     left, values, basis = np.linalg.svd(matrix, full_matrices=matrix.shape[0] < rows)
     singular = np.zeros(rows)
     singular[: len(values)] = values

@@ -20,9 +20,9 @@ from gdiff_jax.intervals import RESAMPLES, Interval, median_interval, resampled,
 def attacker_picks(rows: list[Row], recognise: bool = False) -> list[Row]:
     """Of each leak the rows of the method that an attacker takes, without the truth.
 
-    What is wanted is settled beforehand. To come close to the private image (the default) the attacks of `COMBINED` are in the
-    running, where there are any, and the analytic estimate; to recognise it among others, every attack but those. Of the
-    methods in the running the one whose image's gradient is closest to the leak is taken. With all in the running, that choice
+    What is wanted is settled beforehand. To come close to the private image (the default) the attacks of `COMBINED` and auto are
+    in the running, where there are any, and the analytic estimate; to recognise it, every attack but `COMBINED`. Of the methods
+    in the running the one whose image's gradient is closest to the leak is taken. With all in the running, that choice
     would fall on what fits the noise (benchmarks/results/calibration.md).
     """
     leaks: dict[tuple[int, int], dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
@@ -37,9 +37,9 @@ def _in_the_running(by_method: dict[str, list[Row]], recognise: bool) -> dict[st
     if recognise:
         others = {method: rows for method, rows in by_method.items() if method not in COMBINED}
         return others or by_method
-    if not any(method in COMBINED for method in by_method):
+    if not any(method in (*COMBINED, "auto") for method in by_method):
         return by_method
-    return {method: rows for method, rows in by_method.items() if method in (*COMBINED, "analytic")}
+    return {method: rows for method, rows in by_method.items() if method in (*COMBINED, "auto", "analytic")}
 
 
 def oracle_psnr(rows: list[Row]) -> dict[tuple[int, int], float]:

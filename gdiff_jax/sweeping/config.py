@@ -188,10 +188,14 @@ class Attacks:
             value = getattr(self, name)
             need(math.isfinite(value) and value >= 0, f"--{name} {value} must be finite and >= 0")
 
+    def search(self, dsg: DSG) -> Method:
+        """What auto searches by, made of a DSG that the attacker can run."""
+        return dsg
+
     def make(self, joint_labels: bool = False, calibrated: bool = True) -> dict[str, Method]:
         """The methods with their options bound, by name.
 
-        `joint_labels` lets dlg look for the labels too; without `calibrated` auto searches by dsg-mean, as where the noise is
+        `joint_labels` lets dlg look for the labels too; without `calibrated` auto searches without it, as where the noise is
         not known.
         """
         dsg = DSG(self.guidance_rate, self.interval, self.through_prior)
@@ -207,7 +211,7 @@ class Attacks:
             InvertingGradients(self.tv, self.inverting_steps, self.restarts),
             Analytic(),
             AnalyticDSG(self.guidance_rate, self.interval, self.through_prior),
-            Auto(MeanOfChains(by_noise if calibrated else dsg, self.chains)),
+            Auto(self.search(by_noise if calibrated else dsg)),
         )
         by_name = {method.name: method for method in bound}
         return {name: by_name[name] for name in self.methods}

@@ -7,8 +7,9 @@ import pytest
 from flax import linen
 
 from gdiff_jax import algebra, victims
-from gdiff_jax.algebra.chain import Kind, find_chain
+from gdiff_jax.algebra.chain import find_chain
 from gdiff_jax.algebra.layers import activation_of, layers_of
+from gdiff_jax.algebra.links import Kind
 
 SHAPE = (8, 8, 3)
 IMAGE = np.zeros(SHAPE, np.float32)

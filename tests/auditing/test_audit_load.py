@@ -127,6 +127,21 @@ def test_a_saved_gradient_of_an_unknown_image(tiny_prior, saved, tmp_path, attac
     assert "recovered" not in text.split("What this does not say")[0].split("</nav>")[1]
 
 
+def test_a_saved_gradient_needs_no_label_and_no_noise_level(tiny_prior, saved, tmp_path):
+    """Its label is read off it, a level that is not said is 0, and both are said."""
+    folder, _ = saved
+    c = audit_config(tiny_prior, tmp_path / "out", gradient=str(folder / "flax.npz"), mechanism="none", sigma_grid=())
+    c = replace(c, images="").completed()
+    plan = load._load_plan(c, load._with_methods(c))
+    assert plan.sigmas == {"none": (0.0,)}
+    (label,), bias = plan.labels, next(v for v in plan.leak.values() if np.size(v) == 10)
+    assert label == np.argmin(bias)
+    assert "its label is the one that its last layer betrays" in c.assumed
+    labelled = replace(c, label=1)
+    assert load._load_plan(labelled, load._with_methods(labelled)).labels == 1
+    assert not any("label" in text for text in labelled.assumed)
+
+
 def test_weights_from_a_file_are_those_that_are_attacked(plan_of, tmp_path):
     other = jax.tree.map(lambda p: 2 * p + 0.01, own_models.make()[1])
     save_file(torch_layout(other), tmp_path / "w.safetensors")
@@ -194,11 +209,9 @@ WRONG = [
     (dict(flattened=("out.kernel:6x4x4",)), ["--flattened", "give --weights or --gradient"]),
     (dict(gradient="{d}/zero.npz", **G), ["zero everywhere"]),
     (dict(gradient="{d}/missing.npz", **G), ["--gradient", "missing: out.bias"]),
-    (dict(gradient="{d}/zero.npz", **UNKNOWN), ["--label"]),
     (dict(gradient="{d}/zero.npz", label=99, **UNKNOWN), ["--label 99", "0..9"]),
     (dict(gradient="{d}/zero.npz", label=0, mechanism="soteria:0.5", **UNKNOWN), ["soteria:0.5", "give --images"]),
     (dict(gradient="{d}/zero.npz", label=0, sigma_grid=(0.0, 0.1)), ["--sigma_grid names 2", "--sigma_grid=0"]),
-    (dict(gradient="{d}/zero.npz", label=0, sigma_grid=()), ["--sigma_grid names 6", "--sigma_grid=0"]),
     (dict(gradient="{d}/zero.npz", epsilon_grid=(1.0,), **G), ["one noise level", "--sigma_grid=0"]),
     (dict(gradient="{d}/zero.npz", group=3, **G), ["--group 3"]),
 ]  # fmt: skip
