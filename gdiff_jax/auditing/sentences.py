@@ -92,7 +92,7 @@ def _recognised(record: AuditRecord, noise_levels: list[Level], noise: float) ->
     last = noise_levels[-1]
     at = next((level for level in noise_levels if level.sigma >= noise), last)
     kappa = 1 / record.candidates
-    if at.identified.low <= kappa:
+    if at.identified.low <= kappa or at.identified.value <= at.recovered.value:  # no more than what came back anyway
         return []
     return [
         f"But a poor picture can tell enough: at sigma {at.sigma:.3g} {at.identified.percent()} are still recognised, "

@@ -20,10 +20,10 @@ from gdiff_jax.intervals import RESAMPLES, Interval, median_interval, resampled,
 def attacker_picks(rows: list[Row], recognise: bool = False) -> list[Row]:
     """Of each leak the rows of the method that an attacker takes, without the truth.
 
-    What is wanted is settled beforehand. To come close to the private image (the default) the attacks of `COMBINED` and auto are
-    in the running, where there are any, and the analytic estimate; to recognise it, every attack but `COMBINED`. Of the methods
-    in the running the one whose image's gradient is closest to the leak is taken. With all in the running, that choice
-    would fall on what fits the noise (benchmarks/results/calibration.md).
+    What is wanted is settled beforehand. To come close to the private image (the default) the attacks of `COMBINED` and auto
+    are in the running, where there are any, and the analytic estimate; to recognise it, every attack but `COMBINED`. Of those
+    the one whose image's gradient is closest to the leak is taken. With all in the running, that choice would fall on
+    what fits the noise (benchmarks/results/calibration.md).
     """
     leaks: dict[tuple[int, int], dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:

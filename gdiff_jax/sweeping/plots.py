@@ -70,7 +70,9 @@ def plot_quality(rows: list[Row], mean_rows: list[Row], epsilon: Epsilon, path: 
                 ax.set_title(title(*panel), fontsize=10)
         cut = metric == "psnr" and axes[i, 0].get_ylim()[1] > EXACT
         if cut:
-            axes[i, 0].set_ylim(0, EXACT)
+            for line in [line for ax in axes.ravel() if ax.get_visible() for line in ax.lines]:
+                line.set_ydata(np.minimum(np.asarray(line.get_ydata(), float), EXACT))  # at the edge, not left out
+            axes[i, 0].set_ylim(0, EXACT + 1)
         for band in range(bands):
             unit = {"psnr": f"PSNR (dB{f', cut at {EXACT}' if cut else ''})", "ssim": "SSIM"}[metric]
             axes[i + len(metrics) * band, 0].set_ylabel(unit)

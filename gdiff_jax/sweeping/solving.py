@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import Any
 
@@ -39,7 +40,9 @@ class Solver:
     def __call__(self, shared: Shared, own: Private) -> dict[str, Any]:
         method = self.plan.methods[self.group.method]
         assert isinstance(method, Auto)
-        found = [self._candidate(method, key, problem) for key, problem in self._problems(shared, own)]
+        problems = self._problems(shared, own)
+        with ThreadPoolExecutor(self.mesh.size) as pool:  # the algebra of one leak is one core's work
+            found = list(pool.map(lambda one: self._candidate(method, *one), problems))
         images = np.stack([candidate.image for candidate in found])
         exact = np.array([candidate.exact for candidate in found])
         both = (own, *parallel.divide((images, exact), self.mesh))
