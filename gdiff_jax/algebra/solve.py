@@ -24,6 +24,7 @@ from gdiff_jax.algebra.structure import Loss, Structure, entry_of, on_host, stru
 from gdiff_jax.algebra.system import Level
 
 EXACT = 2e-3  # relative residual of the gradient, up to which an image explains it: nothing is left to search for
+CONVERGED = 1e-6  # sum of squares, each by its size, at which nothing was taken wrongly for an activation's constant
 POLISHED = 3e-6  # of a smooth network, up to which more steps gain nothing
 
 
@@ -171,13 +172,15 @@ def _search(descent: Descent, add: Callable[[np.ndarray | None], bool], seed: in
     residual = _residual_below(descent.structure, level.at, own)
     assert descent.hidden is not None
     start = 0.05 * np.random.default_rng(seed).normal(size=layers[0].shape)
+    done = False
     for multiple in (4.0, 1.5, 16.0):
         level = descent.level_below(multiple * descent.hidden[-1])
         x, cost = refine.below(residual, descent.leaves, descent.gradient, level, start)
         descent.steps.append(f"the image from the output of layer {level.at} and its gradient: sum of squares {cost:.1e}")
-        if add(x):
-            return True
-    return False
+        done = add(x)
+        if done and cost < CONVERGED:
+            break
+    return done
 
 
 @functools.lru_cache(maxsize=32)

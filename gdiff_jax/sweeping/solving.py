@@ -75,10 +75,14 @@ class Solver:
         method = lambda key, problem, image, exact: auto.alone(problem, image)
         return jax.jit(parallel.map_trials(self._trial(method), self.mesh))
 
+    @cached_property
+    def searching(self) -> Any:
+        """The jitted search(shared, (private, images, exact)) of many trials, beside their candidates."""
+        return jax.jit(parallel.map_trials(self._trial(None), self.mesh))
+
     def _searched(self, shared: Shared, both: Any) -> Any:
         if self._program is None:
-            searching = jax.jit(parallel.map_trials(self._trial(None), self.mesh))
-            self._program = self.fit(lambda n: searching.lower(shared, self._rows(both, 0, n)).compile())
+            self._program = self.fit(lambda n: self.searching.lower(shared, self._rows(both, 0, n)).compile())
         size, program = self._program
         count = len(both[1])
         starts = range(0, count, size * self.mesh.size)

@@ -6,12 +6,14 @@ It says that they can be compiled there, not that they have run.
 import re
 
 import jax
+import numpy as np
 import pytest
 from jax import export
 from tiny import ONE_DEVICE, plan_of
 
-from gdiff_jax.sweeping import trials
+from gdiff_jax.sweeping import memory, trials
 from gdiff_jax.sweeping.config import SweepConfig
+from gdiff_jax.sweeping.solving import Solver
 
 # What the partitioner resolves before a device sees the program.
 NO_KERNEL = {"Sharding", "SPMDFullToShardShape", "SPMDShardToFullShape"}
@@ -26,9 +28,14 @@ def plan(tiny_prior):
 def lowered(plan, group, *platforms):
     """The program's text, for one trial; what differs between the platforms stands in branches of it."""
     trial = trials.Trial(group, 0.1, 0, 0)
-    arguments = trials.shared_arguments(plan, group), trials.own_arguments(plan, [trial])
-    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), arguments)
-    return export.export(trials.make_runner(plan, group, ONE_DEVICE), platforms=platforms)(*shapes).mlir_module()
+    shared, own = trials.shared_arguments(plan, group), trials.own_arguments(plan, [trial])
+    if group.method == "auto":  # whose algebra is the host's; what the devices run is its search
+        runner = Solver(plan, group, ONE_DEVICE, memory.fit).searching
+        own = own, own.images[:, 0], np.zeros(1, bool)
+    else:
+        runner = trials.make_runner(plan, group, ONE_DEVICE)
+    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), (shared, own))
+    return export.export(runner, platforms=platforms)(*shapes).mlir_module()
 
 
 GROUPS = [
