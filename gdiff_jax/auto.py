@@ -63,7 +63,13 @@ class Auto(Method):
             return Candidate(nothing, False, f"only searched for: {why}")
         match = problem.match
         sigma = float(problem.sigma)
-        solution = algebra.solve(match.loss, match.params, match.leak, problem.shape, match.label, sigma)
+        try:
+            solution = algebra.solve(match.loss, match.params, match.leak, problem.shape, match.label, sigma)
+        except (
+            Exception
+        ) as error:  # of a stranger's loss, such as one that cannot be differentiated forward: the search goes on
+            text = " ".join(str(error).split())[:200]
+            return Candidate(nothing, False, f"only searched for: the algebra failed ({type(error).__name__}: {text})")
         if solution.image is None:
             return Candidate(nothing, False, f"only searched for: {solution.steps[-1]}")
         image, words = solution.image, f"solved: {'; '.join(solution.steps)}; residual {solution.residual:.1e}"

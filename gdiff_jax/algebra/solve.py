@@ -25,6 +25,7 @@ from gdiff_jax.algebra.system import Level
 
 EXACT = 2e-3  # relative residual of the gradient, up to which an image explains it: nothing is left to search for
 CONVERGED = 1e-6  # sum of squares, each by its size, at which nothing was taken wrongly for an activation's constant
+ODD_SCALE = 0.01  # from which on a leak that is a multiple of the gradient is said to be one
 POLISHED = 3e-6  # of a smooth network, up to which more steps gain nothing
 
 
@@ -97,18 +98,21 @@ def solve(
         return _finish(descent, judge, 1.1 * noise + EXACT, seed)
 
 
-def _residual(structure: Structure, params: Any, y: Any, gradient: list[jax.Array], top: Level, x: np.ndarray) -> float:
-    """Relative, of the whole gradient but for its length, which clipping changes.
+def _residual(
+    structure: Structure, params: Any, y: Any, gradient: list[jax.Array], top: Level, x: np.ndarray
+) -> tuple[float, float]:
+    """Relative, of the whole gradient but for its length, which clipping changes; and that factor.
 
     Where that is large, with the head's delta taken from the leak: of a confident network p - 1 has few digits left in float32,
     and the gradient as many.
     """
     leaves, tree = wide(params), jax.tree.structure(params)
-    off = _misfit(jax.tree.leaves(structure.gradient(jax.tree.unflatten(tree, leaves), jnp.asarray(x), y)), gradient)
+    whole = jax.tree.leaves(structure.gradient(jax.tree.unflatten(tree, leaves), jnp.asarray(x), y))
+    off, scale = _misfit(whole, gradient)
     layers = structure.layers[: top.at + 1]
     own = tuple(k for layer in layers for k in layer.leaves if k in structure.own)
     if off <= EXACT or len(own) < len(gradient):
-        return off
+        return off, scale
 
     def along(some: list[jax.Array]) -> jax.Array:
         out, full = jnp.asarray(x), replaced([*leaves, *wide(y)], dict(zip(own, some, strict=True)))
@@ -116,39 +120,42 @@ def _residual(structure: Structure, params: Any, y: Any, gradient: list[jax.Arra
             out = layer(full, out)
         return jnp.vdot(jnp.asarray(top.d), out)
 
-    return min(off, _misfit(jax.grad(along)([leaves[k] for k in own]), [gradient[k] for k in own]))
+    return min((off, scale), _misfit(jax.grad(along)([leaves[k] for k in own]), [gradient[k] for k in own]))
 
 
-def _misfit(a: list[jax.Array], b: list[jax.Array]) -> float:
-    """min over c of || c a - b || / || b ||."""
+def _misfit(a: list[jax.Array], b: list[jax.Array]) -> tuple[float, float]:
+    """min over c of || c a - b || / || b ||, and c."""
     dot = lambda a, b: sum(float(jnp.vdot(p, q)) for p, q in zip(a, b, strict=True))
     scale = dot(a, b) / max(dot(a, a), 1e-300)
-    return float(np.sqrt(sum(float(jnp.sum(jnp.square(scale * p - q))) for p, q in zip(a, b, strict=True)) / dot(b, b)))
+    off = sum(float(jnp.sum(jnp.square(scale * p - q))) for p, q in zip(a, b, strict=True))
+    return float(np.sqrt(off / dot(b, b))), float(scale)
 
 
-def _finish(descent: Descent, judge: Callable[[np.ndarray], float], floor: float, seed: int) -> Solution:
+def _finish(descent: Descent, judge: Callable[[np.ndarray], tuple[float, float]], floor: float, seed: int) -> Solution:
     """The image where the descent reached it, else from its lowest levels; the one of least residual."""
-    found = list[tuple[float, np.ndarray]]()
+    found = list[tuple[tuple[float, float], np.ndarray]]()
 
     def add(x: np.ndarray | None) -> bool:
         if x is not None and np.isfinite(x).all():
             found.append((judge(x), x))
-        return bool(found) and _best(found)[0] <= floor
+        return bool(found) and _best(found)[0][0] <= floor
 
     done = add(descent.image)
     # A chain's steps cost little; through what lies above a first layer that was read off, they do not.
     enough = POLISHED if descent.levels[0].at else EXACT
-    if found and descent.smooth() and descent.open is None and descent.sigma == 0 and _best(found)[0] > enough:
+    if found and descent.smooth() and descent.open is None and descent.sigma == 0 and _best(found)[0][0] > enough:
         done = add(_polished(descent, _best(found)[1]))
     if not done and descent.open is None and len(descent.levels) > 1 and descent.sigma == 0:
         done = _search(descent, add, seed)
     if not found:
         return Solution(None, np.inf, False, None, tuple(descent.steps))
-    residual, image = _best(found)
+    (residual, scale), image = _best(found)
+    if done and abs(scale - 1) > ODD_SCALE:
+        descent.steps.append(f"the leak is {scale:.4g} times the gradient of that image")
     return Solution(image, residual, done, None if done else descent.open, tuple(descent.steps))
 
 
-def _best(found: list[tuple[float, np.ndarray]]) -> tuple[float, np.ndarray]:
+def _best(found: list[tuple[tuple[float, float], np.ndarray]]) -> tuple[tuple[float, float], np.ndarray]:
     return min(found, key=lambda f: f[0])
 
 

@@ -46,6 +46,7 @@ def test_a_clipped_gradient_is_solved_as_well():
     solution = algebra.solve(victim.loss, params, jax.tree.map(lambda g: 0.01 * g, leak), SHAPE, LABEL)
     assert solution.exact
     assert psnr(solution.image) > 80
+    assert solution.steps[-1] == "the leak is 0.01 times the gradient of that image"
 
 
 def test_with_noise_the_estimate_errs_as_it_does():
