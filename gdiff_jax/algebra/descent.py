@@ -38,7 +38,6 @@ class Descent:
     tree: Any
     leaves: list[jax.Array]
     gradient: list[jax.Array]
-    sigma: float
     levels: list[Level]
     steps: list[str]
     image: np.ndarray | None = None
@@ -69,7 +68,7 @@ class Descent:
         if split is None:
             self.steps.append(f"{self._name(layer)}: its gradient is no convolution's or dense layer's")
             return False
-        system = system_of(layer, self.leaves, self.gradient, level, split, self.sigma)
+        system = system_of(layer, self.leaves, self.gradient, level, split)
         solved = self._solve(system)
         if solved is None:
             return False

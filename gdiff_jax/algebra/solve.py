@@ -35,7 +35,7 @@ class Solution(NamedTuple):
     Attributes:
       image: (H, W, C) float64, or None where nothing could be solved.
       residual: || grad_W L(image) - leak || / || leak ||.
-      exact: whether that is as small as rounding, or the mechanism's noise, makes it at the truth.
+      exact: whether that is as small as rounding makes it, nearly.
       open: what a linear system that is solved leaves open; None where that is nothing, or none was reached.
       steps: what was solved, a line each, for people.
     """
@@ -53,7 +53,6 @@ def solve(
     leak: Any,
     image_shape: tuple[int, ...],
     y: Any,
-    sigma: float = 0.0,
     seed: int = 0,
     check: bool = True,
 ) -> Solution:
@@ -62,10 +61,9 @@ def solve(
     Args:
       loss: `loss(params, x, y)` of one image; its layers are found in its jaxpr.
       params: any pytree of float arrays.
-      leak: its gradient, shaped as params.
+      leak: its gradient, shaped as params, without noise: under noise the deltas err too, which the equations do not know.
       image_shape: (H, W, C).
       y: the label, such as `attacks.infer_label` reads off the leak.
-      sigma: standard deviation of noise in each number of the leak.
       seed: of where the search for the image begins.
       check: compute the whole gradient of what is found, to judge it by and to improve it. Without, the first image that is
         reached is returned as it is, its residual nan: of a large network that gradient takes longer than the solution.
@@ -88,14 +86,13 @@ def solve(
         nothing = np.zeros(d.shape, bool)
         top = Level(index, np.zeros(d.shape), nothing, nothing, d, 1.0)
         descent = Descent(
-            structure, tree, leaves, gradient, sigma, [top], [f"the delta of layer {index} from {structure.names[leaf]}"]
+            structure, tree, leaves, gradient, [top], [f"the delta of layer {index} from {structure.names[leaf]}"]
         )
         descent.run()
         if not check and descent.image is not None:
             return Solution(descent.image, np.nan, False, descent.open, tuple(descent.steps))
         judge = functools.partial(_residual, structure, params, y, gradient, top)
-        noise = sigma * np.sqrt(sum(g.size for g in gradient)) / norm
-        return _finish(descent, judge, 1.1 * noise + EXACT, seed)
+        return _finish(descent, judge, seed)
 
 
 def _residual(
@@ -131,21 +128,21 @@ def _misfit(a: list[jax.Array], b: list[jax.Array]) -> tuple[float, float]:
     return float(np.sqrt(off / dot(b, b))), float(scale)
 
 
-def _finish(descent: Descent, judge: Callable[[np.ndarray], tuple[float, float]], floor: float, seed: int) -> Solution:
+def _finish(descent: Descent, judge: Callable[[np.ndarray], tuple[float, float]], seed: int) -> Solution:
     """The image where the descent reached it, else from its lowest levels; the one of least residual."""
     found = list[tuple[tuple[float, float], np.ndarray]]()
 
     def add(x: np.ndarray | None) -> bool:
         if x is not None and np.isfinite(x).all():
             found.append((judge(x), x))
-        return bool(found) and _best(found)[0][0] <= floor
+        return bool(found) and _best(found)[0][0] <= EXACT
 
     done = add(descent.image)
     # A chain's steps cost little; through what lies above a first layer that was read off, they do not.
     enough = POLISHED if descent.levels[0].at else EXACT
-    if found and descent.smooth() and descent.open is None and descent.sigma == 0 and _best(found)[0][0] > enough:
+    if found and descent.smooth() and descent.open is None and _best(found)[0][0] > enough:
         done = add(_polished(descent, _best(found)[1]))
-    if not done and descent.open is None and len(descent.levels) > 1 and descent.sigma == 0:
+    if not done and descent.open is None and len(descent.levels) > 1:
         done = _search(descent, add, seed)
     if not found:
         return Solution(None, np.inf, False, None, tuple(descent.steps))

@@ -88,14 +88,6 @@ def entry_of(structure: Structure, leaves: list[jax.Array]) -> tuple[int, int] |
     return None
 
 
-def is_direct(loss: Loss, params: Any, image_shape: tuple[int, ...], y: Any) -> bool:
-    """Whether the first layer's own delta is an array of the gradient, so that nothing above it has to be solved."""
-    structure = structure_of(loss, params, image_shape, y)
-    with on_host():
-        entry = entry_of(structure, wide((params, y)))
-    return entry is not None and entry[0] == 0
-
-
 def infer_label(loss: Loss, params: Any, leak: Any, image_shape: tuple[int, ...]) -> int:
     """The label of one image: the one negative entry of the last bias's gradient, p - onehot(y) (iDLG, Zhao et al. 2020).
 

@@ -153,7 +153,7 @@ def seen_by_output(layer: Layer, split: Split, leaves: Leaves, directions: jax.A
     return jax.lax.map(column, jnp.arange(directions.shape[1] * channels), batch_size=64)
 
 
-def system_of(layer: Layer, leaves: Leaves, gradient: Leaves, level: Level, split: Split, sigma: float) -> System:
+def system_of(layer: Layer, leaves: Leaves, gradient: Leaves, level: Level, split: Split) -> System:
     """The equations of a layer whose output's level is known."""
     d = jnp.asarray(level.d)
     offset = layer.gradient(leaves, d, jnp.zeros(layer.input_shape), split.leaf)
@@ -163,7 +163,7 @@ def system_of(layer: Layer, leaves: Leaves, gradient: Leaves, level: Level, spli
     left, values, basis = np.linalg.svd(matrix, full_matrices=matrix.shape[0] < rows)
     singular = np.zeros(rows)
     singular[: len(values)] = values
-    std = max(ROUNDING * rms(gradient[split.leaf]), sigma, 1e-300)
+    std = max(ROUNDING * rms(gradient[split.leaf]), 1e-300)
     return System(layer, leaves, level, split, matrix, right, left, singular, basis.T, std)
 
 

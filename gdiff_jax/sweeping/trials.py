@@ -182,7 +182,13 @@ def guess_labels(plan: Plan, group: Group, shared: Shared, own: Private, leak: A
     """The labels that the attacker goes by, as the loss takes them: those of the client, or what the leak betrays."""
     if plan.attacker.knowledge.labels == "known":
         return _of_client(plan, own)[1]
-    return infer_labels(plan.victims[group.victim], shared, leak, plan.client.group)
+    victim: Any = plan.victims[group.victim]
+    spec = plan.mechanisms[group.mechanism]
+    guess = infer_labels(victim, shared, leak, plan.client.group)
+    if plan.client.group > 1 or not (spec.only_noise or spec.clip_norm is not None):
+        return guess
+    # Without noise the one negative entry of the bias tells it for sure, whatever the features are.
+    return jnp.where(own.sigma == 0, jnp.argmin(leak[victim.last_bias]).astype(guess.dtype), guess)
 
 
 def infer_labels(victim: Any, shared: Shared, leak: Any, images: int) -> jax.Array:
