@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -64,9 +63,7 @@ class Auto(Method):
         match = problem.match
         try:
             solution = algebra.solve(match.loss, match.params, match.leak, problem.shape, match.label)
-        except (
-            Exception
-        ) as error:  # of a stranger's loss, such as one that cannot be differentiated forward: the search goes on
+        except Exception as error:  # a stranger's loss may have no forward derivative: it is searched for then
             text = " ".join(str(error).split())[:200]
             return Candidate(nothing, False, f"only searched for: the algebra failed ({type(error).__name__}: {text})")
         if solution.image is None:
@@ -84,23 +81,21 @@ class Auto(Method):
     def after(self, key: jax.Array, problem: Problem, image: jax.Array, exact: jax.Array) -> tuple[jax.Array, Info]:
         """The search, and the closer of its image and the candidate; the candidate itself where it is exact."""
         searched, info = self.search(key, problem)
-        distance = lambda x: dataclasses.replace(problem.match, distance=l2, weights=None)(x)
+        distance = problem.match.in_l2()
         closer = exact | (jnp.isfinite(image).all() & (distance(image) < distance(searched)))
         x = jnp.where(closer, image, searched)
-        return x, Info(_as_steps(info.trace), problem.outcome(x))
+        trace = info.trace  # a measured signal's fields are left out: a solved trial's trace has none
+        steps = StepInfo(trace.distance, trace.guidance_norm, trace.x0_error)
+        return x, Info(steps, problem.outcome(x))
 
 
 def alone(problem: Problem, image: jax.Array) -> tuple[jax.Array, Info]:
     """A candidate as a method's result: its trace holds its last step alone."""
     blank = jnp.full(problem.schedule.num_steps, jnp.nan)
-    distance = dataclasses.replace(problem.match, distance=l2, weights=None)(image)
+    distance = problem.match.in_l2()(image)
     error = x0_error(jnp.clip(image, -1.0, 1.0), problem.truth)
     trace = StepInfo(blank.at[-1].set(distance), blank, blank.at[-1].set(error))
     return image, Info(trace, problem.outcome(image))
-
-
-def _as_steps(trace: Any) -> StepInfo:
-    return StepInfo(trace.distance, trace.guidance_norm, trace.x0_error)
 
 
 @jax.jit
@@ -111,7 +106,7 @@ def _after(auto: Auto, key: jax.Array, problem: Problem, image: jax.Array, exact
 @jax.jit
 def _misfit(problem: Problem, image: jax.Array) -> jax.Array:
     """Distance of an image's gradient to the leak over the leak's norm."""
-    match = dataclasses.replace(problem.match, distance=l2, weights=None)
+    match = problem.match.in_l2()
     return match(image) / l2(match.leak, jax.tree.map(jnp.zeros_like, match.leak))
 
 

@@ -11,6 +11,7 @@ differentiated in reverse.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
@@ -191,3 +192,7 @@ class GradientMatching:
     def __call__(self, x0: Any) -> jax.Array:
         known = _Known(self.params, self.label, self.leak, self.mechanism, self.weights, self.client)
         return _match(self.loss, self.distance, known, x0)
+
+    def in_l2(self) -> GradientMatching:
+        """The same by the plain l2 distance, every coordinate counting alike: by it candidates of all methods are compared."""
+        return dataclasses.replace(self, distance=l2, weights=None)

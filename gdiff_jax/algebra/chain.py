@@ -173,9 +173,7 @@ def find_chain(loss: Callable[..., jax.Array], params: Any, x: Any, y: Any) -> l
       x: (H, W, C), the image or its shape.
       y: its label. Its arrays stand behind those of the parameters in the flat list that links take.
     """
-    paths, tree = jax.tree_util.tree_flatten_with_path((params, y))
-    names = [jax.tree_util.keystr(path[1:], simple=True, separator=".") for path, _ in paths]
-    leaves = [leaf for _, leaf in paths]
+    leaves, tree = jax.tree.flatten((params, y))
 
     def of_flat(leaves: list[Any], x: Any) -> jax.Array:
         params, y = jax.tree.unflatten(tree, leaves)
@@ -215,10 +213,7 @@ def find_chain(loss: Callable[..., jax.Array], params: Any, x: Any, y: Any) -> l
         else:
             kind = Kind.OTHER
         used = _leaves_used(equations, leaf, moving, part)
-        link = Link(
-            kind, used, tuple(names[i] for i in used), tuple(e.eqn.primitive.name for e in part), shape, shapes[cut],
-            _evaluator(equations, constants, leaf, start, cut),
-        )  # fmt: skip
+        link = Link(kind, used, shape, shapes[cut], _evaluator(equations, constants, leaf, start, cut))
         links += by_patches(link, part[0].eqn) if len(part) == 1 and cuts_patches(part[0], moving) else [link]
         start, begin = cut, k + 1
     return links

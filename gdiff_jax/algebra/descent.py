@@ -43,6 +43,7 @@ class Descent:
     image: np.ndarray | None = None
     open: Open | None = None
     hidden: tuple[Activation, Layer, np.ndarray, np.ndarray, float] | None = None  # the last activation inverted
+    activations: dict[int, Activation | None] = dataclasses.field(default_factory=dict)  # by layer, as far as looked at
 
     def run(self) -> None:
         while self._down():
@@ -51,8 +52,15 @@ class Descent:
     def smooth(self) -> bool:
         """Whether no activation below the head has a kink."""
         below = self.structure.layers[: self.levels[0].at]
-        found = [activation_of(layer, self.leaves) for layer in below if layer.kind is Kind.POINTWISE]
-        return all(a is not None and not a.kinked for a in found) and all(layer.kind is not Kind.OTHER for layer in below)
+        found = [self._activation(i) for i, layer in enumerate(below) if layer.kind is not Kind.AFFINE]
+        return all(a is not None and not a.kinked for a in found)
+
+    def _activation(self, index: int) -> Activation | None:
+        """What a layer is, if it is an activation that can be inverted."""
+        layer = self.structure.layers[index]
+        if index not in self.activations:
+            self.activations[index] = activation_of(layer, self.leaves) if layer.kind is Kind.POINTWISE else None
+        return self.activations[index]
 
     def _name(self, layer: Layer) -> str:
         return ", ".join(self.structure.names[k] for k in layer.leaves if k < len(self.structure.names))
@@ -85,23 +93,14 @@ class Descent:
     def _solve(self, system: System) -> Solved | None:
         level = system.level
         if not level.known.any():
-            return by_gradient(system, 1.0)
-        unknowns, equations = system.rows * system.channels, system.equations()
-        if equations >= unknowns:
-            return by_both(system, 1.0, self._lower_bound(level.at - 1))
-        if level.at == 0 and unknowns <= PIXELS:
-            return self._partly(system, equations)
-        return None
+            return by_gradient(system)
+        if system.equations >= system.unknowns:
+            before = self._activation(level.at - 1) if level.at else None
+            return by_both(system, non_negative=before is not None and before.lower == 0)
+        return self._partly(system) if level.at == 0 and system.unknowns <= PIXELS else None
 
-    def _lower_bound(self, index: int) -> float:
-        if index < 0 or self.structure.layers[index].kind is not Kind.POINTWISE:
-            return -np.inf
-        activation = activation_of(self.structure.layers[index], self.leaves)
-        return -np.inf if activation is None else activation.lower
-
-    def _partly(self, system: System, equations: int) -> Solved:
+    def _partly(self, system: System) -> Solved:
         """The image as far as the equations determine it, the rest 0."""
-        n = system.rows * system.channels
         known = np.flatnonzero(system.level.known)
         change = np.asarray(seen_by_output(system.layer, system.split, self.leaves, jnp.eye(system.rows)))
         seen = change[:, known] / system.level.error
@@ -116,12 +115,12 @@ class Descent:
         below, null = np.flatnonzero(system.level.below), basis[:, ~solid]
         at = change[:, below].T
         self.open = Open(null, at @ null, system.level.floor - z0.ravel()[below] - at @ x)
-        return Solved(system.as_input(x.reshape(system.rows, system.channels)), 1e-2, None, n, int(solid.sum()))
+        return Solved(system.as_input(x.reshape(system.rows, system.channels)), 1e-2, system.unknowns, int(solid.sum()))
 
     def _through_activation(self, layer: Layer, v: np.ndarray, error: float) -> bool:
         level = self.levels[-1]
-        below = self.structure.layers[level.at - 1]
-        if below.kind is not Kind.POINTWISE or (activation := activation_of(below, self.leaves)) is None:
+        below, activation = self.structure.layers[level.at - 1], self._activation(level.at - 1)
+        if activation is None:
             self.steps.append(f"layer {level.at - 1} ({below.kind.value}) cannot be inverted")
             return False
         if level.at < 2 or self.structure.layers[level.at - 2].kind is not Kind.AFFINE:

@@ -32,15 +32,11 @@ class Link:
     Attributes:
       kind: what it is in v.
       leaves: which of the parameters it takes, by their place in the flat list.
-      names: of these, as in the tree of parameters.
-      primitives: what it is made of, for people.
       shape, out_shape: of v and of what it returns.
     """
 
     kind: Kind
     leaves: tuple[int, ...]
-    names: tuple[str, ...]
-    primitives: tuple[str, ...]
     shape: tuple[int, ...]
     out_shape: tuple[int, ...]
     call: Callable[[Sequence[Any], Any], Any] = dataclasses.field(repr=False, compare=False)
@@ -88,6 +84,6 @@ def by_patches(link: Link, eqn: Any) -> list[Link]:
     cut = lambda _, v: v.reshape(split).transpose(order).reshape(tokens)
     joined = lambda leaves, u: link(leaves, u.reshape(grid).transpose(back).reshape(image))
     return [
-        Link(Kind.AFFINE, (), (), ("patches",), link.shape, tokens, cut),
-        Link(link.kind, link.leaves, link.names, link.primitives, tokens, link.out_shape, joined),
+        Link(Kind.AFFINE, (), link.shape, tokens, cut),
+        Link(link.kind, link.leaves, tokens, link.out_shape, joined),
     ]

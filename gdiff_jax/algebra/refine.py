@@ -14,24 +14,23 @@ from gdiff_jax.algebra.layers import Layer, Leaves, replaced
 from gdiff_jax.algebra.system import Level, rms
 
 STEPS = (1.0, 0.5, 0.25, 0.1, 0.03, 0.01)
+INNER = 300  # conjugate gradient steps in each of them, at most
 Residual = Callable[[Any, jax.Array], list[jax.Array]]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 4))
-def _step(
-    residual: Residual, data: Any, x: jax.Array, damping: jax.Array, inner: int
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+@functools.partial(jax.jit, static_argnums=0)
+def _step(residual: Residual, data: Any, x: jax.Array, damping: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(tries, ...) of x, (tries,) their costs and the cost of x."""
     cost = lambda r: jnp.stack([jnp.vdot(a, a) for a in r]).sum()
     r, tangent = jax.linearize(lambda x: residual(data, x), x)
     cotangent = jax.linear_transpose(tangent, x)
     downhill = jax.tree.map(jnp.negative, cotangent(r)[0])
-    step, _ = jax.scipy.sparse.linalg.cg(lambda v: cotangent(tangent(v))[0] + damping * v, downhill, tol=1e-10, maxiter=inner)
+    step, _ = jax.scipy.sparse.linalg.cg(lambda v: cotangent(tangent(v))[0] + damping * v, downhill, tol=1e-10, maxiter=INNER)
     tries = x + jnp.asarray(STEPS).reshape(-1, *(1,) * x.ndim) * step
     return tries, jax.lax.map(lambda x: cost(residual(data, x)), tries), cost(r)
 
 
-def least_squares(residual: Residual, data: Any, x: np.ndarray, steps: int = 40, inner: int = 300) -> tuple[np.ndarray, float]:
+def least_squares(residual: Residual, data: Any, x: np.ndarray, steps: int = 40) -> tuple[np.ndarray, float]:
     """x of (locally) least sum of squares, and that sum.
 
     Args:
@@ -39,11 +38,10 @@ def least_squares(residual: Residual, data: Any, x: np.ndarray, steps: int = 40,
       data: what it takes beside x, any pytree.
       x: where to begin.
       steps: at most.
-      inner: steps of the conjugate gradients in each.
     """
     damping, costs = 1e-4, list[float]()
     for _ in range(steps):
-        tries, after, now = jax.device_get(_step(residual, data, jnp.asarray(x), jnp.asarray(damping), inner))
+        tries, after, now = jax.device_get(_step(residual, data, jnp.asarray(x), jnp.asarray(damping)))
         costs.append(float(now))
         after = np.where(np.isfinite(after), after, np.inf)
         best = int(after.argmin())
@@ -60,6 +58,21 @@ def _size(g: jax.Array) -> jax.Array:
     return jnp.maximum(jnp.sqrt(jnp.mean(jnp.square(g))), 1e-300)
 
 
+def gradients_below(
+    layers: tuple[Layer, ...], own: tuple[int, ...], leaves: Leaves, d: jax.Array, x: jax.Array
+) -> tuple[list[jax.Array], jax.Array]:
+    """Of parameters `own`, where d is dL/dz at the layers' output z for the image x; and z."""
+
+    def along(own_leaves: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
+        full, out = replaced(leaves, dict(zip(own, own_leaves, strict=True))), x
+        for layer in layers:
+            out = layer(full, out)
+        return jnp.vdot(d, out), out
+
+    return jax.grad(along, has_aux=True)([leaves[k] for k in own])
+
+
+@functools.lru_cache(maxsize=32)  # a residual is a static argument: a new one would compile anew
 def residual_below(layers: tuple[Layer, ...], own: tuple[int, ...]) -> Residual:
     """Of a level: outputs that are known, or below their floor, and the gradients of parameters `own` by its d.
 
@@ -68,14 +81,7 @@ def residual_below(layers: tuple[Layer, ...], own: tuple[int, ...]) -> Residual:
 
     def residual(data: Any, x: jax.Array) -> list[jax.Array]:
         leaves, gradient, (z, known, below, d, size, floor) = data
-
-        def along(own_leaves: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
-            full, out = replaced(leaves, dict(zip(own, own_leaves, strict=True))), x
-            for layer in layers:
-                out = layer(full, out)
-            return jnp.vdot(d, out), out
-
-        slopes, out = jax.grad(along, has_aux=True)([leaves[k] for k in own])
+        slopes, out = gradients_below(layers, own, leaves, d, x)
         over = jnp.where(below, jnp.maximum(out - floor, 0.0), 0.0)
         away = [(a - gradient[k]) / _size(gradient[k]) for a, k in zip(slopes, own, strict=True)]
         return [jnp.where(known, out - z, over) / size, *away]
@@ -83,8 +89,9 @@ def residual_below(layers: tuple[Layer, ...], own: tuple[int, ...]) -> Residual:
     return residual
 
 
-def residual_of_loss(loss: Callable[..., jax.Array], tree: Any, count: int) -> Residual:
-    """Of the whole gradient, each array by its size; `count` arrays are the parameters', the rest the label's."""
+@functools.lru_cache(maxsize=32)
+def residual_of_loss(loss: Callable[..., jax.Array], tree: Any) -> Residual:
+    """Of the whole gradient, each array by its size; `tree` is that of the parameters and the label."""
 
     def residual(data: Any, x: jax.Array) -> list[jax.Array]:
         leaves, gradient = data

@@ -9,7 +9,6 @@ layer that is determined is ours [our choice].
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,8 +18,7 @@ import numpy as np
 
 from gdiff_jax.algebra import refine
 from gdiff_jax.algebra.descent import Descent, Open
-from gdiff_jax.algebra.layers import replaced
-from gdiff_jax.algebra.structure import Loss, Structure, entry_of, on_host, structure_of, wide
+from gdiff_jax.algebra.structure import Loss, entry_of, on_host, structure_of, wide
 from gdiff_jax.algebra.system import Level
 
 EXACT = 2e-3  # relative residual of the gradient, up to which an image explains it: nothing is left to search for
@@ -91,33 +89,24 @@ def solve(
         descent.run()
         if not check and descent.image is not None:
             return Solution(descent.image, np.nan, False, descent.open, tuple(descent.steps))
-        judge = functools.partial(_residual, structure, params, y, gradient, top)
-        return _finish(descent, judge, seed)
+        return _finish(descent, seed)
 
 
-def _residual(
-    structure: Structure, params: Any, y: Any, gradient: list[jax.Array], top: Level, x: np.ndarray
-) -> tuple[float, float]:
+def _residual(descent: Descent, x: np.ndarray) -> tuple[float, float]:
     """Relative, of the whole gradient but for its length, which clipping changes; and that factor.
 
     Where that is large, with the head's delta taken from the leak: of a confident network p - 1 has few digits left in float32,
     and the gradient as many.
     """
-    leaves, tree = wide(params), jax.tree.structure(params)
-    whole = jax.tree.leaves(structure.gradient(jax.tree.unflatten(tree, leaves), jnp.asarray(x), y))
-    off, scale = _misfit(whole, gradient)
+    structure, gradient, top, image = descent.structure, descent.gradient, descent.levels[0], jnp.asarray(x)
+    params, y = jax.tree.unflatten(descent.tree, descent.leaves)
+    whole = _misfit(jax.tree.leaves(structure.gradient(params, image, y)), gradient)
     layers = structure.layers[: top.at + 1]
     own = tuple(k for layer in layers for k in layer.leaves if k in structure.own)
-    if off <= EXACT or len(own) < len(gradient):
-        return off, scale
-
-    def along(some: list[jax.Array]) -> jax.Array:
-        out, full = jnp.asarray(x), replaced([*leaves, *wide(y)], dict(zip(own, some, strict=True)))
-        for layer in layers:
-            out = layer(full, out)
-        return jnp.vdot(jnp.asarray(top.d), out)
-
-    return min((off, scale), _misfit(jax.grad(along)([leaves[k] for k in own]), [gradient[k] for k in own]))
+    if whole[0] <= EXACT or len(own) < len(gradient):
+        return whole
+    slopes, _ = refine.gradients_below(layers, own, descent.leaves, jnp.asarray(top.d), image)
+    return min(whole, _misfit(slopes, [gradient[k] for k in own]))
 
 
 def _misfit(a: list[jax.Array], b: list[jax.Array]) -> tuple[float, float]:
@@ -128,13 +117,13 @@ def _misfit(a: list[jax.Array], b: list[jax.Array]) -> tuple[float, float]:
     return float(np.sqrt(off / dot(b, b))), float(scale)
 
 
-def _finish(descent: Descent, judge: Callable[[np.ndarray], tuple[float, float]], seed: int) -> Solution:
+def _finish(descent: Descent, seed: int) -> Solution:
     """The image where the descent reached it, else from its lowest levels; the one of least residual."""
     found = list[tuple[tuple[float, float], np.ndarray]]()
 
     def add(x: np.ndarray | None) -> bool:
         if x is not None and np.isfinite(x).all():
-            found.append((judge(x), x))
+            found.append((_residual(descent, x), x))
         return bool(found) and _best(found)[0][0] <= EXACT
 
     done = add(descent.image)
@@ -158,22 +147,17 @@ def _best(found: list[tuple[tuple[float, float], np.ndarray]]) -> tuple[tuple[fl
 
 def _polished(descent: Descent, x: np.ndarray) -> np.ndarray:
     """By Gauss-Newton on the whole gradient, which contracts from a good start where nothing jumps."""
-    residual = _residual_of_loss(descent.structure, descent.tree, len(descent.gradient))
+    residual = refine.residual_of_loss(descent.structure.loss, descent.tree)
     x, cost = refine.least_squares(residual, (list(descent.leaves), list(descent.gradient)), x, steps=8)
     descent.steps.append(f"all pixels from the whole gradient: sum of squares {cost:.1e}")
     return x
-
-
-@functools.lru_cache(maxsize=32)
-def _residual_of_loss(structure: Structure, tree: Any, count: int) -> refine.Residual:
-    return refine.residual_of_loss(structure.loss, tree, count)
 
 
 def _search(descent: Descent, add: Callable[[np.ndarray | None], bool], seed: int) -> bool:
     """The image from the lowest level below whose layer it is not determined, by one tolerance of constants after another."""
     layers, level = descent.structure.layers, descent.levels[-1]
     own = tuple(k for k in layers[level.at].leaves if k in descent.structure.own)
-    residual = _residual_below(descent.structure, level.at, own)
+    residual = refine.residual_below(layers[: level.at + 1], own)
     assert descent.hidden is not None
     start = 0.05 * np.random.default_rng(seed).normal(size=layers[0].shape)
     done = False
@@ -185,8 +169,3 @@ def _search(descent: Descent, add: Callable[[np.ndarray | None], bool], seed: in
         if done and cost < CONVERGED:
             break
     return done
-
-
-@functools.lru_cache(maxsize=32)
-def _residual_below(structure: Structure, index: int, own: tuple[int, ...]) -> refine.Residual:
-    return refine.residual_below(structure.layers[: index + 1], own)

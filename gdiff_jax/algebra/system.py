@@ -19,6 +19,7 @@ import numpy as np
 from gdiff_jax.algebra.layers import Layer, Leaves, Split
 
 ROUNDING = 2e-7  # of float32 arrays that are sums: relative to their root mean square
+SIZE = 1.0  # of a pixel or an activation, about: how large it is where nothing tells of it
 DENSE = 2048  # unknowns of the weakest directions that are solved together
 
 
@@ -49,13 +50,11 @@ class Solved(NamedTuple):
     Attributes:
       u: its estimate; 0 in the directions that nothing tells of.
       error: standard deviation of an entry, estimated.
-      basis: (n, rank) orthonormal, of the directions of u flat, or (rows, rank) of each channel's; None where all are solved.
       unknowns, equations: how many there are.
     """
 
     u: np.ndarray
     error: float
-    basis: np.ndarray | None
     unknowns: int
     equations: int
 
@@ -100,12 +99,17 @@ class System:
         return np.square(self.singular / self.std)
 
     @property
+    def unknowns(self) -> int:
+        return self.rows * self.channels
+
+    @functools.cached_property
     def output_precision(self) -> float:
         """Mean precision of an entry of u by the known outputs."""
         w = jnp.asarray(np.random.default_rng(2).normal(size=(self.rows, self.channels)))
         seen = np.where(self.level.known, self.linear(w), 0.0)
         return float(np.square(seen).sum() / w.size / self.level.error**2)
 
+    @functools.cached_property
     def equations(self) -> int:
         """How many there are, each direction of the gradient that says less than the outputs counted as none."""
         strong = int((self.precision >= max(1e-2 * self.output_precision, 1.0)).sum())
@@ -167,16 +171,14 @@ def system_of(layer: Layer, leaves: Leaves, gradient: Leaves, level: Level, spli
     return System(layer, leaves, level, split, matrix, right, left, singular, basis.T, std)
 
 
-def by_gradient(system: System, size: float) -> Solved:
-    """u by the gradient's equations alone, each direction shrunk as its noise demands; `size` is u's, root mean square."""
+def by_gradient(system: System) -> Solved:
+    """u by the gradient's equations alone, each direction shrunk as its rounding demands."""
     s = system.singular[: system.left.shape[1]]
-    weight = s / (np.square(s) + np.square(system.std / size))
+    weight = s / (np.square(s) + np.square(system.std / SIZE))
     x = system.basis[:, : len(s)] @ ((system.left[:, : len(s)].T @ system.right) * weight[:, None])
-    solid = system.singular > 10 * system.std / size
-    error = float(np.sqrt(np.mean(np.square(system.std / np.maximum(system.singular, system.std / size)))))
-    n = system.rows * system.channels
-    basis = None if solid.all() else system.basis[:, solid]
-    return Solved(system.as_input(x), error, basis, n, int(solid.sum()) * system.channels)
+    solid = system.singular > 10 * system.std / SIZE
+    error = float(np.sqrt(np.mean(np.square(system.std / np.maximum(system.singular, system.std / SIZE)))))
+    return Solved(system.as_input(x), error, system.unknowns, int(solid.sum()) * system.channels)
 
 
 class _Told(NamedTuple):
@@ -251,24 +253,23 @@ class _Solver:
         return np.asarray(_improved(s.layer, s.split, self.told, jnp.asarray(x), jnp.asarray(weights), factor))
 
 
-def by_both(system: System, size: float, lower: float) -> Solved:
-    """u by the gradient and the known outputs, and by u >= `lower` where the layer below can make no less.
+def by_both(system: System, non_negative: bool) -> Solved:
+    """u by the gradient and the known outputs, and by u >= 0 where the layer below can make no less.
 
     The entries below the bound say by how much the estimate errs; all that lie within that of it are pulled to it with that
     standard deviation, and so on until nothing is left below [our choice: an expectation over which entries are at the bound].
     """
     solver = _Solver(system)
-    n, bounded = system.rows * system.channels, bool(np.isfinite(lower))
-    weights = np.full((system.rows, system.channels), 1 / size**2)
+    weights = np.full((system.rows, system.channels), 1 / SIZE**2)
     x = solver(np.zeros_like(weights), weights)
     largest, error = np.abs(x).max(), 0.0
-    if bounded and lower == 0.0:
+    if non_negative:
         for _ in range(15):
             negative = x[x < 0]
             error = max(rms(negative), 1e-7 * largest)
-            weights = np.where(x < 1.5 * error, 1 / error**2, 1e-2 / size**2)
+            weights = np.where(x < 1.5 * error, 1 / error**2, 1e-2 / SIZE**2)
             before, x = x, solver(x, weights)
             if error <= 1.01e-7 * largest:
                 break
         error = float(np.abs(x - before).max())
-    return Solved(system.as_input(x), max(error, 5e-7 * largest), None, n, system.equations())
+    return Solved(system.as_input(x), max(error, 5e-7 * largest), system.unknowns, system.equations)

@@ -133,14 +133,12 @@ def _film(plan: Plan, dsg: DSG) -> list[np.ndarray]:
     shared = jax.device_put(trials.shared_arguments(plan, group), jax.local_devices()[0])
 
     @jax.jit
-    def problem_of(shared: trials.Shared, own: trials.Private, key: jax.Array) -> Problem:
-        out = trials.release(plan, group, shared, own, key)
-        labels = trials.guess_labels(plan, group, shared, own, out.leak)
-        return trials.problem_of(plan, group, shared, own, trials.attacker_match(plan, group, shared, own, out, labels))
+    def leaked(shared: trials.Shared, own: trials.Private) -> tuple[jax.Array, Problem]:
+        key, _, _, problem = trials.leaked(plan, group, shared, own)
+        return key, problem
 
-    alone = jax.tree.map(lambda a: jnp.asarray(a)[0], own)
-    k_noise, k_sample = jax.random.split(alone.key)
-    return film(k_sample, problem_of(shared, alone, k_noise), dsg.guidance_rate)
+    key, problem = leaked(shared, jax.tree.map(lambda a: jnp.asarray(a)[0], own))
+    return film(key, problem, dsg.guidance_rate)
 
 
 def _about(plan: Plan, question: Question) -> dict[str, Any]:

@@ -31,7 +31,10 @@ Chunks = dict[int, list[Trial]]  # by number
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A compiled group of trials: `run` takes `size` of them a device of the mesh at a time, in so many bytes a device."""
+    """A compiled group of trials: `run` takes `size` of them a device of the mesh at a time, in so many bytes a device.
+
+    A `Solver` compiles what it needs as it goes on; its `memory` is 0 here, and it says itself what a trial took.
+    """
 
     run: Any
     size: int
@@ -41,6 +44,10 @@ class Program:
     @property
     def at_a_time(self) -> int:
         return self.size * self.mesh.size
+
+    @property
+    def bytes_per_trial(self) -> float:
+        return self.run.bytes_per_trial if isinstance(self.run, Solver) else self.memory / self.size
 
 
 def compile_program(plan: Plan, mesh: Mesh, trial: Trial, most: int, memory_gib: float = 0.0) -> Program:
@@ -136,7 +143,7 @@ def describe(
                     "failed": failed,
                     "outcome": outcome or (Outcome.NOT_FINITE if failed else Outcome.FINISHED).name.lower(),
                     "seconds": round(float(seconds[j]), 4),
-                    "memory_mib": round(program.memory / program.size / 2**20, 1),
+                    "memory_mib": round(program.bytes_per_trial / 2**20, 1),
                     "row": j * plan.client.group + place,
                     "trial": j,
                     **({"how": str(result["how"][j])} if "how" in result else {}),

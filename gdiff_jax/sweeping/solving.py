@@ -16,7 +16,7 @@ from gdiff_jax import auto, parallel
 from gdiff_jax.auto import Auto, Candidate
 from gdiff_jax.methods import Problem
 from gdiff_jax.modules import digest
-from gdiff_jax.sweeping import trials
+from gdiff_jax.sweeping import memory, trials
 from gdiff_jax.sweeping.plan import Plan
 from gdiff_jax.sweeping.trials import Group, Private, Shared
 
@@ -30,12 +30,17 @@ class Solver:
     Attributes:
       fit: `size, program = fit(compile_for)`, for as many trials a device as its memory holds; called when a trial is first
         left unsolved, as searching for one is by far what needs most.
+      bytes_per_trial: of the largest program that has been compiled so far.
     """
 
     plan: Plan
     group: Group
     mesh: Mesh
     fit: Fit
+    bytes_per_trial: float = 0.0
+    _scorer: Any = None
+    _searcher: tuple[int, Any] | None = None
+    _exact: dict[str, Candidate] = dataclasses.field(default_factory=dict)  # by the leak
 
     def __call__(self, shared: Shared, own: Private) -> dict[str, Any]:
         method = self.plan.methods[self.group.method]
@@ -46,7 +51,7 @@ class Solver:
         images = np.stack([candidate.image for candidate in found])
         exact = np.array([candidate.exact for candidate in found])
         both = (own, *parallel.divide((images, exact), self.mesh))
-        result = self._known(shared, both) if exact.all() else self._searched(shared, both)
+        result = self._scored(shared, both) if exact.all() else self._searched(shared, both)
         return {**jax.device_get(result), "how": np.array([candidate.words for candidate in found])}
 
     def _candidate(self, method: Auto, key: jax.Array, problem: Problem) -> Candidate:
@@ -67,13 +72,19 @@ class Solver:
 
     @cached_property
     def _released(self) -> Any:
-        return jax.jit(lambda shared, own: trials.problem_released(self.plan, self.group, shared, own))
+        def released(shared: Shared, own: Private) -> tuple[jax.Array, Problem]:
+            key, _, _, problem = trials.leaked(self.plan, self.group, shared, own)
+            return key, problem
 
-    @cached_property
-    def _known(self) -> Any:
-        """Scores candidates, all of which are exact."""
-        method = lambda key, problem, image, exact: auto.alone(problem, image)
-        return jax.jit(parallel.map_trials(self._trial(method), self.mesh))
+        return jax.jit(released)
+
+    def _scored(self, shared: Shared, both: Any) -> Any:
+        """Candidates, all of which are exact, as results."""
+        if self._scorer is None:
+            known = lambda key, problem, image, exact: auto.alone(problem, image)
+            scoring = jax.jit(parallel.map_trials(self._trial(known), self.mesh))
+            self._scorer = self._noted(len(both[1]) // self.mesh.size, scoring.lower(shared, both).compile())
+        return self._scorer(shared, both)
 
     @cached_property
     def searching(self) -> Any:
@@ -81,16 +92,19 @@ class Solver:
         return jax.jit(parallel.map_trials(self._trial(None), self.mesh))
 
     def _searched(self, shared: Shared, both: Any) -> Any:
-        if self._program is None:
-            self._program = self.fit(lambda n: self.searching.lower(shared, self._rows(both, 0, n)).compile())
-        size, program = self._program
+        if self._searcher is None:
+            size, program = self.fit(lambda n: self.searching.lower(shared, self._rows(both, 0, n)).compile())
+            self._searcher = size, self._noted(size, program)
+        size, program = self._searcher
         count = len(both[1])
         starts = range(0, count, size * self.mesh.size)
         parts = [jax.device_get(program(shared, self._rows(both, start, size))) for start in starts]
         return jax.tree.map(lambda *a: np.concatenate(a)[:count], *parts)
 
-    _program: tuple[int, Any] | None = None
-    _exact: dict[str, Candidate] = dataclasses.field(default_factory=dict)
+    def _noted(self, size: int, program: Any) -> Any:
+        """A compiled program of so many trials a device, whose memory counts."""
+        self.bytes_per_trial = max(self.bytes_per_trial, memory.needed(program) / size)
+        return program
 
     def _rows(self, both: Any, start: int, size: int) -> Any:
         """So many trials a device from the start on, the last repeated."""

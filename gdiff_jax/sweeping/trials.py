@@ -237,22 +237,21 @@ def problem_of(plan: Plan, group: Group, shared: Shared, own: Private, match: Gr
     )
 
 
-def problem_released(plan: Plan, group: Group, shared: Shared, own: Private) -> tuple[jax.Array, Problem]:
-    """The key that the method of a trial draws from, and what its attacker has."""
+def leaked(plan: Plan, group: Group, shared: Shared, own: Private) -> tuple[jax.Array, Released, Any, Problem]:
+    """The key that a trial's method draws from, what its client lets out, the labels gone by, and what its attacker has."""
     k_noise, k_sample = jax.random.split(own.key)
     out = release(plan, group, shared, own, k_noise)
     guess = guess_labels(plan, group, shared, own, out.leak)
-    return k_sample, problem_of(plan, group, shared, own, attacker_match(plan, group, shared, own, out, guess))
+    match = attacker_match(plan, group, shared, own, out, guess)
+    return k_sample, out, guess, problem_of(plan, group, shared, own, match)
 
 
 def attack(plan: Plan, group: Group, shared: Shared, own: Private, method: Any = None) -> dict[str, Any]:
     """One trial: a client releases, an attacker reconstructs by `method` or the shared one, the result is scored."""
     method = method or shared.method
-    k_noise, k_sample = jax.random.split(own.key)
-    out = release(plan, group, shared, own, k_noise)
-    guess = guess_labels(plan, group, shared, own, out.leak)
-    match = attacker_match(plan, group, shared, own, out, guess)
-    x, info = method(k_sample, problem_of(plan, group, shared, own, match))
+    k_sample, out, guess, problem = leaked(plan, group, shared, own)
+    x, info = method(k_sample, problem)
+    match = problem.match
     if info.label_logits is not None:
         guess = jnp.argmax(info.label_logits, axis=-1).astype(own.labels.dtype)
         match = dataclasses.replace(match, label=guess)
@@ -265,6 +264,6 @@ def attack(plan: Plan, group: Group, shared: Shared, own: Private, method: Any =
         gradient_norm=l2(out.gradient, jax.tree.map(jnp.zeros_like, out.gradient)),
         noise_norm=l2(out.leak, out.gradient),
         leak_cosine=1 - cosine(out.leak, out.gradient),
-        distance=dataclasses.replace(match, distance=l2, weights=None)(x),
+        distance=match.in_l2()(x),
         label_accuracy=jnp.ones(()) if known else attacks.label_accuracy(jnp.atleast_1d(guess), own.labels),
     )
