@@ -8,7 +8,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["GDIFF_JAX_CACHE"] = tempfile.mkdtemp(prefix="gdiff-jax-priors-")
@@ -184,3 +184,41 @@ def small(tiny_prior: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         assert "images are recovered" in done.stdout
 
     return once(tmp_path_factory, "small-audit", make)
+
+
+# An audit by its call
+
+
+@pytest.fixture(scope="module")
+def prior(tiny_prior: Path) -> Prior:
+    """The tiny prior, loaded."""
+    from gdiff_jax.priors import load_prior
+
+    return load_prior(tiny_prior / "prior")
+
+
+@pytest.fixture(scope="module")
+def data(tiny_prior: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Six images, labelled 0 .. 5."""
+    with np.load(tiny_prior / "images.npz") as file:
+        return file["images"], file["labels"]
+
+
+@pytest.fixture
+def planned(monkeypatch: pytest.MonkeyPatch, prior: Prior) -> Callable[..., Any]:
+    """What would be run, of the arguments of an audit's call."""
+    from tiny import QUICK_AUDIT
+
+    from gdiff_jax.auditing import audit, call
+
+    monkeypatch.setattr(call, "run", lambda plan, *_: plan)
+    return lambda *arguments, **options: audit(*arguments, **{"prior": prior, **QUICK_AUDIT, **options})
+
+
+@pytest.fixture
+def attacks_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An audit without theory and film, which cost most of its time."""
+    from gdiff_jax.auditing import run
+
+    monkeypatch.setattr(run, "_theory", lambda *_: None)
+    monkeypatch.setattr(run, "_film", lambda *_: [])

@@ -11,7 +11,6 @@ import pytest
 from tiny import QUICK_AUDIT, Still, clipped, without_time
 
 import gdiff_jax as gd
-from gdiff_jax.auditing import call
 from gdiff_jax.auditing import run as auditing
 from gdiff_jax.mechanisms import Chain, Clip, GaussianNoise
 from gdiff_jax.methods import DPS, DSG, InvertingGradients
@@ -20,31 +19,6 @@ from gdiff_jax.sweeping.attackers import Attacker
 from gdiff_jax.sweeping.config import Client
 from gdiff_jax.theory.summary import summarise
 from gdiff_jax.victims import networks
-
-
-@pytest.fixture(scope="module")
-def prior(tiny_prior):
-    return gd.load_prior(tiny_prior / "prior")
-
-
-@pytest.fixture(scope="module")
-def data(tiny_prior):
-    """Six images, labelled 0 .. 5."""
-    with np.load(tiny_prior / "images.npz") as file:
-        return file["images"], file["labels"]
-
-
-@pytest.fixture
-def attacks_alone(monkeypatch):
-    monkeypatch.setattr(auditing, "_theory", lambda *_: None)
-    monkeypatch.setattr(auditing, "_film", lambda *_: [])
-
-
-@pytest.fixture
-def planned(monkeypatch, prior):
-    """What would be run, of the call's arguments."""
-    monkeypatch.setattr(call, "run", lambda plan, *_: plan)
-    return lambda *arguments, **options: gd.audit(*arguments, **{"prior": prior, **QUICK_AUDIT, **options})
 
 
 def test_the_call_and_the_command_find_the_same(small, prior, data):

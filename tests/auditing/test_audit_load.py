@@ -15,17 +15,10 @@ from tiny import MODELS, ROOT, audit_config
 
 from gdiff_jax import modules
 from gdiff_jax.auditing import load
-from gdiff_jax.auditing import run as auditing
 from gdiff_jax.auditing.load import audit_named
 from gdiff_jax.errors import ConfigError
 from gdiff_jax.matching import victim_gradient
 from gdiff_jax.options import replace
-
-
-@pytest.fixture
-def attacks_alone(monkeypatch):
-    monkeypatch.setattr(auditing, "_theory", lambda *_: None)
-    monkeypatch.setattr(auditing, "_film", lambda *_: [])
 
 
 @pytest.fixture

@@ -9,32 +9,12 @@ import pytest
 from tiny import QUICK_AUDIT, clipped
 
 import gdiff_jax as gd
-from gdiff_jax.auditing import call
 from gdiff_jax.mechanisms import GaussianNoise
 from gdiff_jax.methods import DSG
 from gdiff_jax.sweeping import run as engine
 from gdiff_jax.sweeping.attackers import Attacker
 from gdiff_jax.sweeping.config import Client
 from gdiff_jax.victims import networks
-
-
-@pytest.fixture(scope="module")
-def prior(tiny_prior):
-    return gd.load_prior(tiny_prior / "prior")
-
-
-@pytest.fixture(scope="module")
-def data(tiny_prior):
-    """Six images, labelled 0 .. 5."""
-    with np.load(tiny_prior / "images.npz") as file:
-        return file["images"], file["labels"]
-
-
-@pytest.fixture
-def planned(monkeypatch, prior):
-    """What would be run, of the call's arguments."""
-    monkeypatch.setattr(call, "run", lambda plan, *_: plan)
-    return lambda *arguments, **options: gd.audit(*arguments, **{"prior": prior, **QUICK_AUDIT, **options})
 
 
 @pytest.fixture(scope="module")
