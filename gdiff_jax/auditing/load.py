@@ -6,12 +6,14 @@ import contextlib
 import dataclasses
 import math
 import os
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from tqdm import tqdm
 
 from gdiff_jax import algebra, modules
 from gdiff_jax import images as image_files
@@ -51,11 +53,18 @@ def audit_named(config: AuditConfig) -> Audit:
             plan = with_analytic(plan)
         store = Store(Path(sweep.run.out), plan.identity)
         with contextlib.closing(store):
-            return run(plan, question, store, partial(_attack, config.run), _about(config, sweep, plan))
+            about = _about(config, sweep, plan)
+            return run(plan, question, store, partial(_attack, config.run), about, partial(_show, Path(config.run.out)))
 
 
-def _attack(options: Run, plan: Plan, store: Store) -> list[Row]:
-    rows = run_trials(plan, store, options.batch, options.memory_gib)
+def _show(folder: Path, audit: Audit) -> None:
+    """Of an audit that is not finished: the page, which can be opened, and the verdict."""
+    page = audit.report(folder)
+    tqdm.write(f"\nso far ({len(audit.attacks)} attacks): {audit.verdict()}\n{page}\n")
+
+
+def _attack(options: Run, plan: Plan, store: Store, after: Callable[[list[int]], None] | None) -> list[Row]:
+    rows = run_trials(plan, store, options.batch, options.memory_gib, after=after)
     print("theory, film and report ...")
     return rows
 

@@ -24,6 +24,7 @@ from gdiff_jax.sweeping.plan import Plan, VictimState
 from gdiff_jax.sweeping.records import MemoryStore, Row, Store
 from gdiff_jax.theory.summary import summarise
 
+PAUSE = 60.0  # seconds at least, between what is shown of an audit that is not finished
 BLIND_GUESS = 1e-4  # probability of a blind guess's success, where no candidates say it
 
 
@@ -69,8 +70,9 @@ def run(
     plan: Plan,
     question: Question,
     store: Store | MemoryStore,
-    attack: Callable[[Plan, Any], list[Row]],
+    attack: Callable[..., list[Row]],
     about: dict[str, Any],
+    show: Callable[[Audit], None] | None = None,
 ) -> Audit:
     """Attacks, measures, and says what came of it.
 
@@ -80,18 +82,55 @@ def run(
       store: of the trials' records.
       attack: rows of all trials of a plan into a store, such as `sweeping.run.run_trials` with its options bound.
       about: what the report says of the question beside what the plan does, such as the victim's name.
+      show: what is done meanwhile with the audit of what has finished, as soon as an attack has and then from time to time. It
+        holds neither theory nor film, and its `warnings()` say that more is to come.
     """
     started = time.time()
+    seconds = lambda: {"seconds": round(time.time() - started, 1)}
+    early = lambda done: _assemble(
+        plan, question, store, store.rows(done), {**about, **seconds(), "unfinished": True}, None, []
+    )
+    rows = attack(plan, store, after=_now_and_then(early, show) if show else None)
+    theory, frames = _theory(plan, question), _film(plan, question.film)
+    return _assemble(plan, question, store, rows, {**about, **seconds()}, theory, frames)
+
+
+def _now_and_then(early: Callable[[list[int]], Audit], show: Callable[[Audit], None]) -> Callable[[list[int]], None]:
+    """Shows what has finished when there is a first attack, and again when ten times as long as showing takes has passed."""
+    due = 0.0
+
+    def after(done: list[int]) -> None:
+        nonlocal due
+        started = time.time()
+        if started < due:
+            return
+        audit = early(done)
+        if audit.attacks:
+            show(audit)
+            due = time.time() + max(PAUSE, 10 * (time.time() - started))
+
+    return after
+
+
+def _assemble(
+    plan: Plan,
+    question: Question,
+    store: Store | MemoryStore,
+    rows: list[Row],
+    about: dict[str, Any],
+    theory: dict[str, Any] | None,
+    frames: list[np.ndarray],
+) -> Audit:
+    """The audit of these rows: of all that were asked for, or of those that have finished."""
     state, mechanism = audited(plan)
     known = plan.images_known
     kappa = 1 / candidate_count(question.candidates, plan.images) if known else BLIND_GUESS
-    found = gather(attack(plan, store), store)
-    guarantees = [guarantee_row(s, plan.guarantee(state.name, mechanism, s), kappa) for s in plan.sigmas[mechanism]]
-    theory, frames = _theory(plan, question), _film(plan, question.film)
-    told = {**_about(plan, question), **about, "seconds": round(time.time() - started, 1)}
+    levels = [s for s in plan.sigmas[mechanism] if any(row["sigma"] == s for row in rows)]
+    guarantees = [guarantee_row(s, plan.guarantee(state.name, mechanism, s), kappa) for s in levels]
     return assemble(
-        told, found, plan.images if known else None, candidates=question.candidates, mean_image=plan.prior.mean_image,
-        guarantees=guarantees, theory=theory, film=frames,
+        {**_about(plan, question), "num_images": len({row["image"] for row in rows}), **about}, gather(rows, store),
+        plan.images if known else None, candidates=question.candidates, mean_image=plan.prior.mean_image, guarantees=guarantees,
+        theory=theory, film=frames,
     )  # fmt: skip
 
 
@@ -147,7 +186,6 @@ def _about(plan: Plan, question: Question) -> dict[str, Any]:
         **about_run(plan.prior),
         "victim": state.name,
         "parameters": int(plan.size(state.name)),
-        "num_images": len(plan.images),
         "group": plan.client.group,
         "seeds": plan.seeds,
         "seed": plan.seed,

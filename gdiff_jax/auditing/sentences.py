@@ -133,6 +133,11 @@ def _verdict_without_truth(record: AuditRecord) -> list[str]:
 def warnings(record: AuditRecord) -> list[str]:
     """Signs that the figures mislead, each a sentence or two."""
     signs = []
+    if record.about.get("unfinished"):
+        signs.append(
+            f"This audit is not finished: {len(record.attacks)} attacks are done, and the figures are of these alone. The page "
+            "is written again as more finish; the same command goes on with one that was ended."
+        )
     failed = sum(r["failed"] for r in record.attacks)
     if failed:
         signs.append(

@@ -181,6 +181,7 @@ def run_trials(
     memory_gib: float = 0.0,
     mesh: Mesh | None = None,
     progress: bool = True,
+    after: Callable[[list[int]], None] | None = None,
 ) -> list[Row]:
     """Runs what is not done yet, chunk by chunk, and returns the rows of all trials.
 
@@ -191,6 +192,7 @@ def run_trials(
       memory_gib: of a device, or of all of a CPU; 0 is what there is.
       mesh: of the devices to use, all of this process if None.
       progress: say what is done, and show a bar.
+      after: called with the numbers of the finished chunks, whose rows `store` has, whenever there is one more, but not the last.
 
     Raises:
       ConfigError: where one trial does not fit into the memory, or the store is another run's.
@@ -208,7 +210,11 @@ def run_trials(
     count = sum(len(chunks[k]) for k in mine)
     with tqdm(total=count, unit="trial", smoothing=0.1, disable=not count or not first or not progress) as bar:
         make = lambda trial: compile_program(plan, mesh, trial, most, memory_gib)
-        _run_chunks(plan, {k: chunks[k] for k in mine}, store, make, bar)
+        done = [k for k in chunks if k not in todo]
+        for k in _run_chunks(plan, {k: chunks[k] for k in mine}, store, make, bar):
+            done.append(k)
+            if after and len(done) < len(chunks):
+                after(done)
     if isinstance(store, Store) and jax.process_count() > 1:
         processes.wait_for_all(store, len(chunks))
     return store.rows(chunks)
@@ -225,8 +231,10 @@ def _say(chunks: Chunks, todo: list[int], damaged: list[int], store: Store | Mem
         print(f"computed again, because damaged or of another version: {len(damaged)} chunks ({some})")
 
 
-def _run_chunks(plan: Plan, chunks: Chunks, store: Store | MemoryStore, make: Callable[[Trial], Program], bar: tqdm) -> None:
-    """Computes and saves these chunks; `make` compiles the program of a trial's group."""
+def _run_chunks(
+    plan: Plan, chunks: Chunks, store: Store | MemoryStore, make: Callable[[Trial], Program], bar: tqdm
+) -> Iterator[int]:
+    """Computes and saves these chunks, and says the number of each; `make` compiles the program of a trial's group."""
     compiler = ThreadPoolExecutor(1)
     try:
         programs = compile_ahead(compiler, make, [chunk[0] for chunk in chunks.values()])
@@ -241,6 +249,7 @@ def _run_chunks(plan: Plan, chunks: Chunks, store: Store | MemoryStore, make: Ca
             for k, rows, arrays in compute(plan, programs[group.title].result(), {k: chunks[k] for k in numbers}):
                 store.save(k, [{"chunk": k, **row} for row in rows], arrays)
                 bar.update(len(chunks[k]))
+                yield k
     finally:
         compiler.shutdown(wait=False, cancel_futures=True)
 

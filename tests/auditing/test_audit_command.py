@@ -73,3 +73,21 @@ def assert_one_line(text, words):
     assert text.startswith("error: ")
     assert words in text
     assert len(text.strip().splitlines()) == 1
+
+
+def test_what_has_finished_is_shown_meanwhile(tiny_prior, tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(load, "_show", lambda folder, audit: shown.append((folder, audit)))
+    monkeypatch.setattr(run, "PAUSE", 0.0)
+    cheap = dict(victim=f"{MODELS}:mlp", methods=("analytic",), batch=2)
+    final = audit_named(audit_config(tiny_prior, tmp_path / "out", sigma_grid=(0.0, 0.1, 1.0), **cheap))
+    assert shown
+    folder, first = shown[0]
+    assert folder == tmp_path / "out"
+    assert 0 < len(first.attacks) < len(final.attacks)
+    of_both = {(r["sigma"], r["image"], r["seed"]): r["psnr"] for r in final.attacks}
+    assert all(of_both[r["sigma"], r["image"], r["seed"]] == r["psnr"] for r in first.attacks)
+    assert first.about["num_images"] == len({r["image"] for r in first.attacks})
+    assert f"{len(first.attacks)} attacks are done" in first.warnings()[0]
+    assert first.report(tmp_path / "page").read_text().count("not finished") == 1
+    assert not any("not finished" in line for line in final.warnings())
