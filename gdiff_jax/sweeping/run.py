@@ -192,7 +192,7 @@ def run_trials(
       memory_gib: of a device, or of all of a CPU; 0 is what there is.
       mesh: of the devices to use, all of this process if None.
       progress: say what is done, and show a bar.
-      after: called with the numbers of the finished chunks, whose rows `store` has, whenever there is one more, but not the last.
+      after: called with the numbers of the finished chunks, whose rows `store` has, whenever there is one more of several.
 
     Raises:
       ConfigError: where one trial does not fit into the memory, or the store is another run's.
