@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
+from gdiff_jax.forward import jvp
 from gdiff_jax.mechanisms import Gradient, Mechanism
 from gdiff_jax.pytrees import pytree, static
 
@@ -97,7 +98,7 @@ def victim_gradient(loss: Loss, params: Any, x: Any, y: Any) -> Gradient:
 @at_full_precision
 def mixed_partial(loss: Loss, params: Any, x: Any, y: Any, v: Gradient) -> Any:
     """grad_x <v, grad_W L(W, x, y)> for a fixed v shaped as the parameters; shape of x, which may be a pytree."""
-    return jax.jvp(lambda p: jax.grad(loss, argnums=1)(p, x, y), (params,), (v,))[1]
+    return jvp(lambda p: jax.grad(loss, argnums=1)(p, x, y), params, v)
 
 
 def released(client: Client | None, loss: Loss, params: Any, x: Any, y: Any) -> Gradient:

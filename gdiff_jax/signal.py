@@ -11,6 +11,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from gdiff_jax.forward import jvp
 from gdiff_jax.matching import GradientMatching, as_compared, at_full_precision, l2, mixed_partial, squared_l2, victim_gradient
 from gdiff_jax.pytrees import pytree, static
 from gdiff_jax.samplers.base import Share
@@ -65,7 +66,7 @@ class NoiseCalibration:
         """|| J u ||^2 of what the match compares, at an image x0 along a direction u, both (H, W, C)."""
         m = self.match
         compared = lambda x: as_compared(m, victim_gradient(m.loss, m.params, x, m.label))
-        change = jax.jvp(compared, (x0,), (direction,))[1]
+        change = jvp(compared, x0, direction)
         return squared_l2(change, jax.tree.map(jnp.zeros_like, change))
 
     @at_full_precision

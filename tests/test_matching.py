@@ -10,6 +10,7 @@ import pytest
 from gdiff_jax import GaussianNoise, GradientMatching, LocalSGD, cosine, l2, squared_l2, victim_gradient
 from gdiff_jax.conv import conv_victim
 from gdiff_jax.matching import equal_layers, l1
+from gdiff_jax.theory import jacobian
 
 
 def clipped_l2(gradient, leak):
@@ -33,6 +34,24 @@ def convnet_loss(params, x, y):
     """A convolution of stride 2, a sigmoid, a dense layer."""
     h = jax.nn.sigmoid(conv_victim(x[None], params["kernel"], 2, ((1, 1), (1, 1))))
     return -jax.nn.log_softmax(params["w"] @ h.ravel())[y]
+
+
+@jax.custom_vjp
+def tanh_in_reverse(h):
+    """tanh with a rule of its own, of which JAX takes no forward derivative."""
+    return jnp.tanh(h)
+
+
+tanh_in_reverse.defvjp(lambda h: (jnp.tanh(h), h), lambda h, g: (g * (1 - jnp.square(jnp.tanh(h))),))
+
+
+def custom_loss(params, x, y):
+    h = tanh_in_reverse(params["w1"] @ tanh_in_reverse(x).ravel() + params["b1"])
+    return -jax.nn.log_softmax(params["w2"] @ h)[y]
+
+
+def plain_loss(params, x, y):
+    return mlp_loss(params, jnp.tanh(x), y)
 
 
 SHAPES = {"mlp": {"w1": (5, 16), "b1": (5,), "w2": (3, 5)}, "convnet": {"kernel": (3, 3, 1, 4), "w": (3, 16)}}
@@ -306,3 +325,17 @@ def test_leaves_get_independent_noise() -> None:
 def test_keys_give_other_noise() -> None:
     g = jnp.zeros(50)
     assert not np.any(np.asarray(GaussianNoise(1.0)(jax.random.key(6), g) == GaussianNoise(1.0)(jax.random.key(7), g)))
+
+
+@pytest.mark.usefixtures("x64")
+def test_a_loss_with_a_custom_vjp_has_the_derivatives_of_the_plain_one():
+    match, x = make_match("mlp"), candidate()
+    with pytest.raises(TypeError, match="custom_vjp"):
+        jax.jvp(lambda x: custom_loss(match.params, x, match.label), (x,), (x,))
+    custom, plain = (dataclasses.replace(match, loss=loss) for loss in (custom_loss, plain_loss))
+    for a, b in zip(*(jax.jit(jax.value_and_grad(m))(x) for m in (custom, plain)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-12)
+    v = candidate()[::-1]
+    along = [jax.jit(jacobian.push, static_argnums=0)(m.loss, m.params, x, m.label, v) for m in (custom, plain)]
+    for name in along[0]:
+        np.testing.assert_allclose(along[0][name], along[1][name], rtol=1e-11, atol=1e-14)

@@ -33,7 +33,7 @@ from gdiff_jax.sweeping.plan import Plan, VictimState
 from gdiff_jax.sweeping.records import MemoryStore, Store
 from gdiff_jax.sweeping.run import run_trials
 from gdiff_jax.victims import Victim
-from gdiff_jax.victims.checks import check_gradients, check_loss
+from gdiff_jax.victims.checks import check_gradients, check_loss, of_one_image
 from gdiff_jax.victims.own import find_first_dense, fingerprint, own_victim
 
 if TYPE_CHECKING:
@@ -70,8 +70,8 @@ def audit(
 
     Args:
       loss: scalar `loss(params, x, y)` of one image x (H, W, C) in [-1, 1], pure, twice differentiable almost everywhere; of
-        images (B, H, W, C) and labels (B, ...) where the client has several. Or a `Victim`, of which an attacker can also
-        infer labels.
+        images (B, H, W, C) and labels (B, ...) where the client has several. One that takes such batches alone is called with
+        a batch of one. Or a `Victim`, of which an attacker can also infer labels.
       params: the model's parameters, any pytree of floating arrays.
       images: private images (N, H, W, C) of the prior's shape, uint8 or floating in [-1, 1]; ten or more for useful intervals.
       labels: (N, ...), whatever the loss takes for y.
@@ -182,6 +182,7 @@ def _victim(loss: Loss | Victim, params: Any, x: np.ndarray, y: Any, attacker: A
         checks.check_classes(y, loss.num_classes, attacker.knowledge.labels != "known")
         check_loss(loss.loss, params, *_first((x, y), client))
     else:
+        loss = of_one_image(loss, params, *_first((x, y), client)) if client.group == 1 else loss
         check_loss(loss, params, *_first((x, y), client))
         victim, params = own_victim(loss, params, _classes(y))
     if client.group == 1 and not victim.has_batch_norm:

@@ -21,7 +21,7 @@ from gdiff_jax.sweeping import checks
 from gdiff_jax.sweeping.config import PriorOptions, PrivateImages, SweepConfig
 from gdiff_jax.sweeping.plan import Plan, VictimState
 from gdiff_jax.victims import Victim, checkpoints, own, zoo
-from gdiff_jax.victims.checks import check_loss
+from gdiff_jax.victims.checks import check_loss, of_one_image
 
 PROXY_SAMPLES = 16  # of the prior, for the statistics of BatchNorms
 DISTANCES: dict[str, Distance] = {"l2": l2, "cosine": cosine, "l1": l1}
@@ -52,12 +52,14 @@ def load(config: SweepConfig, images_known: bool = True) -> Plan:
     shape, classes = prior.image_shape, config.private.num_classes
     data = load_private(config.private, config.prior.prior, shape) if images_known else _unknown_image(config.private, shape)
     images, labels = image_files.to_model(data.images), np.asarray(data.labels)
-    victims, own_params, hashes = _load_victims(config.victims.victims, shape, classes, images[0], labels[0])
+    group = config.client.group
+    first = (images[0], labels[0]) if group == 1 else (images[:group], labels[:group])
+    victims, own_params, hashes = _load_victims(config.victims.victims, shape, classes, *first)
     calibrated = not checks.hindrances(
         METHODS["calibrated-mean"], config.attacker, config.client, config.attacks.distance, mechanisms
     )
     methods = config.attacks.make(config.attacker.knowledge.labels == "joint", calibrated)
-    _check_fits(methods, victims, config.client.group)
+    _check_fits(methods, victims, group)
     params, trained = _load_params(config, victims, own_params)
     normed = any(victim.has_batch_norm for victim in victims.values())
     plan = Plan(
@@ -147,16 +149,18 @@ def _unknown_image(private: PrivateImages, shape: tuple[int, int, int]) -> image
 def _load_victims(
     names: tuple[str, ...], shape: tuple[int, int, int], num_classes: int, image: np.ndarray, label: Any
 ) -> tuple[dict[str, Victim | own.OwnVictim], dict[str, Any], dict[str, str]]:
-    """Victims by name; the weights of those of the user's own, checked at an image; hashes of their losses."""
+    """Victims by name; the weights of those of the user's own, checked at an image or a group; hashes of their losses."""
     victims: dict[str, Victim | own.OwnVictim] = {}
     params, hashes = {}, {}
     for name in names:
         try:
             if own.is_own(name):
                 victim, params[name] = own.load_own(name, num_classes)
+                if image.ndim == 3:
+                    victim = dataclasses.replace(victim, loss=of_one_image(victim.loss, params[name], image, label))
                 check_own_loss(name, victim, params[name], image, label)
                 hashes[f"{name} loss"] = own.fingerprint(victim.loss, params[name], image, label)
-                victims[name] = own.find_first_dense(victim, params[name], shape, label)
+                victims[name] = own.find_first_dense(victim, params[name], shape, label) if image.ndim == 3 else victim
             else:
                 victims[name] = zoo.make_victim(name, shape, num_classes)
         except ConfigError:

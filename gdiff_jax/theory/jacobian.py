@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from gdiff_jax.forward import jvp
 from gdiff_jax.matching import Loss, at_full_precision, mixed_partial, victim_gradient
 from gdiff_jax.mechanisms import Gradient
 
@@ -31,7 +32,7 @@ class Estimate(NamedTuple):
 @at_full_precision
 def push(loss: Loss, params: Any, x: jax.Array, y: jax.Array, v: jax.Array) -> Gradient:
     """J v for a direction v shaped as x; shaped as params."""
-    return jax.jvp(lambda x: victim_gradient(loss, params, x, y), (x,), (v,))[1]
+    return jvp(lambda x: victim_gradient(loss, params, x, y), x, v)
 
 
 def gram_vector(loss: Loss, params: Any, x: jax.Array, y: jax.Array, v: jax.Array) -> jax.Array:

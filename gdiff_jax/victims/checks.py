@@ -32,8 +32,8 @@ def check_loss(loss: Loss, params: Any, x: Any, y: Any) -> None:
     except Exception as error:  # whatever the user's function raises
         text = " ".join(str(error).split())[:300]
         raise ValueError(
-            f"loss(params, x, y) failed for an image x {x.shape} and y {jax.tree.map(jnp.shape, y)}: "
-            f"{type(error).__name__}: {text}"
+            f"loss(params, x, y) failed for an image x {x.shape} and y {jax.tree.map(jnp.shape, y)}, and as that of a batch "
+            f"of it: {type(error).__name__}: {text}"
         ) from error
     if getattr(out, "shape", None) != () or not jnp.issubdtype(out.dtype, jnp.floating):
         raise ValueError(f"loss returns {out}; a floating scalar is needed: take the mean over the batch and the classes")
@@ -45,6 +45,26 @@ def check_loss(loss: Loss, params: Any, x: Any, y: Any) -> None:
         raise ValueError("the loss's gradient is zero at the first image: nothing leaks, or the loss ignores params")
     if float(answer) == 0:
         raise ValueError("the gradient does not depend on the image; does the loss round, or stop gradients of x?")
+
+
+def of_one_image(loss: Loss, params: Any, x: Any, y: Any) -> Loss:
+    """The loss itself, or, of one that takes a batch alone, (1, H, W, C) and (1, ...), that of a batch of the one image.
+
+    Which it is is found by its shapes at an image x (H, W, C) and its label y: nothing is computed.
+    """
+
+    def of_batch(params: Any, x: Any, y: Any) -> Any:
+        return loss(params, x[None], jax.tree.map(lambda a: a[None], y))
+
+    x, y = jnp.asarray(x), jax.tree.map(jnp.asarray, y)
+    return of_batch if not _is_scalar(loss, params, x, y) and _is_scalar(of_batch, params, x, y) else loss
+
+
+def _is_scalar(loss: Loss, params: Any, x: Any, y: Any) -> bool:
+    try:
+        return getattr(jax.eval_shape(loss, params, x, y), "shape", None) == ()
+    except Exception:  # whatever the user's function raises: `check_loss` tells of it
+        return False
 
 
 def check_gradients(loss: Loss, params: Any, x: Any, y: Any) -> None:

@@ -100,6 +100,30 @@ def test_a_loss_that_cannot_be_attacked_is_refused(loss, params, words):
         checks.check_loss(loss, {"w": params}, IMAGE, LABEL)
 
 
+def loss_of_a_batch(params, x, y):
+    assert x.ndim == 4
+    assert y.ndim == 1
+    logits = x.reshape(len(x), -1) @ params["w"]
+    return -jnp.take_along_axis(jax.nn.log_softmax(logits), y[:, None], 1).mean()
+
+
+def test_a_loss_that_takes_a_batch_alone_is_called_with_a_batch_of_one():
+    params = dense(27)
+    x, y = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, (3, 3, 3)), jnp.float32), jnp.asarray(1)
+    loss = checks.of_one_image(loss_of_a_batch, params, x, y)
+    checks.check_loss(loss, params, x, y)
+    assert float(loss(params, x, y)) == pytest.approx(-float(jax.nn.log_softmax(x.reshape(-1) @ params["w"])[1]), rel=1e-6)
+    assert loss(params, x, y) == loss_of_a_batch(params, x[None], y[None])
+
+
+def test_a_loss_of_one_image_or_of_neither_stays_what_it_is():
+    x, y = jnp.zeros((3, 3, 3)), jnp.asarray(1)
+    either = lambda params, x, y: (x.reshape(-1, 27) @ params["w"]).sum()
+    assert checks.of_one_image(either, dense(27), x, y) is either
+    vector = lambda params, x, y: x.reshape(-1, 27) @ params["w"]
+    assert checks.of_one_image(vector, dense(27), x, y) is vector
+
+
 def test_images_without_a_finite_gradient_are_named():
     loss = lambda p, x, y: jnp.where(y == 0, 1.0, jnp.inf) * (p["w"] * x.sum()).sum()
     images, labels = np.stack([IMAGE] * 3), np.arange(3)
