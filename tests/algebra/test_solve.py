@@ -49,6 +49,18 @@ def test_a_clipped_gradient_is_solved_as_well():
     assert solution.steps[-1] == "the leak is 0.01 times the gradient of that image"
 
 
+def test_batch_norms_with_constant_statistics_are_affine():
+    """As in evaluation: of public images, say, which are not the private one's own."""
+    victim = victims.cnn(SHAPE, CLASSES, channels=(12, 24), norm="batch")
+    params = victim.init(jax.random.key(1))
+    public = jnp.asarray(np.random.default_rng(1).uniform(-1, 1, (5, *SHAPE)), jnp.float32)
+    y = (LABEL, victim.batch_statistics(params, public))
+    leak = jax.device_get(jax.jit(jax.grad(victim.loss_replaced_statistics))(params, jnp.asarray(IMAGE), y))
+    solution = algebra.solve(victim.loss_replaced_statistics, params, leak, SHAPE, y)
+    assert solution.exact, solution
+    assert psnr(solution.image) > 100, solution
+
+
 def test_what_is_left_open_is_named():
     """Few channels: the part that is determined is right, and the inequalities hold at the truth."""
     victim = victims.cnn(SHAPE, CLASSES, channels=(3, 12))
