@@ -113,7 +113,7 @@ def scores(config: CalibrationConfig, plans: dict[str, Plan]) -> list[Score]:
     for victim, setting in itertools.product(config.victims, config.settings()):
         sweep = config.sweep(victim, setting)
         plan = with_attacks(plans[victim], sweep.attacks)
-        for row in run_trials(plan, Store(Path(sweep.run.out), plan.identity), sweep.run.batch):
+        for row in run_trials(plan, Store(Path(sweep.run.out), plan.identity, plan.reading), sweep.run.batch):
             if row["method"] == setting.method:
                 psnr, ssim = (float("nan") if row["failed"] else round(row[k], 3) for k in ("psnr", "ssim"))
                 trials.append(Score(prior, victim, *setting, row["sigma"], row["image"], psnr, ssim, row["seconds"]))

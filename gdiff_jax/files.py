@@ -1,8 +1,9 @@
-"""Files that are whole or not there, and the folder of what may be made again."""
+"""Files that are whole or not there, the folder of what may be made again, and lines with the names of files."""
 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,3 +24,9 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
 def cache_folder() -> Path:
     """The environment's GDIFF_JAX_CACHE, or gdiff_jax in the user's cache folder."""
     return Path(os.environ.get("GDIFF_JAX_CACHE") or Path.home() / ".cache" / "gdiff_jax").absolute()
+
+
+def say(text: str) -> None:
+    """Prints a line, whatever the names of files in it are: what the terminal's encoding lacks is written out in escapes."""
+    encoding = sys.stdout.encoding or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding))

@@ -405,6 +405,31 @@ def test_sub_folders_train_and_validation_are_splits_not_classes(tmp_path):
     assert [len(part) for part in load_split(str(tmp_path), 4)] == [2, 1]
 
 
+def test_splits_of_other_names_within_a_wrapper_are_held_out_as_they_lie(tmp_path):
+    for i, name in enumerate(("Train/x/0.png", "Train/y/1.png", "Validation/y/2.png")):
+        write_picture(tmp_path / "photos" / name, np.full((4, 4, 3), i, np.uint8))
+    train, heldout = load_split(str(tmp_path), 4, channels=1)
+    assert [part.images.tolist() for part in (train, heldout)] == [[[[[k]] * 4] * 4 for k in ks] for ks in ((0, 1), (2,))]
+    assert [part.labels.tolist() for part in (train, heldout)] == [[0, 1], [1]]
+
+
+@pytest.mark.parametrize("suffix", [".ZIP", ".NPZ", ".TAR.GZ"])
+def test_endings_in_capitals(tmp_path, suffix):
+    write_picture(tmp_path / "set" / "a.png", pixels(4, 4))
+    shutil.make_archive(str(tmp_path / "set"), "zip", tmp_path / "set")
+    np.savez(tmp_path / "set.npz", images=pixels(1, 4, 4))
+    write_archive(tmp_path, "tar", batches=("test_batch",))[0].rename(tmp_path / "set.tar.gz")
+    (tmp_path / f"set{suffix.lower()}").rename(tmp_path / f"SET{suffix}")
+    assert len(load_images(tmp_path / f"SET{suffix}")) == (2 if suffix == ".TAR.GZ" else 1)
+
+
+def test_a_part_of_a_set_is_its_head(tmp_path):
+    np.savez(tmp_path / "set.npz", images=pixels(3, 4, 4), labels=[2, 1, 0])
+    whole, part = (load_images(tmp_path / "set.npz", count=count) for count in (None, 2))
+    assert part.sha256 == whole.take(slice(2)).sha256
+    assert len(load_images(tmp_path / "set.npz", count=9)) == 3
+
+
 def test_a_broken_zip_is_refused_by_name(tmp_path):
     (tmp_path / "x.zip").write_bytes(b"PK\x03\x04 no")
     with pytest.raises(ValueError, match=r"x\.zip cannot be read as a \.zip file"):

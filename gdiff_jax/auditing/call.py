@@ -34,6 +34,7 @@ from gdiff_jax.sweeping.records import MemoryStore, Store
 from gdiff_jax.sweeping.run import run_trials
 from gdiff_jax.victims import Victim
 from gdiff_jax.victims.checks import check_gradients, check_loss, of_one_image
+from gdiff_jax.victims.label_range import check_label_range
 from gdiff_jax.victims.own import find_first_dense, fingerprint, own_victim
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def audit(
     labels: Any,
     *,
     prior: str | os.PathLike[str] | Prior = "cifar10-32",
-    sigmas: Sequence[float] = DEFAULT_SIGMAS,
+    sigma_grid: Sequence[float] = DEFAULT_SIGMAS,
     mechanism: Callable[[Any], Mechanism] = GaussianNoise,
     methods: Sequence[str | Method] = (),
     attacker: str | Attacker = "informed",
@@ -63,6 +64,7 @@ def audit(
     batch: int = 8,
     folder: str | Path | None = None,
     progress: bool = True,
+    sigmas: Sequence[float] | None = None,
 ) -> Audit:
     """How much of private images comes back from their gradients in a model, over noise levels.
 
@@ -73,10 +75,12 @@ def audit(
         images (B, H, W, C) and labels (B, ...) where the client has several. One that takes such batches alone is called with
         a batch of one. Or a `Victim`, of which an attacker can also infer labels.
       params: the model's parameters, any pytree of floating arrays.
-      images: private images (N, H, W, C) of the prior's shape, uint8 or floating in [-1, 1]; ten or more for useful intervals.
-      labels: (N, ...), whatever the loss takes for y.
+      images: private images (N, H, W, C) of the prior's shape, channels last; uint8, other integers in 0..255, or floating in
+        [-1, 1]. Floats without one below 0 are refused, for they are nearly always [0, 1]. Ten or more for useful intervals.
+      labels: (N, ...), whatever the loss takes for y: an array, a list of numbers, or a pytree of arrays. Classes count from 0;
+        where the loss takes them as an index, those that it does not have are refused.
       prior: a name, folder or hub id for `load_prior`, or a `Prior`.
-      sigmas: noise levels, the standard deviations that `mechanism` is made with, in units of the gradient.
+      sigma_grid: noise levels, the standard deviations that `mechanism` is made with, in units of the gradient.
       mechanism: what happens to the gradient at a level, such as `lambda s: Chain((Clip(1.0), GaussianNoise(s)))`.
       methods: attacks, by name or as objects of `gdiff_jax.methods`. Without, `calibrated-mean`, which comes closest to the
         truth, `dsg`, by which more images are recognised (benchmarks/results/calibration.md), and `analytic` and
@@ -96,6 +100,7 @@ def audit(
       folder: where the trials' records are kept; called again with the same arguments, an audit goes on from there. Of several
         processes each calls alike, with a folder that all see. None keeps nothing.
       progress: say what is done and show a bar.
+      sigmas: another name of `sigma_grid`.
 
     Returns:
       An `Audit`: its repr is the verdict; `plot()`, `report(folder)`, `to_json()`.
@@ -108,6 +113,7 @@ def audit(
         x = checks.images_of("images", images, prior.image_shape)
         y = checks.labels_of(labels, len(x))
         others = _candidates(candidates, x)
+        sigmas = _one_grid(sigma_grid, sigmas)
         checks.check_numbers(sigmas, seed, threshold, share, delta, seeds=seeds, steps=steps, batch=batch)
         need(steps <= len(prior.betas), f"steps {steps}: the prior was trained with {len(prior.betas)}; ask for fewer")
         attacker = checks.attacker_of(attacker)
@@ -132,6 +138,11 @@ def audit(
         question = Question(others, threshold, share, film=dsg if isinstance(dsg, DSG) else DSG())
         with contextlib.closing(store):  # a notebook that keeps a traceback keeps the store in it, and its lock
             return run(plan, question, store, attack, about)
+
+
+def _one_grid(sigma_grid: Sequence[float], sigmas: Sequence[float] | None) -> Sequence[float]:
+    need(sigmas is None or sigma_grid is DEFAULT_SIGMAS, "sigma_grid and sigmas are two names of one argument; give one")
+    return sigma_grid if sigmas is None else sigmas
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,6 +194,7 @@ def _victim(loss: Loss | Victim, params: Any, x: np.ndarray, y: Any, attacker: A
         check_loss(loss.loss, params, *_first((x, y), client))
     else:
         loss = of_one_image(loss, params, *_first((x, y), client)) if client.group == 1 else loss
+        check_label_range(loss, params, _first(x, client), y)
         check_loss(loss, params, *_first((x, y), client))
         victim, params = own_victim(loss, params, _classes(y))
     if client.group == 1 and not victim.has_batch_norm:

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -45,35 +46,94 @@ def prior_of(prior: str | os.PathLike[str] | Prior) -> Prior:
 
 
 def images_of(name: str, images: Any, shape: tuple[int, int, int]) -> np.ndarray:
-    """The images of an argument as (N, H, W, C) float32 in [-1, 1]."""
-    array = np.asarray(images)
+    """The images of an argument as (N, H, W, C) float32 in [-1, 1]; of one channel (N, H, W) too."""
+    array = _array(name, images)
+    if array.ndim == 3 and shape[-1] == 1 and array.shape[1:] == shape[:2]:
+        array = array[..., None]
+    whole = f"(N, {', '.join(map(str, shape))})"
+    remedy = image_files.layout_remedy(array.shape) or _channels_remedy(array.shape, shape) or "resize them"
+    need(array.shape[1:] == shape and len(array) > 0, f"{name} are {array.shape}, {whole} is needed by this prior; {remedy}")
+    number = array.dtype.kind in "iub" or jax.numpy.issubdtype(array.dtype, jax.numpy.floating)
+    need(number, f"{name} are {array.dtype}; give uint8, or floats in [-1, 1]")
+    try:
+        if array.dtype.kind in "iub":
+            return image_files.to_model(image_files.to_bytes(array))
+        floats = image_files.from_floats(array)
+    except ValueError as error:
+        raise ConfigError(f"{name} {error}") from None
+    if np.abs(floats).max() <= 0.5:
+        warnings.warn(
+            f"{name} reach from {floats.min():.3g} to {floats.max():.3g} in the range [-1, 1], which is half the contrast at "
+            "most; if they are [0, 1] minus 0.5, give 2 * x",
+            stacklevel=4,
+        )
+    return floats
+
+
+def _channels_remedy(given: tuple[int, ...], wanted: tuple[int, int, int]) -> str:
+    if given[1:-1] != wanted[:2] or len(given) != 4:
+        return ""
+    grey = given[-1] == 1
+    return "np.repeat(images, 3, -1) makes three channels of one" if grey else "make them grey: images.mean(-1)[..., None]"
+
+
+def _array(name: str, values: Any) -> np.ndarray:
+    """What NumPy makes of an argument."""
     need(
-        array.ndim == 4 and array.shape[1:] == shape and len(array) > 0,
-        f"{name} are {array.shape}, (N, {', '.join(map(str, shape))}) is needed by this prior; resize them",
+        not isinstance(values, str | os.PathLike),
+        f"{name} are {values!r}, which is a name; give an array, such as gdiff_jax.images.load_images({values!r}).images",
     )
-    if array.dtype == np.uint8:
-        return image_files.to_model(array)
-    need(
-        array.dtype.kind == "f" and np.all(np.abs(array) <= 1),
-        f"{name} are {array.dtype} in {array.min():.4g}..{array.max():.4g}; give uint8, or floats in [-1, 1], "
-        "which is 2 * x - 1 of [0, 1]",
-    )
-    return array.astype(np.float32)
+    try:
+        array = np.asarray(values)
+    except Exception as error:  # lists of several shapes; tensors of torch on a GPU, or that need a gradient
+        text = " ".join(str(error).split())[:200]
+        raise ConfigError(f"{name} cannot be made an array ({type(error).__name__}: {text}); give a NumPy array") from None
+    need(array.dtype != object, f"{name} are {type(values).__name__} of no numbers, or of several shapes; give a NumPy array")
+    return array
 
 
 def labels_of(labels: Any, count: int) -> Any:
-    arrays = jax.tree.map(np.asarray, labels)
+    """Labels as arrays (N, ...), or a pytree of such; a list of numbers is one array."""
+    arrays = jax.tree.map(lambda values: _array("labels", values), labels, is_leaf=_holds_numbers)
+    arrays = _stacked(arrays, count)
+    for array in jax.tree.leaves(arrays):
+        need(
+            array.dtype.kind not in "USMm",
+            f"labels are text or dates, such as {array.ravel()[:1].tolist()}; a loss takes numbers, integers 0 .. classes - 1 "
+            "in the order of the model's classes: np.searchsorted(names, labels), of sorted names",
+        )
     shapes = [a.shape for a in jax.tree.leaves(arrays)]
     fit = bool(shapes) and all(s[:1] == (count,) for s in shapes)
     need(fit, f"labels are of shape {shapes}, one for each of {count} images is needed: (N, ...)")
     return arrays
 
 
+def _holds_numbers(values: Any) -> bool:
+    """Whether this is a list, or lists in lists, of numbers or words: an array, and no pytree of arrays."""
+    if not isinstance(values, list | tuple) or not values:
+        return False
+    scalar = lambda value: isinstance(value, str | bytes) or np.ndim(value) == 0
+    return all(_holds_numbers(value) if isinstance(value, list | tuple) else scalar(value) for value in values)
+
+
+def _stacked(arrays: Any, count: int) -> Any:
+    """A list of one array for each image as one array."""
+    if not isinstance(arrays, list) or len({a.shape for a in jax.tree.leaves(arrays)}) != 1 or len(arrays) != count:
+        return arrays
+    shape = np.shape(arrays[0])
+    need(
+        shape[:1] != (count,),
+        f"labels are a list of {count} arrays {shape} for {count} images; give np.stack(labels) if each is of an image, or a "
+        "tuple if each is of all images",
+    )
+    return np.stack(arrays)
+
+
 def check_numbers(sigmas: Sequence[float], seed: int, threshold: float, share: float, delta: float, **counts: int) -> None:
-    levels = [_finite("sigmas", sigma) for sigma in sigmas]
+    levels = [_finite("sigma_grid", sigma) for sigma in sigmas]
     need(
         levels and len(set(levels)) == len(levels) and min(levels) >= 0,
-        f"sigmas {levels} must be standard deviations, finite and >= 0, without repeats",
+        f"sigma_grid {levels} must be standard deviations, finite and >= 0, without repeats",
     )
     for name, value in (("seed", seed), *counts.items()):
         need(isinstance(value, int | np.integer), f"{name} {value!r} must be a whole number")
@@ -188,9 +248,12 @@ def check_rate(mechanism: Mechanism, knows: Knowledge, client: Client) -> None:
 
 
 def check_classes(labels: Any, num_classes: int, inferred: bool) -> None:
-    """The labels of a `Victim`: integers (N,), or probabilities where nobody infers them."""
+    """The labels of a `Victim`: integers (N,), or probabilities (N, classes) where nobody infers them."""
     array, *others = jax.tree.leaves(labels)
     whole = not others and array.ndim == 1 and array.dtype.kind in "iu"
+    odd = f"labels are {array.dtype} {array.shape}; this victim takes integers (N,), or probabilities (N, {num_classes})"
+    shares = array.dtype.kind == "f" and array.shape[1:] == (num_classes,)
+    need(whole or (not others and shares), odd + (f"; labels.reshape({len(array)})" if array.shape[1:] == (1,) else ""))
     need(whole or not inferred, f"labels are {array.dtype} {array.shape}; this attacker infers integers (N,): give those")
     if whole:
         low, high = int(array.min()), int(array.max())

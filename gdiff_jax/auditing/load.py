@@ -51,7 +51,7 @@ def audit_named(config: AuditConfig) -> Audit:
         _check_gradients(plan)
         if not config.attacks.methods:
             plan = with_analytic(plan)
-        store = Store(Path(sweep.run.out), plan.identity)
+        store = Store(Path(sweep.run.out), plan.identity, plan.reading)
         with contextlib.closing(store):
             about = _about(config, sweep, plan)
             return run(plan, question, store, partial(_attack, config.run), about, partial(_show, Path(config.run.out)))
@@ -151,14 +151,19 @@ def load_question(asked: Asked, sweep: SweepConfig, plan: Plan) -> Question:
     shape, prior, source = plan.prior.image_shape, sweep.prior.prior, asked.candidates or sweep.private.images
     others = np.zeros((0, *shape), np.float32)
     if plan.images_known:
-        others = image_files.to_model(inputs.read_images("candidates", source, "test", prior, shape).images)
+        read = inputs.read_images("candidates", source, "test", prior, shape)
+        if asked.candidates:  # else they are those of --images, of which it was told
+            inputs.tell(source, dataclasses.replace(read, classes=()))
+        others = image_files.to_model(read.images)
         count = candidate_count(others, plan.images)
         need(count >= 2, f"--candidates {source} holds nothing but the private images; give more images")
     information = None
     if asked.data:
         size = math.prod(shape)
         need(size <= LARGEST_GRAM, f"--data: images of {size} numbers are too large for the van Trees limit; leave it away")
-        information = prior_information(inputs.read_images("data", asked.data, "train", prior, shape).images)
+        alike = inputs.read_images("data", asked.data, "train", prior, shape)
+        inputs.tell(asked.data, dataclasses.replace(alike, classes=()))
+        information = prior_information(alike.images)
     return Question(others, asked.threshold, asked.share, asked.spectra, information)
 
 
@@ -173,6 +178,7 @@ def _about(config: AuditConfig, sweep: SweepConfig, plan: Plan) -> dict[str, Any
         "weights": model.weights,
         "gradient": model.gradient,
         "images": sweep.private.images if plan.images_known else "not known",
+        **{f"images_{name}": value for name, value in plan.reading.items()},
         "assumed": config.assumed,
         "candidates_from": config.asked.candidates or sweep.private.images,
         "hashes": {name: value for name, value in plan.identity["sha256"].items() if value},

@@ -18,6 +18,7 @@ from gdiff_jax.auditing.record import AuditRecord
 from gdiff_jax.files import write_atomic
 
 Table = dict[str, list[Any]]
+LONG = 24  # entries of a setting that have no lines of their own
 _KINDS = {"svg": "image/svg+xml", "png": "image/png"}
 _RASTER = ("reconstructions", "recognised", "attempts", "film")  # made of pixels: as PNG they are smaller
 
@@ -113,7 +114,9 @@ def _cards(record: AuditRecord) -> list[tuple[str, str]]:
 def _settings(record: AuditRecord) -> Table:
     flat: list[list[str]] = []
     for key, value in record.about.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and len(value) > LONG:  # such as the classes of a large set
+            flat.append([key, ", ".join(f"{k} -> {v}" for k, v in value.items())])
+        elif isinstance(value, dict):
             flat += [[f"{key}.{k}", str(v)] for k, v in value.items() if v not in (None, {}, "")]
         elif key not in ("command", "threat_model"):
             flat.append([key, ", ".join(map(str, value)) if isinstance(value, list) else str(value)])

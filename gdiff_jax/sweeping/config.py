@@ -109,6 +109,7 @@ class PrivateImages:
 
     def check(self) -> None:
         check_least(self, 1, "num_images", "num_classes")
+        check_least(self, -1, "label")
 
 
 @dataclasses.dataclass(frozen=True)

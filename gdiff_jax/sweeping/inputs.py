@@ -11,17 +11,19 @@ import numpy as np
 from gdiff_jax import images as image_files
 from gdiff_jax import modules
 from gdiff_jax.errors import ConfigError, need
+from gdiff_jax.files import say
 from gdiff_jax.matching import Distance, cosine, l1, l2
 from gdiff_jax.mechanisms import text as mechanism_text
 from gdiff_jax.methods import METHODS, Method
 from gdiff_jax.options import flat
 from gdiff_jax.priors import Prior, load_prior
 from gdiff_jax.samplers import unguided_sample
-from gdiff_jax.sweeping import checks
+from gdiff_jax.sweeping import checks, processes
 from gdiff_jax.sweeping.config import PriorOptions, PrivateImages, SweepConfig
 from gdiff_jax.sweeping.plan import Plan, VictimState
 from gdiff_jax.victims import Victim, checkpoints, own, zoo
 from gdiff_jax.victims.checks import check_loss, of_one_image
+from gdiff_jax.victims.label_range import check_label_range
 
 PROXY_SAMPLES = 16  # of the prior, for the statistics of BatchNorms
 DISTANCES: dict[str, Distance] = {"l2": l2, "cosine": cosine, "l1": l1}
@@ -53,14 +55,14 @@ def load(config: SweepConfig, images_known: bool = True) -> Plan:
     data = load_private(config.private, config.prior.prior, shape) if images_known else _unknown_image(config.private, shape)
     images, labels = image_files.to_model(data.images), np.asarray(data.labels)
     group = config.client.group
-    first = (images[0], labels[0]) if group == 1 else (images[:group], labels[:group])
-    victims, own_params, hashes = _load_victims(config.victims.victims, shape, classes, *first)
+    first = images[0] if group == 1 else images[:group]
+    victims, own_params, hashes = _load_victims(config.victims.victims, shape, classes, first, labels)
     calibrated = not checks.hindrances(
         METHODS["calibrated-mean"], config.attacker, config.client, config.attacks.distance, mechanisms
     )
     methods = config.attacks.make(config.attacker.knowledge.labels == "joint", calibrated)
     _check_fits(methods, victims, group)
-    params, trained = _load_params(config, victims, own_params)
+    params, trained = _load_params(config, victims, own_params, data)
     normed = any(victim.has_batch_norm for victim in victims.values())
     plan = Plan(
         prior=prior,
@@ -68,6 +70,7 @@ def load(config: SweepConfig, images_known: bool = True) -> Plan:
         images=images if images_known else np.full_like(images, np.nan),
         labels=labels,
         names=data.names,
+        reading=data.reading,
         victims=victims,
         params=params,
         mechanisms=dict(mechanisms),
@@ -107,11 +110,15 @@ def load_prior_of(options: PriorOptions) -> Prior:
 
 
 def read_images(
-    flag: str, source: str, split: image_files.Split, prior: str, shape: tuple[int, int, int]
+    flag: str, source: str, split: image_files.Split, prior: str, shape: tuple[int, int, int], count: int | None = None
 ) -> image_files.ImageSet:
-    """The images that a flag names, of the shape that the prior takes; ConfigError where they cannot be had."""
+    """The images that a flag names, at most the first `count`, of the shape that the prior takes.
+
+    Raises:
+      ConfigError: where they cannot be had.
+    """
     try:
-        data = image_files.load_images(source, split, size=shape[0])
+        data = image_files.load_images(source, split, size=shape[0], channels=shape[-1], count=count)
     except (OSError, ValueError) as error:
         raise ConfigError(f"--{flag}: {error}") from None
     need(
@@ -123,20 +130,31 @@ def read_images(
 
 
 def load_private(private: PrivateImages, prior: str, shape: tuple[int, int, int]) -> image_files.ImageSet:
-    """The private images, each with a label."""
+    """The private images, each with a label; tells which class has which, and how the files were read."""
     source, count, label = private.images, private.num_images, private.label
-    data = read_images("images", source, "test", prior, shape)
+    data = read_images("images", source, "test", prior, shape, count)
     need(count <= len(data), f"--num_images {count}: {source} holds {len(data)}; ask for fewer")
-    data = data.take(slice(0, count))
     if label >= 0:
-        data = dataclasses.replace(data, labels=np.full(len(data), label, np.int32))
+        data = dataclasses.replace(data, labels=np.full(len(data), label, np.int32), classes=())
+    need(
+        data.labels is not None or not data.classes,
+        f"--images {source}: pictures lie beside the folders of classes ({', '.join(data.classes[:5])}), and have no label; "
+        "move them into one, or give --label",
+    )
+    tell(source, data)
     if data.labels is None:
-        print(f"{source} has no labels; every image gets label 0 (--label gives another, sub-folders give classes)")
+        say(f"{source} has no labels; every image gets label 0 (--label gives another, sub-folders give classes)")
         data = dataclasses.replace(data, labels=np.zeros(len(data), np.int32))
     last = private.num_classes - 1
     for name, value in zip(data.names, np.asarray(data.labels).tolist(), strict=True):
         need(0 <= value <= last, f"label {value} of {name} is outside 0..{last}; change --label or --num_classes")
     return data
+
+
+def tell(source: str, data: image_files.ImageSet) -> None:
+    """Prints, once of several processes, which label each class has and how the files were read."""
+    for line in data.told(source) if processes.is_first() else ():
+        say(line)
 
 
 def _unknown_image(private: PrivateImages, shape: tuple[int, int, int]) -> image_files.ImageSet:
@@ -147,17 +165,19 @@ def _unknown_image(private: PrivateImages, shape: tuple[int, int, int]) -> image
 
 
 def _load_victims(
-    names: tuple[str, ...], shape: tuple[int, int, int], num_classes: int, image: np.ndarray, label: Any
+    names: tuple[str, ...], shape: tuple[int, int, int], num_classes: int, image: np.ndarray, labels: np.ndarray
 ) -> tuple[dict[str, Victim | own.OwnVictim], dict[str, Any], dict[str, str]]:
     """Victims by name; the weights of those of the user's own, checked at an image or a group; hashes of their losses."""
     victims: dict[str, Victim | own.OwnVictim] = {}
     params, hashes = {}, {}
+    label = labels[0] if image.ndim == 3 else labels[: len(image)]
     for name in names:
         try:
             if own.is_own(name):
                 victim, params[name] = own.load_own(name, num_classes)
                 if image.ndim == 3:
                     victim = dataclasses.replace(victim, loss=of_one_image(victim.loss, params[name], image, label))
+                check_own_labels(name, victim, params[name], image, labels)
                 check_own_loss(name, victim, params[name], image, label)
                 hashes[f"{name} loss"] = own.fingerprint(victim.loss, params[name], image, label)
                 victims[name] = own.find_first_dense(victim, params[name], shape, label) if image.ndim == 3 else victim
@@ -170,6 +190,14 @@ def _load_victims(
     return victims, params, hashes
 
 
+def check_own_labels(name: str, victim: own.OwnVictim, params: Any, image: np.ndarray, labels: np.ndarray) -> None:
+    """ConfigError where a label is none of the loss's classes."""
+    try:
+        check_label_range(victim.loss, params, image, labels)
+    except ValueError as error:
+        raise ConfigError(f"victim {name!r}: {error}; --label gives another") from None
+
+
 def check_own_loss(name: str, victim: own.OwnVictim, params: Any, image: np.ndarray, label: Any) -> None:
     """ConfigError where the loss cannot be attacked at an image in [-1, 1]."""
     try:
@@ -179,7 +207,7 @@ def check_own_loss(name: str, victim: own.OwnVictim, params: Any, image: np.ndar
 
 
 def _load_params(
-    config: SweepConfig, victims: dict[str, Any], own_params: dict[str, Any]
+    config: SweepConfig, victims: dict[str, Any], own_params: dict[str, Any], data: image_files.ImageSet
 ) -> tuple[dict[VictimState, Any], dict[str, str]]:
     """Weights of each victim in each training state, and hashes of those that do not follow from the seed."""
     params, hashes = {}, {}
@@ -190,14 +218,26 @@ def _load_params(
                 params[state] = own_params[name]
             elif steps:
                 try:
-                    params[state], _ = checkpoints.load(config.victims.checkpoints, name, steps, victim)
+                    params[state], about = checkpoints.load(config.victims.checkpoints, name, steps, victim)
                 except ValueError as error:
                     raise ConfigError(str(error)) from None
+                _check_classes(f"{name} after {steps} steps", about.get("classes", []), data.classes)
             else:
                 params[state] = zoo.init_params(name, victim, config.run.seed)
             if steps or name in own_params:
                 hashes[f"{name}/{steps}"] = modules.digest(params[state])
     return params, hashes
+
+
+def _check_classes(victim: str, trained: list[str], given: tuple[str, ...]) -> None:
+    """That folders which the victim was trained on have the labels that they had there."""
+    at_training = {name: label for label, name in enumerate(trained)}
+    for label, name in enumerate(given):
+        need(
+            at_training.get(name, label) == label,
+            f"--images: folder {name} has label {label}, {victim} was trained with {at_training.get(name)} for it; "
+            f"give a folder with a picture of each of its classes ({', '.join(trained[:10])}), or --label",
+        )
 
 
 def _check_fits(methods: dict[str, Method], victims: dict[str, Any], group: int) -> None:

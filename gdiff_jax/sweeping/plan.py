@@ -82,6 +82,7 @@ class Plan:
       distance: between gradients, for the guided samplers.
       equal_layers: whether every array of the gradient counts the same.
       leak: a gradient from elsewhere, shaped as the params, in place of those of the images.
+      reading: how the images' files were read, see `ImageSet.reading`.
       identity: by name, JSON-able: what was asked for and hashes of all that was loaded. Where it is equal results are.
     """
 
@@ -104,6 +105,7 @@ class Plan:
     distance: Distance = l2
     equal_layers: bool = False
     leak: Any = None
+    reading: dict[str, Any] = dataclasses.field(default_factory=dict)
     identity: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property

@@ -88,18 +88,20 @@ class MemoryStore:
 class Store:
     """The output folder of one configuration."""
 
-    def __init__(self, folder: Path, identity: dict[str, Any]):
+    def __init__(self, folder: Path, identity: dict[str, Any], reading: dict[str, Any] | None = None):
         """Checks the folder without touching it.
 
         Args:
           folder: may be absent, empty, or hold an earlier run of the same identity.
           identity: everything that decides the results; JSON-able.
+          reading: how the images' files were read, which the manifest tells of each run.
 
         Raises:
           ConfigError: where the folder belongs to another configuration or to something else.
         """
         self.folder = folder
         self.identity = json.loads(strict_json(identity))
+        self.reading = {"images": reading} if reading else {}
         self.runs: list[dict[str, Any]] = []
         self._lock: TextIO | None = None
         path = folder / "manifest.json"
@@ -148,7 +150,7 @@ class Store:
             raise ConfigError(f"{self.folder}: another sweep writes to it; wait for it or give another folder") from None
         except OSError:
             pass  # a file system without locks
-        runs = [*self.runs, {"run": run, **this_run()}]
+        runs = [*self.runs, {"run": run, **this_run(), **self.reading}]
         manifest = {"identity": self.identity, "runs": runs, "sha256": _digest(strict_json([self.identity, runs]).encode())}
         write_atomic(self.folder / "manifest.json", lambda p: p.write_text(json.dumps(manifest, indent=2) + "\n"))
 

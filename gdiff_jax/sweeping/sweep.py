@@ -25,7 +25,7 @@ def sweep(config: SweepConfig, plan: Plan | None = None, quiet: bool = False, me
       mesh: of the devices to use, all of this process if None.
     """
     plan = plan or inputs.load(config)
-    store = Store(Path(config.run.out), plan.identity)
+    store = Store(Path(config.run.out), plan.identity, plan.reading)
     rows = run_trials(plan, store, config.run.batch, config.run.memory_gib, mesh)
     if processes.is_first():
         from gdiff_jax.sweeping import report  # not at the start, which need not wait a second for matplotlib

@@ -7,18 +7,18 @@ import numpy as np
 from gdiff_jax.images import ImageSet, load_images
 
 
-def load_split(source: str, size: int, limit: int | None = None) -> tuple[ImageSet, ImageSet]:
-    """(training, held-out) images of a source; `size` as in `load_images`.
+def load_split(source: str, size: int, limit: int | None = None, channels: int | None = None) -> tuple[ImageSet, ImageSet]:
+    """(training, held-out) images of a source; `size` and `channels` as in `load_images`.
 
     Of CIFAR-10 the training split, and test images 1000 to 8999 (the bundled private set lies below, the last thousand
     is kept for others). Pictures in sub-folders `train` and `validation` as they lie. Any other set gives a tenth of its
     images, drawn by a fixed seed. At most `limit` held-out images are given; what is trained on does not depend on it.
     """
-    train = load_images(source, "train", size)
+    train = load_images(source, "train", size, channels)
     if train.names[0] == "cifar10-train/0":
-        heldout = load_images(source, "test").take(slice(1000, 9000))
-    elif train.names[0].startswith("train/") and not source.endswith(".npz"):
-        heldout = load_images(source, "test", size)
+        heldout = load_images(source, "test", channels=channels).take(slice(1000, 9000))
+    elif train.has_splits:
+        heldout = load_images(source, "test", size, channels, limit)
     else:
         order = np.random.default_rng(0).permutation(len(train))  # folders are sorted by class
         train, heldout = train.take(order[len(train) // 10 :]), train.take(order[: len(train) // 10])

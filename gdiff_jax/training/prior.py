@@ -116,7 +116,7 @@ def load_data(settings: PriorTraining, network: UNet2DConfig) -> tuple[np.ndarra
       ConfigError: where they cannot be read, or are not of the network's shape.
     """
     try:
-        train, heldout = load_split(settings.data, network.image_shape[0], settings.heldout)
+        train, heldout = load_split(settings.data, network.image_shape[0], settings.heldout, network.image_shape[-1])
     except (OSError, ValueError) as error:
         raise ConfigError(f"--data: {error}") from None
     shape = train.images.shape[1:]

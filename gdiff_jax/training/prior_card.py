@@ -170,7 +170,8 @@ def make_card(settings: PriorCard) -> str:
     settings.check()
     try:
         prior = load_prior(settings.prior)
-        train, heldout = (part.images for part in load_split(settings.data, prior.image_shape[0], settings.heldout))
+        parts = load_split(settings.data, prior.image_shape[0], settings.heldout, prior.image_shape[-1])
+        train, heldout = (part.images for part in parts)
     except (OSError, ValueError) as error:
         raise ConfigError(str(error)) from None
     shape = heldout.shape[1:]

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from gdiff_jax import images as image_files
 from gdiff_jax.errors import ConfigError, need
+from gdiff_jax.files import say
 from gdiff_jax.images import ImageSet
 from gdiff_jax.modules import Params
 from gdiff_jax.training.data import load_split
@@ -46,8 +47,10 @@ def _load(settings: VictimTraining) -> tuple[ImageSet, ImageSet]:
     least, most = train.labels.min(), train.labels.max()
     need(
         least >= 0 and most < settings.num_classes,
-        f"--data {settings.data}: label {most} is outside 0..{settings.num_classes - 1}",
+        f"--data {settings.data}: labels {least}..{most} are outside 0..{settings.num_classes - 1}; change --num_classes",
     )
+    for line in train.told(settings.data):
+        say(line)
     return train, test
 
 
@@ -90,6 +93,7 @@ def train_victim(settings: VictimTraining) -> None:
                 right = accuracy(victim, params, test)
                 shapes = {name: list(value.shape) for name, value in params.items()}
                 about = dict(dataclasses.asdict(settings), steps=count, accuracy=right, loss=float(loss), shapes=shapes)
+                about |= dict(classes=list(train.classes))
                 checkpoints.save(manager, count, params, about)
                 bar.write(f"{settings.victim} after {count} steps: loss {float(loss):.3f}, held-out accuracy {right:.3f}")
     manager.wait_until_finished()

@@ -4,17 +4,19 @@ import re
 import sys
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import own_models
 import pytest
+from PIL import Image
 from safetensors.numpy import save_file
 from tiny import MODELS, ROOT, audit_config
 
 from gdiff_jax import modules
-from gdiff_jax.auditing import load
+from gdiff_jax.auditing import load, page
 from gdiff_jax.auditing.load import audit_named
 from gdiff_jax.errors import ConfigError
 from gdiff_jax.matching import victim_gradient
@@ -26,6 +28,20 @@ def plan_of(monkeypatch, tiny_prior):
     """What would be run, of changes to the usual settings."""
     monkeypatch.setattr(load, "run", lambda plan, *_: plan)
     return lambda **changes: audit_named(audit_config(tiny_prior, "unused", **changes))
+
+
+def test_the_report_tells_the_label_of_each_class(monkeypatch, tiny_prior, tmp_path):
+    monkeypatch.setattr(load, "run", lambda *arguments: arguments[-1])
+    for name in ("photos/cat/0.png", "photos/dog/1.png"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        Image.fromarray(np.random.default_rng(len(name)).integers(0, 256, (16, 16, 3), np.uint8)).save(tmp_path / name)
+    about = audit_named(audit_config(tiny_prior, "unused", images=str(tmp_path)))
+    assert about["images_classes"] == {"cat": 0, "dog": 1}
+    rows = page._settings(SimpleNamespace(about=about))["rows"]
+    assert ["images_classes.dog", "1"] in rows
+    about["images_classes"] = {f"kind {k}": k for k in range(100)}
+    ((_, text),) = [row for row in page._settings(SimpleNamespace(about=about))["rows"] if row[0].startswith("images_classes")]
+    assert text.startswith("kind 0 -> 0, kind 1 -> 1, ")
 
 
 def test_groups_are_those_of_the_client(plan_of):

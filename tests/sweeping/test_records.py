@@ -166,3 +166,14 @@ def test_a_store_in_memory_answers_as_one_on_disk(tmp_path):
         np.testing.assert_array_equal(store.arrays(7)["images"], images)
         store.discard([7, 9])
         assert [store.exists(k) for k in (7, 8)] == [False, True]
+
+
+def test_the_manifest_tells_how_images_were_read_and_goes_on_without(tmp_path):
+    reading = {"classes": {"cat": 0, "dog": 1}}
+    for told in (None, reading):
+        store = records.Store(tmp_path / "out", IDENTITY, told)
+        store.open()
+        store.close()
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["identity"] == store.identity == records.Store(tmp_path / "other", IDENTITY).identity
+    assert [run.get("images") for run in manifest["runs"]] == [None, reading]

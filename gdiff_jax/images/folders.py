@@ -1,0 +1,189 @@
+"""Pictures in a folder or a .zip: which files they are, and which of the folders are wrappers, splits and classes."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import zipfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Literal
+
+Split = Literal["train", "test"]
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+# Pictures too, but not read: that they are passed over is said.
+_NOT_READ = {".heic", ".heif", ".avif", ".jp2", ".dcm", ".dng", ".cr2", ".nef", ".arw", ".raw", ".tga", ".psd", ".svg"}
+_SPLITS: dict[str, Split] = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("test", "testing", "val", "valid", "validation"), "test"),
+}
+_LEFT_BEHIND = {"__macosx", "@eadir", "$recycle.bin", "__pycache__"}  # by systems and devices, beside what begins with a dot
+
+
+@dataclasses.dataclass(frozen=True)
+class PictureFiles:
+    """Pictures that are not decoded yet.
+
+    Attributes:
+      source: the folder or the .zip.
+      names: relative to it, sorted.
+      labels: of each, an index of `classes`; None where a picture lies in no class's folder.
+      classes: names of the folders, by label; () where there are none.
+      has_splits: whether the folders are those of a training set and of others.
+      notes: what was decided that a reader may not expect, in sentences.
+      read: the bytes of a name.
+    """
+
+    source: Path
+    names: tuple[str, ...]
+    labels: tuple[int, ...] | None
+    classes: tuple[str, ...]
+    has_splits: bool
+    notes: tuple[str, ...]
+    read: Callable[[str], bytes]
+
+
+def in_folder(path: Path, split: Split) -> PictureFiles:
+    """Of a folder, through links too; see `arrange`."""
+    return arrange(path, list(_walk(path, "", frozenset())), split, lambda name: (path / name).read_bytes())
+
+
+def in_zip(path: Path, split: Split) -> PictureFiles:
+    """Of a .zip; see `arrange`."""
+    try:
+        archive = zipfile.ZipFile(path)
+    except (OSError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} cannot be read as a .zip file ({error})") from None
+    plain = lambda name: name.replace("\\", "/").removeprefix("./")  # some programs of Windows write backslashes
+    members = {plain(name): name for name in archive.namelist()}
+    return arrange(path, members, split, lambda name: archive.read(members[name]))
+
+
+def arrange(source: Path, entries: Iterable[str], split: Split, read: Callable[[str], bytes]) -> PictureFiles:
+    """The pictures of a split among all that lies in `source`, and their classes.
+
+    What is hidden, or left behind by a system, is passed over, and so is a folder that holds all the others and no picture
+    of its own. Folders are splits where all of them are named so, in whatever case; else they are the classes, in the order
+    of `class_order`, which is of all splits, so that a label means the same in each.
+
+    Args:
+      source: for messages.
+      entries: names relative to it; that of a folder ends in a slash.
+      split: which pictures are asked for.
+      read: the bytes of a name.
+
+    Raises:
+      FileNotFoundError: where the split holds no picture.
+      ValueError: where folders of splits lie beside others.
+    """
+    shown = sorted(name for name in entries if not any(map(_is_hidden, name.split("/"))))
+    paths = {name: tuple(name.split("/")) for name in shown if _suffix(name) in SUFFIXES}
+    paths = _without_wrapper(paths)
+    tops = {path[0] if len(path) > 1 else "" for path in paths.values()}
+    kinds = {top: _SPLITS.get(top.lower()) for top in tops}
+    splits = sorted(top for top, kind in kinds.items() if kind)
+    others = [top or "pictures" for top, kind in sorted(kinds.items()) if not kind]
+    if {"train", "test"} <= set(kinds.values()) and others:
+        raise ValueError(
+            f"{source} holds {' and '.join(splits)}, which are splits, beside {_few(others)}; "
+            f"give a folder of classes, such as {source / splits[0]}, or move what is no split away"
+        )
+    has_splits = bool(splits) and not others
+    names = list(paths)
+    if has_splits:
+        names = [name for name, path in paths.items() if kinds[path[0]] == split]
+        paths = _without_wrapper({name: path[1:] for name, path in paths.items()})
+    if not names:
+        found = f"; its folders are {_few(splits)}" if has_splits else ""
+        passed = _passed_over(shown)
+        raise FileNotFoundError(
+            f"{source} holds no picture for the split {split} ({', '.join(sorted(SUFFIXES))}){found}"
+            + (f"; {passed}" if passed else "")
+        )
+    classes, notes = class_order({path[0] for path in paths.values() if len(path) > 1})
+    notes += [text for text in (_without_pictures(shown, paths, classes), _passed_over(shown)) if text]
+    loose = [name for name in names if len(paths[name]) == 1]
+    if loose and classes:
+        notes.append(f"pictures lie beside the folders {_few(classes)}, so that none has a label: {_few(loose)}")
+    labels = None if loose else tuple(classes.index(paths[name][0]) for name in names)
+    return PictureFiles(source, tuple(names), labels, classes, has_splits, tuple(notes), read)
+
+
+def class_order(folders: Iterable[str]) -> tuple[tuple[str, ...], list[str]]:
+    """Names of classes by label, and what is to be said of their order.
+
+    As text, which is the order of torchvision's ImageFolder; by value where all of them are whole numbers.
+    """
+    as_text = sorted(folders)
+    if as_text and all(re.fullmatch(r"-?[0-9]+", name) for name in as_text):
+        by_value = sorted(as_text, key=int)
+        notes = []
+        if by_value != as_text:
+            notes.append(f"folders are numbers, in their order; torchvision's ImageFolder sorts them as text: {_few(as_text)}")
+        if [int(name) for name in by_value] != list(range(len(by_value))):
+            last = f"folder {by_value[-1]} has {len(by_value) - 1}"
+            notes.append(f"labels count the folders from 0 and are not their numbers: {last}")
+        return tuple(by_value), notes
+    natural = sorted(as_text, key=lambda name: [(p.isdecimal(), int(p) if p.isdecimal() else 0, p) for p in _digits(name)])
+    said = f"folders are sorted as text, as torchvision's ImageFolder does: {_few(as_text)}"
+    return tuple(as_text), [said] if natural != as_text else []
+
+
+def _digits(name: str) -> list[str]:
+    return re.split(r"([0-9]+)", name)
+
+
+def _suffix(name: str) -> str:
+    return os.path.splitext(name)[1].lower()
+
+
+def _is_hidden(part: str) -> bool:
+    return part.startswith(".") or part.lower() in _LEFT_BEHIND
+
+
+def _without_wrapper(paths: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+    """Without a folder that holds all the others and no picture itself, and is no split."""
+    tops = {path[0] for path in paths.values()}
+    if len(tops) != 1 or min(map(len, paths.values())) < 3 or min(tops).lower() in _SPLITS:
+        return paths
+    return _without_wrapper({name: path[1:] for name, path in paths.items()})
+
+
+def _without_pictures(shown: list[str], paths: dict[str, tuple[str, ...]], classes: tuple[str, ...]) -> str:
+    """Which folders beside those of classes are none, for they hold no picture."""
+    above = {tuple(name.split("/"))[: -len(path)] for name, path in paths.items()}
+    level = len(min(above))
+    parts = [tuple(name.split("/")) for name in shown]
+    beside = {path[level] for path in parts if path[:level] in above and len(path) > level + 1}
+    empty = sorted(beside - set(classes))
+    return f"folders without a picture are no class: {_few(empty)}" if empty and classes else ""
+
+
+def _passed_over(shown: list[str]) -> str:
+    """Which pictures are not read."""
+    counts = Counter(suffix for suffix in map(_suffix, shown) if suffix in _NOT_READ)
+    kinds = ", ".join(f"{count} {suffix}" for suffix, count in sorted(counts.items()))
+    return f"pictures of these kinds are not read: {kinds}; convert them to .png" if kinds else ""
+
+
+def _few(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(names[:5]) + (f" ... {len(names)} in all" if len(names) > 5 else "")
+
+
+def _walk(folder: Path, prefix: str, above: frozenset[str]) -> Iterator[str]:
+    """What is not hidden below a folder; a link to a folder above is not followed."""
+    here = os.path.realpath(folder)
+    if here in above:
+        return
+    for entry in os.scandir(folder):
+        if _is_hidden(entry.name):
+            continue
+        if entry.is_dir():
+            yield f"{prefix}{entry.name}/"
+            yield from _walk(folder / entry.name, f"{prefix}{entry.name}/", above | {here})
+        elif entry.is_file() or entry.is_symlink():  # a link that leads nowhere is named when it is read
+            yield prefix + entry.name

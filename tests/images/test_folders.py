@@ -1,0 +1,122 @@
+"""Which files of a folder or a .zip are pictures, and what label each has: worked out from names alone, nothing is decoded."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from gdiff_jax.images.folders import arrange, class_order, in_folder
+
+
+def found(*names, split="test"):
+    return arrange(Path("set"), names, split, lambda _: b"")
+
+
+def labels(*names, split="test"):
+    files = found(*names, split=split)
+    return dict(zip(files.names, files.labels or [None] * len(files.names), strict=True))
+
+
+@pytest.mark.parametrize("wrapper", ["", "photos/", "a/b/c/"])
+def test_folders_that_hold_all_others_are_looked_through(wrapper):
+    names = [f"{wrapper}cat/0.png", f"{wrapper}dog/deep/1.png", f"{wrapper}dog/2.png"]
+    assert labels(*names) == dict(zip(names, (0, 1, 1), strict=True))
+
+
+def test_one_folder_of_pictures_is_a_class_and_not_a_wrapper():
+    assert found("cat/0.png", "cat/1.png").classes == ("cat",)
+    assert found("cat/0.png", "cat/deep/1.png").classes == ("cat",)
+
+
+@pytest.mark.parametrize(
+    "hidden",
+    [
+        ".ipynb_checkpoints/0.png",
+        "cat/.cache/0.png",
+        "cat/._0.png",
+        "__MACOSX/photos/cat/._0.png",
+        "cat/@eaDir/0.jpg/THUMB.jpg",
+        "$RECYCLE.BIN/0.png",
+        ".DS_Store",
+        "cat/Thumbs.db",
+    ],
+)
+def test_what_systems_leave_behind_is_passed_over(hidden):
+    assert labels("cat/0.png", "dog/1.png", hidden) == {"cat/0.png": 0, "dog/1.png": 1}
+    assert found("cat/0.png", "dog/1.png", hidden).notes == ()
+
+
+@pytest.mark.parametrize("train", ["train", "Train", "TRAINING"])
+@pytest.mark.parametrize("test", ["test", "Test", "VALID", "validation", "Val"])
+@pytest.mark.parametrize(("outer", "inner"), [("", ""), ("set/", ""), ("", "photos/"), ("set/", "photos/")])
+def test_splits_in_any_case_within_wrappers_or_around_them(train, test, outer, inner):
+    names = [f"{outer}{split}/{inner}{name}.png" for split in (train, test) for name in ("cat/0", "dog/1")]
+    assert labels(*names) == dict(zip(names[2:], (0, 1), strict=True))
+    assert labels(*names, split="train") == dict(zip(names[:2], (0, 1), strict=True))
+    assert found(*names).has_splits
+
+
+def test_one_split_alone_is_no_class_and_is_not_taken_for_the_other():
+    assert labels("Test/cat/0.png", "Test/dog/1.png") == {"Test/cat/0.png": 0, "Test/dog/1.png": 1}
+    with pytest.raises(FileNotFoundError, match=r"no picture for the split train .*its folders are Test"):
+        found("Test/cat/0.png", split="train")
+
+
+@pytest.mark.parametrize("other", ["extra/cat/0.png", "sample.png"])
+def test_splits_beside_something_else_are_refused(other):
+    with pytest.raises(ValueError, match=r"set holds Test and Train, which are splits, beside (extra|pictures); .*set/Test"):
+        found("Train/cat/0.png", "Test/cat/0.png", other)
+
+
+def test_a_train_is_a_class_where_no_folder_is_another_split():
+    assert found("bus/0.png", "car/0.png", "train/0.png").classes == ("bus", "car", "train")
+
+
+@pytest.mark.parametrize(
+    ("folders", "order", "said"),
+    [
+        (("zebra", "ant", "Bee"), ("Bee", "ant", "zebra"), []),
+        (map(str, range(12)), tuple(map(str, range(12))), ["in their order.*ImageFolder sorts them as text: 0, 1, 10, 11, 2"]),
+        (("01", "02", "10"), ("01", "02", "10"), ["not their numbers: folder 10 has 2"]),
+        (("10", "9"), ("9", "10"), ["in their order", "folder 10 has 1"]),
+        (("1", "-1", "0"), ("-1", "0", "1"), ["folder 1 has 2"]),
+        (("class_2", "class_10"), ("class_10", "class_2"), ["as torchvision's ImageFolder does: class_10, class_2"]),
+        (("3", "three"), ("3", "three"), []),
+        ((), (), []),
+    ],
+)
+def test_classes_are_in_the_order_of_image_folder_and_numbers_in_theirs(folders, order, said):
+    classes, notes = class_order(folders)
+    assert classes == order
+    assert len(notes) == len(said)
+    for note, words in zip(notes, said, strict=True):
+        assert re.search(words, note)
+
+
+def test_folders_without_a_picture_and_kinds_that_are_not_read_are_named():
+    files = found("set/cat/0.png", "set/bird/", "set/notes/a.txt", "set/cat/1.HEIC", "set/readme.md")
+    assert files.notes == (
+        "folders without a picture are no class: bird, notes",
+        "pictures of these kinds are not read: 1 .heic; convert them to .png",
+    )
+    with pytest.raises(FileNotFoundError, match=r"1 \.heic; convert"):
+        found("0.heic")
+
+
+def test_a_picture_beside_the_classes_leaves_all_without_a_label():
+    files = found("cat/0.png", "dog/1.png", "loose.png")
+    assert (files.labels, files.classes) == (None, ("cat", "dog"))
+    assert "pictures lie beside the folders cat, dog, so that none has a label: loose.png" in files.notes
+
+
+def test_links_are_followed_and_circles_are_not(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "0.png").write_bytes(b"pixels")
+    (tmp_path / "set").mkdir()
+    for name in ("cat", "dog"):
+        (tmp_path / "set" / name).symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "set" / "again").symlink_to(tmp_path / "set")
+    files = in_folder(tmp_path / "set", "test")
+    assert files.names == ("cat/0.png", "dog/0.png")
+    assert files.labels == (0, 1)
+    assert files.read("dog/0.png") == b"pixels"
