@@ -65,9 +65,9 @@ def in_zip(path: Path, split: Split) -> PictureFiles:
 def arrange(source: Path, entries: Iterable[str], split: Split, read: Callable[[str], bytes]) -> PictureFiles:
     """The pictures of a split among all that lies in `source`, and their classes.
 
-    What is hidden, or left behind by a system, is passed over, and so is a folder that holds all the others and no picture
-    of its own. Folders are splits where all of them are named so, in whatever case; else they are the classes, in the order
-    of `class_order`, which is of all splits, so that a label means the same in each.
+    What is hidden, or left behind by a system, is passed over, and so is a folder that holds all the others. Folders are
+    splits where all of them are named so, in whatever case; else they are the classes, in the order of `class_order`, which
+    is of all splits, so that a label means the same in each.
 
     Args:
       source: for messages.
@@ -145,9 +145,9 @@ def _is_hidden(part: str) -> bool:
 
 
 def _without_wrapper(paths: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
-    """Without a folder that holds all the others and no picture itself, and is no split."""
+    """Without a folder that holds all the others, and is no split."""
     tops = {path[0] for path in paths.values()}
-    if len(tops) != 1 or min(map(len, paths.values())) < 3 or min(tops).lower() in _SPLITS:
+    if len(tops) != 1 or max(map(len, paths.values())) < 3 or min(map(len, paths.values())) < 2 or min(tops).lower() in _SPLITS:
         return paths
     return _without_wrapper({name: path[1:] for name, path in paths.items()})
 

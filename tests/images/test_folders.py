@@ -25,7 +25,8 @@ def test_folders_that_hold_all_others_are_looked_through(wrapper):
 
 def test_one_folder_of_pictures_is_a_class_and_not_a_wrapper():
     assert found("cat/0.png", "cat/1.png").classes == ("cat",)
-    assert found("cat/0.png", "cat/deep/1.png").classes == ("cat",)
+    assert found("cat/0.png", "dog/deep/1.png").classes == ("cat", "dog")
+    assert found("photos/cover.png", "photos/cat/0.png", "photos/dog/1.png").labels is None  # and not 0 for all
 
 
 @pytest.mark.parametrize(
