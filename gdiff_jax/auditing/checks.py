@@ -102,6 +102,8 @@ def labels_of(labels: Any, count: int) -> Any:
             f"labels are text or dates, such as {array.ravel()[:1].tolist()}; a loss takes numbers, integers 0 .. classes - 1 "
             "in the order of the model's classes: np.searchsorted(names, labels), of sorted names",
         )
+        wide = array.dtype.kind in "iu" and array.size and max(abs(int(array.min())), abs(int(array.max()))) >= 2**31
+        need(not wide, f"labels are {array.dtype} that do not fit into 32 bits; number the classes from 0")
     shapes = [a.shape for a in jax.tree.leaves(arrays)]
     fit = bool(shapes) and all(s[:1] == (count,) for s in shapes)
     need(fit, f"labels are of shape {shapes}, one for each of {count} images is needed: (N, ...)")

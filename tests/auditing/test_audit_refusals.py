@@ -46,6 +46,7 @@ WRONG = [
     (dict(candidates=IMAGES / 255), r"candidates are float64 in 0\.\.1, which is the range \[0, 1\]"),
     (dict(labels=np.array(["cat", "dog"])), r"labels are text .*'cat'.*integers 0 \.\. classes - 1"),
     (dict(labels=["cat", "dog"]), r"labels are text"),
+    (dict(labels=[0, 2**40]), "labels are int64 that do not fit into 32 bits"),  # and are not 0, their lower bits
     (dict(labels=[0, None]), "labels are list of no numbers"),
     (dict(labels=[[0, 1], [2]]), "labels cannot be made an array"),
     (dict(labels=[np.arange(2), np.arange(2)]), r"labels are a list of 2 arrays \(2,\).*np\.stack\(labels\).*tuple"),
