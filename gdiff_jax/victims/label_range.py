@@ -72,8 +72,8 @@ def _random(rng: np.random.Generator, params: Any) -> Any:
     """Weights under which values neither vanish nor saturate: kernels by their fan-in, vectors near those that are given."""
 
     def draw(leaf: Any) -> jax.Array:
-        noise = rng.normal(size=leaf.shape)
-        value = noise / np.sqrt(np.prod(leaf.shape[:-1])) if noise.ndim > 1 else np.asarray(leaf, np.float64) + 0.1 * noise
+        noise = rng.standard_normal(leaf.shape, np.float32)
+        value = noise / np.sqrt(np.prod(leaf.shape[:-1])) if leaf.ndim > 1 else np.asarray(leaf, np.float32) + 0.1 * noise
         return jnp.asarray(value, leaf.dtype)
 
     return jax.tree.map(draw, params)
