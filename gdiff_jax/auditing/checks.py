@@ -120,7 +120,9 @@ def _holds_numbers(values: Any) -> bool:
 
 def _stacked(arrays: Any, count: int) -> Any:
     """A list of one array for each image as one array."""
-    if not isinstance(arrays, list) or len({a.shape for a in jax.tree.leaves(arrays)}) != 1 or len(arrays) != count:
+    if not isinstance(arrays, list) or len(arrays) != count or not all(isinstance(a, np.ndarray) for a in arrays):
+        return arrays
+    if len({a.shape for a in arrays}) != 1:
         return arrays
     shape = np.shape(arrays[0])
     need(

@@ -85,3 +85,8 @@ def test_lists_of_rows_are_one_array_and_pytrees_stay():
     assert found["kind"].tolist() == kind
     pair = labels_of((np.array([1, 2]), np.array([3, 4])), 2)  # for a loss that takes two
     assert [array.tolist() for array in pair] == [[1, 2], [3, 4]]
+
+
+def test_a_list_that_holds_more_than_arrays_is_a_pytree():
+    with pytest.raises(ValueError, match=r"labels are of shape \[\(0,\)\], one for each of 2 images is needed"):
+        labels_of([np.zeros(0, np.uint8), {}], 2)
