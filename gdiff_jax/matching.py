@@ -18,10 +18,11 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+from jax.extend import core
 
 from gdiff_jax.forward import jvp
 from gdiff_jax.mechanisms import Gradient, Mechanism
-from gdiff_jax.pytrees import pytree, static
+from gdiff_jax.pytrees import at_least_float32, pytree, static
 
 Loss = Callable[[Any, Any, Any], jax.Array]
 Distance = Callable[[Gradient, Gradient], jax.Array]
@@ -132,6 +133,8 @@ def _match_fwd(loss: Loss, distance: Distance, known: Any, x: Any) -> tuple[jax.
     if known.client is None:
         gradient = victim_gradient(loss, known.params, x, known.label)
         pull = lambda v: mixed_partial(loss, known.params, x, known.label, v)
+        if _computes_in_float16(loss, known.params, x, known.label):
+            pull = functools.partial(_at_the_size_of, known.params, pull)
     else:
         gradient, vjp = jax.vjp(lambda x: released(known.client, loss, known.params, x, known.label), x)
         pull = lambda v: vjp(v)[0]
@@ -140,6 +143,53 @@ def _match_fwd(loss: Loss, distance: Distance, known: Any, x: Any) -> tuple[jax.
     value, v = jax.value_and_grad(functools.partial(_compare, inner, known))(gradient)
     value, slope = jax.value_and_grad(root)(value)
     return value, jax.tree.map(lambda leaf: slope * leaf, pull(v))
+
+
+def _computes_in_float16(loss: Loss, params: Any, x: Any, y: Any) -> bool:
+    """Whether the loss rounds to float16 somewhere, as mixed precision does: bfloat16 has float32's range, float16 has not."""
+
+    def found(value: Any) -> bool:
+        if isinstance(value, core.ClosedJaxpr):
+            value = value.jaxpr
+        if not isinstance(value, core.Jaxpr):
+            return False
+        outs = (out.aval for eqn in value.eqns for out in eqn.outvars)
+        inner = (leaf for eqn in value.eqns for leaf in jax.tree.leaves(list(eqn.params.values())))
+        return any(getattr(aval, "dtype", None) == jnp.float16 for aval in outs) or any(map(found, inner))
+
+    return found(jax.make_jaxpr(loss)(params, x, y))
+
+
+def _at_the_size_of(params: Any, pull: Callable[[Any], Any], v: Gradient) -> Any:
+    """pull(v) of v as large as the parameters, which float16 holds, and back: pull is linear, a small v would vanish in it."""
+    largest = lambda tree: functools.reduce(jnp.maximum, [jnp.abs(a).max(initial=0.0) for a in jax.tree.leaves(tree)])
+    size, ours = largest(v), largest(params)
+    scale = jnp.where((size > 0) & (ours > 0), size / jnp.where(ours > 0, ours, 1.0), 1.0)
+    return jax.tree.map(lambda a: scale * a, pull(jax.tree.map(lambda a: a / scale, v)))
+
+
+def _check_leak(params: Any, leak: Gradient, weights: Any) -> None:
+    """Whether a leak and weights are shaped as the parameters: what NumPy would broadcast is no gradient of theirs.
+
+    Raises:
+      ValueError: naming the array, its shape or dtype, and what is needed.
+    """
+    for name, tree in (("leak", leak), ("weights", weights)):
+        if tree is None:
+            continue
+        ours, theirs = jax.tree.structure(params), jax.tree.structure(tree)
+        if str(ours) != str(theirs):
+            raise ValueError(
+                f"{name} is a {str(theirs)[:300]}, params a {str(ours)[:300]}; give it as victim_gradient returns it"
+            )
+        for (path, value), parameter in zip(jax.tree.leaves_with_path(tree), jax.tree.leaves(params), strict=True):
+            shape, wanted, where = jnp.shape(value), jnp.shape(parameter), f"{name}{jax.tree_util.keystr(path)}"
+            if shape != wanted and not (name == "weights" and shape == ()):
+                raise ValueError(
+                    f"{where} is {shape}, its parameter {wanted}; give the gradient of one leak, without an axis more or less"
+                )
+            if name == "leak" and not jnp.issubdtype(jnp.result_type(value), jnp.floating):
+                raise ValueError(f"{where} is {jnp.result_type(value)}; give floats, a quantised gradient times its scale")
 
 
 def _match_bwd(loss: Loss, distance: Distance, grad_x: Any, g: Any) -> tuple[None, Any]:
@@ -168,9 +218,10 @@ class GradientMatching:
     jit sees no constants. `jax.grad` of it with respect to x0 costs one mixed partial, always at full matmul precision.
 
     Attributes:
-      params: the victim's parameters W, any pytree.
+      params: the victim's parameters W, any pytree. Of float16 and bfloat16 they are held in float32, in which `loss` is then
+        asked for its gradient: squares of small gradients vanish in fewer bits.
       label: y, whatever `loss` takes.
-      leak: the released gradient g~, shaped as params.
+      leak: the released gradient g~, shaped as params; in float32 too.
       loss: scalar `loss(params, x, y)`, pure, twice differentiable almost everywhere; a victim network of the user's own fits.
         x is what the objective is called with: an image, a batch of images, or any pytree.
       distance: `l2`, `squared_l2`, `cosine`, `l1`, or any differentiable `distance(gradient, leak)`.
@@ -190,7 +241,17 @@ class GradientMatching:
     weights: Gradient | None = None
     client: Client | None = None
 
+    def __post_init__(self) -> None:
+        for name in ("params", "leak", "weights"):
+            object.__setattr__(self, name, at_least_float32(getattr(self, name)))
+
     def __call__(self, x0: Any) -> jax.Array:
+        """The distance of a candidate.
+
+        Raises:
+          ValueError: where the leak's tree, shapes or dtypes are not those of a gradient in params.
+        """
+        _check_leak(self.params, self.leak, self.weights)
         known = _Known(self.params, self.label, self.leak, self.mechanism, self.weights, self.client)
         return _match(self.loss, self.distance, known, x0)
 

@@ -174,7 +174,7 @@ def digest(params: Params) -> str:
     sha = hashlib.sha256()
     for name in sorted(params):
         sha.update(name.encode())
-        sha.update(np.ascontiguousarray(params[name]).data)
+        sha.update(np.asarray(params[name]).tobytes())
     return sha.hexdigest()
 
 

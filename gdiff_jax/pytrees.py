@@ -9,6 +9,8 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 T = TypeVar("T")
 static: Callable[..., Any] = functools.partial(dataclasses.field, metadata=dict(static=True))
@@ -38,3 +40,14 @@ def pytree(cls: type[T]) -> type[T]:
         lambda tree: (values(tree, leaves), values(tree, fixed)),
     )
     return cls
+
+
+def at_least_float32(tree: Any) -> Any:
+    """Its floating arrays of fewer bits (float16, bfloat16, float8) in float32; whatever else it holds as it is."""
+
+    def widened(leaf: Any) -> Any:
+        if not isinstance(leaf, jax.Array | np.ndarray) or not jnp.issubdtype(leaf.dtype, jnp.floating):
+            return leaf
+        return leaf.astype(jnp.float32) if leaf.dtype.itemsize < 4 else leaf
+
+    return jax.tree.map(widened, tree)

@@ -23,12 +23,47 @@ def read_tensors(path: Path) -> Tensors:
     Raises:
       ValueError: where the file is broken, or is a pickle that asks for anything but plain tensors; nothing in it is run.
     """
-    if path.suffix == ".safetensors":
-        try:
-            with safetensors.safe_open(path, framework="numpy") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-        except Exception as error:  # safetensors raises its own type, and others for a truncated header
-            raise ValueError(f"{path} is not a whole safetensors file ({error})") from None
+    if path.suffix.lower() == ".safetensors":
+        return read_safetensors(path)
+    tensors = read_torch(path)
+    if not isinstance(tensors, dict):
+        raise ValueError(
+            f"{path} cannot be read as a torch file of plain tensors (it holds a {type(tensors).__name__}, not a state dict)"
+        )
+    for name, value in tensors.items():
+        if not isinstance(name, str) or not isinstance(value, np.ndarray):
+            what = f"entry {name!r} is a {type(value).__name__}, not a tensor"
+            raise ValueError(f"{path} cannot be read as a torch file of plain tensors ({what})")
+    return dict(tensors)
+
+
+def read_safetensors(path: Path) -> Tensors:
+    """Tensors by name, of a `.safetensors` file.
+
+    Raises:
+      ValueError: where the file is broken, or holds a dtype that NumPy has not.
+    """
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            names = list(file.keys())
+            tensors = {name: file.get_tensor(name) for name in names if file.get_slice(name).get_dtype() not in _NARROW}
+    except Exception as error:  # safetensors raises its own type, and others for a truncated header
+        raise ValueError(f"{path} is not a whole safetensors file ({error})") from None
+    narrow = [name for name in names if name not in tensors]
+    if narrow:
+        raise ValueError(f"{path} holds {narrow[0]} in float8 or less; save it in bfloat16, float16 or float32")
+    return tensors
+
+
+_NARROW = {"F8_E4M3", "F8_E5M2", "F8_E8M0", "F6_E2M3", "F6_E3M2", "F4"}
+
+
+def read_torch(path: Path) -> Any:
+    """What a zip-format torch pickle holds: dicts, lists, numbers, and arrays in place of tensors.
+
+    Raises:
+      ValueError: as `read_tensors`.
+    """
     if not zipfile.is_zipfile(path):
         raise ValueError(
             f"{path} is no zip-format torch file: it is truncated, or a legacy pickle, which cannot be read safely. "
@@ -49,12 +84,15 @@ _STORAGES = {
     "BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
     "LongStorage": np.dtype(np.int64),
     "IntStorage": np.dtype(np.int32),
+    "ShortStorage": np.dtype(np.int16),
+    "CharStorage": np.dtype(np.int8),
+    "ByteStorage": np.dtype(np.uint8),
     "BoolStorage": np.dtype(np.bool_),
 }
 
 
 class _Unpickler(pickle.Unpickler):
-    """Knows OrderedDict, `_rebuild_tensor_v2` and torch's storage types, each as a function of this module; nothing else."""
+    """Knows OrderedDict, tensors, parameters and torch's storage types, each as a function of this module; nothing else."""
 
     def __init__(self, archive: zipfile.ZipFile, root: str):
         super().__init__(archive.open(f"{root}data.pkl"))
@@ -65,6 +103,8 @@ class _Unpickler(pickle.Unpickler):
             return collections.OrderedDict
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
             return _rebuild
+        if (module, name) == ("torch._utils", "_rebuild_parameter"):
+            return _parameter
         if module == "torch" and name in _STORAGES:
             return _STORAGES[name]
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, which a file of tensors does not need")
@@ -102,18 +142,17 @@ def _rebuild(
     return np.lib.stride_tricks.as_strided(storage[offset:], shape, [stride * size for stride in strides], writeable=False)
 
 
-def _read_torch_zip(archive: zipfile.ZipFile) -> Tensors:
+def _parameter(data: Any, requires_grad: Any, hooks: Any) -> Any:
+    """The tensor of a torch.nn.Parameter; hooks are never run."""
+    return data
+
+
+def _read_torch_zip(archive: zipfile.ZipFile) -> Any:
     (pickled,) = (name for name in archive.namelist() if name.endswith("data.pkl"))
     root = pickled.removesuffix("data.pkl")
     if f"{root}byteorder" in archive.namelist() and archive.read(f"{root}byteorder") != b"little":
         raise ValueError("its byte order is not little-endian")
-    tensors = _Unpickler(archive, root).load()
-    if not isinstance(tensors, dict):
-        raise ValueError(f"it holds a {type(tensors).__name__}, not a state dict")
-    for name, value in tensors.items():
-        if not isinstance(name, str) or not isinstance(value, np.ndarray):
-            raise ValueError(f"entry {name!r} is a {type(value).__name__}, not a tensor")
-    return dict(tensors)
+    return _Unpickler(archive, root).load()
 
 
 def to_our_layout(value: np.ndarray, ndim: int) -> np.ndarray:

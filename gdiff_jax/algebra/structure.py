@@ -62,7 +62,7 @@ def wide(tree: Any) -> list[jax.Array]:
 
 @functools.lru_cache(maxsize=16)
 def _structure(loss: Loss, tree: Any, shapes: tuple[Any, ...], image_shape: tuple[int, ...]) -> Structure:
-    wide = lambda shape, dtype: jax.ShapeDtypeStruct(shape, jnp.float64 if np.issubdtype(dtype, np.floating) else dtype)
+    wide = lambda shape, dtype: jax.ShapeDtypeStruct(shape, jnp.float64 if jnp.issubdtype(dtype, jnp.floating) else dtype)
     params, y = jax.tree.unflatten(tree, [wide(*s) for s in shapes])
     layers = tuple(layers_of(find_chain(loss, params, jax.ShapeDtypeStruct(image_shape, jnp.float64), y)))
     paths, _ = jax.tree_util.tree_flatten_with_path(params)

@@ -26,6 +26,7 @@ from gdiff_jax.mechanisms import GaussianNoise, LaplaceNoise, Mechanism, Uniform
 from gdiff_jax.methods import DSG, Method
 from gdiff_jax.metrics import candidate_count
 from gdiff_jax.priors import Prior
+from gdiff_jax.pytrees import at_least_float32
 from gdiff_jax.sweeping.attackers import Attacker
 from gdiff_jax.sweeping.config import DEFAULT_SIGMAS, Client
 from gdiff_jax.sweeping.inputs import prior_samples
@@ -192,6 +193,7 @@ def _victim(loss: Loss | Victim, params: Any, x: np.ndarray, y: Any, attacker: A
     if isinstance(loss, Victim):
         checks.check_classes(y, loss.num_classes, attacker.knowledge.labels != "known")
         check_loss(loss.loss, params, *_first((x, y), client))
+        params = at_least_float32(params)
     else:
         loss = of_one_image(loss, params, *_first((x, y), client)) if client.group == 1 else loss
         check_label_range(loss, params, _first(x, client), y)

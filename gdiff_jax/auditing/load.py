@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
@@ -34,6 +35,7 @@ from gdiff_jax.theory.summary import LARGEST_GRAM, prior_information
 from gdiff_jax.victims import saved_trees
 from gdiff_jax.victims.checks import check_gradients
 from gdiff_jax.victims.own import is_own
+from gdiff_jax.victims.uses import uses
 
 
 def audit_named(config: AuditConfig) -> Audit:
@@ -105,8 +107,12 @@ def _check_gradients(plan: Plan) -> None:
 def _fit(flag: str, path: str, plan: Plan, orders: saved_trees.Orders) -> dict[str, Any]:
     """The arrays of a file, shaped as the victim's weights."""
     state, _ = audited(plan)
+    x, y = plan.images, plan.labels
+    of_client = (lambda a: a[0]) if plan.client.group == 1 else (lambda a: a[: plan.client.group])
+    params, loss = plan.params[state], plan.victims[state.name].loss
+    used = lambda: uses(loss, params, jnp.asarray(of_client(x)), jax.tree.map(lambda a: jnp.asarray(of_client(a)), y))
     try:
-        tree = saved_trees.fit(path, plan.params[state], orders)
+        tree = saved_trees.fit(path, params, orders, used, weights=flag == "weights")
     except ValueError as error:
         raise ConfigError(f"--{flag}: {error}") from None
     return {name: jnp.asarray(value) for name, value in tree.items()}

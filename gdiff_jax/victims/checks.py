@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gdiff_jax.matching import Loss, mixed_partial, victim_gradient
+from gdiff_jax.pytrees import at_least_float32
 
 
 def check_loss(loss: Loss, params: Any, x: Any, y: Any) -> None:
@@ -27,10 +28,13 @@ def check_loss(loss: Loss, params: Any, x: Any, y: Any) -> None:
             where = jax.tree_util.keystr(path)
             raise ValueError(f"params{where} is {kind}; leave in params what is trained, floating arrays, and the rest in loss")
     x, y = jnp.asarray(x), jax.tree.map(jnp.asarray, y)
+    params = at_least_float32(params)
     try:
         out = jax.eval_shape(loss, params, x, y)
     except Exception as error:  # whatever the user's function raises
         text = " ".join(str(error).split())[:300]
+        if "float16" in text:
+            text += "; weights of float16 and bfloat16 are taken in float32: let the loss cast x to its params' dtype"
         raise ValueError(
             f"loss(params, x, y) failed for an image x {x.shape} and y {jax.tree.map(jnp.shape, y)}, and as that of a batch "
             f"of it: {type(error).__name__}: {text}"

@@ -23,6 +23,7 @@ from jax.extend import core
 from gdiff_jax.first_dense import FirstDense
 from gdiff_jax.matching import Loss, victim_gradient
 from gdiff_jax.modules import Params
+from gdiff_jax.pytrees import at_least_float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,13 +43,15 @@ class OwnVictim:
 
 
 def own_victim(loss: Loss, params: Any, num_classes: int) -> tuple[OwnVictim, Params]:
-    """The victim of a loss of any pytree of arrays, and its params as a flat dict by dotted path.
+    """The victim of a loss of any pytree of arrays, and its params as a flat dict by dotted path, in float32 or more.
+
+    The `.value` of NNX's variables is left out of the paths.
 
     Raises:
       ValueError: naming what among the params is no array, or has the path of another.
     """
     leaves, structure = jax.tree.flatten_with_path(params)
-    names = [jax.tree_util.keystr(path, simple=True, separator=".") or "params" for path, _ in leaves]
+    names = [_name(path) for path, _ in leaves]
     for name, (_, leaf) in zip(names, leaves, strict=True):
         if not hasattr(leaf, "dtype"):
             raise ValueError(f"params.{name} is a {type(leaf).__name__}, not an array; leave it to loss")
@@ -58,7 +61,13 @@ def own_victim(loss: Loss, params: Any, num_classes: int) -> tuple[OwnVictim, Pa
     def flat_loss(params: Params, x: Any, y: Any) -> Any:
         return loss(jax.tree.unflatten(structure, [params[n] for n in names]), x, y)
 
-    return OwnVictim(flat_loss, num_classes), {n: jnp.asarray(leaf) for n, (_, leaf) in zip(names, leaves, strict=True)}
+    flat = {n: jnp.asarray(leaf) for n, (_, leaf) in zip(names, leaves, strict=True)}
+    return OwnVictim(flat_loss, num_classes), at_least_float32(flat)
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    variable = len(path) > 1 and path[-1] == jax.tree_util.GetAttrKey("value")
+    return jax.tree_util.keystr(path[:-1] if variable else path, simple=True, separator=".") or "params"
 
 
 def is_own(name: str) -> bool:

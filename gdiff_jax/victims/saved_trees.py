@@ -1,23 +1,31 @@
-"""Weights and gradients that another training loop saved: .npz and .safetensors files, of JAX or of torch, by parameter name.
+"""Weights and gradients that another training loop saved, of JAX or of torch, by parameter name.
 
-Names are compared with dots for slashes, and without a leading `params.`. An array that is there under the name of its
-parameter is taken as it is. One that is there under torch's name for it (`weight` for `kernel`, `scale` and `embedding`) has
-torch's layout: (out, in) becomes (in, out), OIHW becomes HWIO. What a torch network flattened was (C, H, W), ours is (H, W, C),
-and no file says so: where a dense layer's input is no other layer's output its order must be told.
+Names are compared with dots for slashes; a prefix that all of a file's names or all of the victim's have is taken off
+(`names`). An array that is there under the name of its parameter is taken as it is. One that is there under torch's name for it
+(`weight` for `kernel`, `scale` and `embedding`) has torch's layout, and is turned as what the loss does with it asks
+(`layouts`): (out, in) becomes (in, out), OIHW becomes HWIO, a table stays. What a torch network flattened was (C, H, W), our
+rows are (H, W, C), and no file says so: where a dense layer's input is no other layer's output its order must be told.
 """
 
 from __future__ import annotations
 
 import math
-from pathlib import Path
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from gdiff_jax import tensor_files
 from gdiff_jax.modules import Params
+from gdiff_jax.victims import layouts, names
+from gdiff_jax.victims.tree_files import Tree, read
+from gdiff_jax.victims.uses import Use, Uses
 
-_TORCH = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
 Orders = dict[str, tuple[int, int, int] | None]  # by a dense kernel's name: (C, H, W); None: rows as they are
+
+
+class _Unknown(Exception):
+    """What must be told of an array: the kind of problem, and the array with the remedy."""
 
 
 def parse_orders(texts: tuple[str, ...]) -> Orders:
@@ -40,80 +48,183 @@ def parse_orders(texts: tuple[str, ...]) -> Orders:
     return orders
 
 
-def read(path: str) -> dict[str, np.ndarray]:
-    """The arrays of a file by name.
-
-    Raises:
-      ValueError: where it cannot be read.
-    """
-    file = Path(path)
-    if not file.is_file():
-        raise ValueError(f"{path} does not exist; give a .npz, .safetensors or torch .pt file of arrays by name")
-    try:
-        if file.suffix != ".npz":
-            return tensor_files.read_tensors(file)
-        with np.load(file, allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in arrays.files}
-    except Exception as error:  # zipfile, OSError, ValueError, by what is broken
-        raise ValueError(f"{path} cannot be read: {error}") from None
-
-
-def fit(path: str, expected: Params, orders: Orders) -> dict[str, np.ndarray]:
+def fit(
+    path: str,
+    expected: Params,
+    orders: Orders,
+    uses: Callable[[], Uses] | None = None,
+    *,
+    weights: bool = False,
+    say: Callable[[str], None] = print,
+) -> dict[str, np.ndarray]:
     """The file's arrays as the parameters `expected`, each used once, in float32.
 
+    Args:
+      path: of a file that `tree_files.read` reads.
+      expected: the victim's parameters.
+      orders: of rows that torch flattened.
+      uses: what the victim's loss does with each, asked only where layouts may differ; without, names alone tell layouts.
+      weights: whether weights are meant, and not what an optimiser keeps of the same shapes.
+      say: takes a line of what was taken off names or left aside.
+
     Raises:
-      ValueError: with all that is missing, unexpected, of another shape, not finite, or of an order that must be told.
+      ValueError: with all that is missing, unexpected, of another shape, not finite, no floats, or of an order or a layout
+        that must be told.
     """
-    arrays = {_plain(name): value for name, value in read(path).items()}
-    problems: dict[str, list[str]] = {"missing": [], "of another shape": [], "not finite": [], "of an unknown order": []}
+    tree = read(path)
     unknown = [name for name in orders if name not in expected]
     if unknown:
         raise ValueError(f"flattened {unknown[0]}: the victim has no such array; it has {', '.join(expected)}")
-    tree = {}
-    for name, target in expected.items():
-        torch = _torch_name(name)
-        if name in arrays:
-            value = arrays.pop(name)
-        elif torch in arrays:
-            value = tensor_files.to_our_layout(arrays.pop(torch), target.ndim)
-            if value.ndim == 2 and value.shape == target.shape and _is_flattened(name, value, expected):
-                if name not in orders:
-                    problems["of an unknown order"].append(f"{name} {value.shape} (say flattened={name}:CxHxW, or as-is)")
-                    continue
-                value = _reordered(name, value, orders[name])
-        else:
-            problems["missing"].append(name if torch == name else f"{name} or {torch}")
-            continue
-        if value.shape != target.shape:
-            problems["of another shape"].append(f"{name} {value.shape}, the victim has {target.shape}")
-        elif value.dtype.kind not in "fV" or not np.isfinite(value.astype(np.float32)).all():
-            problems["not finite"].append(name)
-        tree[name] = np.ascontiguousarray(value.astype(np.float32))
-    problems["not of the victim"] = sorted(arrays)
-    if any(problems.values()):
+    found = _named(path, tree, expected, weights, say)
+    of_torch = {name for name, original in found.items() if _leaf(original) == "weight"}
+    used = uses() if uses and of_torch else {}
+    arrays = [_Array(name, tree.arrays[found[name]], expected[name], used.get(name)) for name in expected]
+    told = layouts.is_torchs([a.layouts for a in arrays if a.name in of_torch and _leaf(a.name) == "weight"])
+    problems: dict[str, list[str]] = {}
+    fitted = {}
+    for array in arrays:
+        name, order = array.name, orders.get(array.name, ...)
+        try:
+            if name not in of_torch:
+                value = array.value
+            elif _leaf(name) == "weight":
+                value = _under_one_name(array, told, tree.is_torch, order)
+            else:
+                asked = _is_flattened(name, array.target.shape[array.rows] if array.target.ndim == 2 else 0, expected)
+                value = _from_torch(array, asked, order)
+            fitted[name] = _as_floats(name, value, array.target)
+        except _Unknown as error:
+            kind, text = error.args
+            problems.setdefault(kind, []).append(text)
+    if problems:
         raise ValueError(f"{path} does not fit the victim; {tensor_files.listed(problems)}")
-    return tree
+    return fitted
 
 
-def _plain(name: str) -> str:
-    return name.replace("/", ".").removeprefix("params.")
+class _Array(NamedTuple):
+    """An array of a file, and the parameter that it is."""
+
+    name: str
+    value: np.ndarray
+    target: Any
+    uses: set[Use] | None
+
+    @property
+    def axes(self) -> layouts.Axes | None:
+        return layouts.torch_axes(self.name, self.target.ndim, self.uses)
+
+    @property
+    def rows(self) -> int:
+        return layouts.rows_of(self.target.ndim, self.uses)
+
+    @property
+    def layouts(self) -> tuple[np.ndarray, Any, layouts.Axes]:
+        """As it is where torch's layout is not known."""
+        return self.value, self.target, self.axes or tuple(range(self.target.ndim))
 
 
-def _torch_name(name: str) -> str:
-    stem, _, leaf = name.rpartition(".")
-    return f"{stem}.{_TORCH.get(leaf, leaf)}".removeprefix(".")
+def _under_one_name(array: _Array, told: bool | None, is_torch: bool, order: Any) -> np.ndarray:
+    """Of `weight` on both sides: as it is, or turned where the file's other arrays say that it has torch's layout."""
+    name, (value, target, axes) = array.name, array.layouts
+    if axes == tuple(range(target.ndim)):
+        return _from_torch(array, False, order) if is_torch and target.ndim > 1 and array.axes else value
+    if told is None and order is ... and value.shape == target.shape == layouts.turned(value, axes).shape:
+        raise _Unknown("of an unknown layout", f"{name} {value.shape} (flattened={name}:as-is says that it is the victim's)")
+    return _from_torch(array, False, order) if told or order not in (None, ...) else value
 
 
-def _is_flattened(name: str, kernel: np.ndarray, expected: Params) -> bool:
+def _from_torch(array: _Array, asked: bool, order: Any) -> np.ndarray:
+    """The array in our layout; the order of its rows must be told if `asked`, or where it is multiplied with a map."""
+    name, value, target, axes = array.name, array.value, array.target, array.axes
+    if axes is None and (target.ndim > 2 or value.shape == target.shape):  # a matrix that fits when turned is one of torch's
+        remedy = f"torch's layout of it is not known; save it as {name}, in the victim's"
+        raise _Unknown("of an unknown layout", f"{name} {value.shape} ({remedy})")
+    value = layouts.turned(value, (1, 0) if axes is None else axes)
+    if value.ndim != 2 or value.shape != target.shape:
+        return value
+    if order is ... and (asked or layouts.takes_map(array.uses)):
+        raise _Unknown("of an unknown order", f"{name} {value.shape} (say flattened={name}:CxHxW, or as-is)")
+    return value if order is ... else _reordered(name, value, order, array.rows)
+
+
+def _named(path: str, tree: Tree, expected: Params, weights: bool, say: Callable[[str], None]) -> dict[str, str]:
+    """Of each parameter the name of its array in the file."""
+    of_optimiser = lambda match: weights and any(part.startswith("opt") for part in match.prefix.split("."))
+    found = [match for match in names.matches(expected, tree.arrays) if not of_optimiser(match)]
+    if len(found) > 1:
+        several = ", ".join(match.prefix or "the top" for match in found)
+        raise ValueError(f"{path} holds several trees that fit the victim ({several}): save the one that is meant alone")
+    if not found and (in_order := _unnamed(path, tree, expected)):
+        say(f"{path}: arrays without names are taken in the order of the victim's, which their shapes confirm")
+        return in_order
+    match = found[0] if found else names.closest(expected, tree.arrays)
+    missing = [n if (t := names.torch_name(n)) == n else f"{n} or {t}" for n in expected if n not in match.names]
+    below = [name for name in tree.others if match.prefix and name.startswith(f"{match.prefix}.")]
+    problems = {"missing": missing, "not of the victim": sorted([*match.left, *below])}
+    if any(problems.values()):
+        remedy = "save the victim's parameters alone, under their names"
+        raise ValueError(f"{path} does not fit the victim; {tensor_files.listed(problems)}; {remedy}")
+    beside = [*match.beside, *(name for name in tree.others if name not in below)]
+    if beside:
+        under = f"the arrays under {match.prefix} are taken" if match.prefix else "its arrays are taken"
+        say(f"{path}: {under}, {tensor_files.listed({'left aside': beside})}")
+    elif (match.prefix and match.prefix != "params") or match.wrapped:
+        what = "what a wrapper put into its names" if match.wrapped else f"{match.prefix}. before all names"
+        say(f"{path}: {what} is taken off")
+    return match.names
+
+
+def _unnamed(path: str, tree: Tree, expected: Params) -> dict[str, str] | None:
+    """Arrays in the order of `jax.tree.leaves`, where shapes leave no other; None where arrays have names."""
+    numbers = [name.removeprefix("arr_") for name in tree.arrays]
+    if not all(number.isdigit() for number in numbers):
+        return None
+    ordered = sorted(tree.arrays, key=lambda name: int(name.removeprefix("arr_")))
+    shapes, ours = [tree.arrays[name].shape for name in ordered], [value.shape for value in expected.values()]
+    by_torch = "torch.save({n: g for (n, _), g in zip(model.named_parameters(), grads)}, 'leak.pt')"
+    # A matrix or kernel that is not square shows whose layout it is.
+    uneven = any(len(shape) > 1 and shape != shape[::-1] for shape in ours)
+    if tree.is_torch or shapes != ours or len(set(ours)) < len(ours) or not uneven:
+        raise ValueError(
+            f"{path} is a list of {len(shapes)} arrays without names, and shapes do not tell which is which; save them by the "
+            f"parameters' names, such as {by_torch}, or numpy.savez with names"
+        )
+    return dict(zip(expected, ordered, strict=True))
+
+
+def _as_floats(name: str, value: np.ndarray, target: Any) -> np.ndarray:
+    """A finite float32 array of the parameter's shape."""
+    if value.dtype.kind not in "fV":
+        scale = ": integers have a scale that the file does not say; save them times it, as floats" * (value.dtype.kind in "iu")
+        raise _Unknown("no floats", f"{name} is {value.dtype}{scale}")
+    if value.shape != target.shape:
+        more = ", with an axis more; give one leak of one example" * (value.shape[1:] == target.shape)
+        raise _Unknown("of another shape", f"{name} {value.shape}, the victim has {target.shape}{more}")
+    with np.errstate(over="ignore"):
+        floats = np.array(value, np.float32, order="C")  # not ascontiguousarray, which makes a scalar an array of one
+    if not np.isfinite(floats).all():
+        raise _Unknown("not finite", name)
+    return floats
+
+
+def _leaf(name: str) -> str:
+    return name.replace("/", ".").removesuffix(".value").rpartition(".")[2]
+
+
+def _is_flattened(name: str, width: int, expected: Params) -> bool:
     """Whether a dense layer's input is no other layer's output, by its width: then it is a flattened image or feature map."""
     own = name.rpartition(".")[0] + ".bias"
-    return kernel.shape[0] not in {value.shape[-1] for other, value in expected.items() if value.ndim == 1 and other != own}
+    widths = {value.shape[-1] for other, value in expected.items() if value.ndim == 1 and other != own}
+    return name.endswith("kernel") and width not in {0, *widths}
 
 
-def _reordered(name: str, kernel: np.ndarray, order: tuple[int, int, int] | None) -> np.ndarray:
+def _reordered(name: str, kernel: np.ndarray, order: tuple[int, int, int] | None, axis: int) -> np.ndarray:
+    """A dense kernel whose input goes along `axis`, from (C, H, W) to (H, W, C)."""
     if order is None:
         return kernel
-    if math.prod(order) != len(kernel):
+    rows = np.moveaxis(kernel, axis, 0)
+    if math.prod(order) != len(rows):
         shape = "x".join(map(str, order))
-        raise ValueError(f"flattened {name}:{shape}: {name} has {len(kernel)} rows, not {math.prod(order)}")
-    return kernel.reshape(*order, -1).transpose(1, 2, 0, 3).reshape(len(kernel), -1)
+        raise ValueError(f"flattened {name}:{shape}: {name} has {len(rows)} rows, not {math.prod(order)}")
+    ours = rows.reshape(*order, -1).transpose(1, 2, 0, 3).reshape(rows.shape)
+    return np.moveaxis(ours, 0, axis)

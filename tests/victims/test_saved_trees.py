@@ -79,7 +79,7 @@ def write(folder):
         ("extra.npz", {}, "not of the victim: other"),
         ("shape.npz", {}, r"of another shape: out.bias \(11,\), the victim has \(10,\)"),
         ("nan.npz", {}, "not finite: out.bias"),
-        ("integer.npz", {}, "not finite: out.bias"),
+        ("integer.npz", {}, "no floats: out.bias is int64: integers have a scale"),
         ("broken.npz", {}, "cannot be read"),
         ("broken.safetensors", {}, "cannot be read"),
         ("torch.safetensors", {}, r"of an unknown order: out.kernel \(96, 10\) \(say flattened=out.kernel:CxHxW, or as-is"),
