@@ -1,6 +1,6 @@
 """What of a gradient can be solved in place of searched for: `solve` an image, `explain` a network."""
 
 from gdiff_jax.algebra.solve import Solution, solve
-from gdiff_jax.algebra.structure import Structure, explain, infer_label, structure_of
+from gdiff_jax.algebra.structure import Structure, explain, infer_label, last_bias, structure_of
 
-__all__ = ["Solution", "Structure", "explain", "infer_label", "solve", "structure_of"]
+__all__ = ["Solution", "Structure", "explain", "infer_label", "last_bias", "solve", "structure_of"]

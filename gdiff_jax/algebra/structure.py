@@ -96,16 +96,30 @@ def infer_label(loss: Loss, params: Any, leak: Any, image_shape: tuple[int, ...]
     Raises:
       ValueError: where there is no such layer.
     """
-    y = jnp.asarray(0)
-    structure = structure_of(loss, params, image_shape, y)
+    last = _last_bias(structure_of(loss, params, image_shape, jnp.asarray(0)), params)
     with on_host():
-        leaves, gradient = wide((params, y)), wide(leak)
+        return int(np.argmin(wide(leak)[last]))
+
+
+def last_bias(loss: Loss, params: Any, image_shape: tuple[int, ...]) -> str:
+    """The name of the bias of the last layer with parameters, of which the gradient is that of the logits.
+
+    Raises:
+      ValueError: where there is no such layer.
+    """
+    structure = structure_of(loss, params, image_shape, jnp.asarray(0))
+    return structure.names[_last_bias(structure, params)]
+
+
+def _last_bias(structure: Structure, params: Any) -> int:
+    with on_host():
+        leaves = wide((params, jnp.asarray(0)))
         for layer in reversed(structure.layers):
             if layer.kind is Kind.AFFINE and any(k < len(structure.names) for k in layer.leaves):
                 leaf = direct_leaf(layer, leaves, set(structure.own))
                 if leaf is None:
                     break
-                return int(np.argmin(gradient[leaf]))
+                return leaf
     raise ValueError("no last layer with a bias was found in the loss from which its label could be read")
 
 

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from gdiff_jax import algebra, modules
 from gdiff_jax import images as image_files
 from gdiff_jax.auditing.checks import in_other_words
+from gdiff_jax.auditing.own_gradient import check_leak
 from gdiff_jax.auditing.result import Audit
 from gdiff_jax.auditing.run import DEFAULT_METHODS, Question, audited, run, with_analytic
 from gdiff_jax.auditing.settings import Asked, AuditConfig, Model
@@ -51,11 +52,12 @@ def audit_named(config: AuditConfig) -> Audit:
         plan = _load_plan(config, sweep)
         question = dataclasses.replace(load_question(config.asked, sweep, plan), film=DSG(config.attacks.guidance_rate))
         _check_gradients(plan)
+        doubt = check_leak(config.model.gradient, plan) if config.model.gradient else ""
         if not config.attacks.methods:
             plan = with_analytic(plan)
         store = Store(Path(sweep.run.out), plan.identity, plan.reading)
         with contextlib.closing(store):
-            about = _about(config, sweep, plan)
+            about = {**_about(config, sweep, plan), "doubt": doubt}
             return run(plan, question, store, partial(_attack, config.run), about, partial(_show, Path(config.run.out)))
 
 

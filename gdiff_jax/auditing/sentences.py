@@ -143,6 +143,14 @@ def warnings(record: AuditRecord) -> list[str]:
         signs.append(
             f"{failed} of {len(record.attacks)} trials ended in numbers that are not finite; they count as not recovered."
         )
+    silent = sorted({r["image"] for r in record.attacks if r["gradient_norm"] == 0})
+    if silent:
+        images = ", ".join(map(str, silent[:10]))
+        signs.append(
+            f"The gradient is zero at {len(silent)} of the images ({images}, counted from 0): nothing leaks there, and what "
+            "an attack makes of it comes from the prior alone."
+        )
+    signs += [record.about["doubt"]] if record.about.get("doubt") else []
     signs += _rank_warnings(record) + _curve_warnings(record)
     if not record.has_truth:
         return signs

@@ -141,7 +141,7 @@ def summarise(
         "frobenius_error": numbers(rv.per_image.standard_error),
         "shares": {_path(path): float(np.mean(s.value)) for path, s in shares},
         "gradient_norm": numbers(np.sqrt(sum(e for _, e in energies))),
-        "gradient_shares": {_path(path): float(np.mean(e / sum(e for _, e in energies))) for path, e in energies},
+        "gradient_shares": {_path(path): _mean_share(e, sum(e for _, e in energies)) for path, e in energies},
         "spectrum_is_exact": exact,
         "spectra": rows,
         "sigmas": noisy,
@@ -166,6 +166,12 @@ def _wide(tree: Any) -> Any:
     """Floating arrays in float64."""
     widened = lambda a: a.astype(np.float64) if a.dtype.kind == "f" else a
     return jax.tree.map(lambda a: jnp.asarray(widened(np.asarray(a))), tree)
+
+
+def _mean_share(part: np.ndarray, whole: np.ndarray) -> float:
+    """Over the images that have a gradient; 0 where none has."""
+    shares = part[whole > 0] / whole[whole > 0]
+    return float(np.mean(shares)) if shares.size else 0.0
 
 
 def _norms(gradient: Any) -> Any:

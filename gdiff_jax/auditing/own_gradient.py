@@ -1,0 +1,301 @@
+"""Whether a saved gradient is one of this model: it is held against the model's own at the image, where that is known."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gdiff_jax import algebra
+from gdiff_jax.auditing.run import audited
+from gdiff_jax.errors import ConfigError, need
+from gdiff_jax.matching import released
+from gdiff_jax.mechanisms.text import NOISES, Spec
+from gdiff_jax.sweeping.plan import Plan
+
+ROUNDING = 0.1  # of its norm, by which a gradient that was computed or kept in bfloat16 differs from one in float32
+SURE = 5  # standard errors
+Arrays = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    """A leak as factor * own + rest, the factor by least squares.
+
+    Attributes:
+      factor: <own, leak> / ||own||^2.
+      error: its standard error, from the noise that the leak is said to hold.
+      cosine: of the two.
+      off: || leak - own || / || own ||.
+      off_scaled: || leak - factor * own || / || factor * own ||.
+      noise: || noise || / || own ||, as it is expected.
+      count: of coordinates.
+    """
+
+    factor: float
+    error: float
+    cosine: float
+    off: float
+    off_scaled: float
+    noise: float
+    count: int
+
+    @property
+    def is_own(self) -> bool:
+        """Whether rounding and noise explain the difference."""
+        near = abs(self.factor - 1) <= max(ROUNDING, SURE * self.error)
+        return near and self.off <= ROUNDING + self._most(1.0) and not self.is_scaled
+
+    @property
+    def is_scaled(self) -> bool:
+        """Whether it is a multiple of the own gradient, up to rounding and noise, and surely not 1 times it."""
+        seen = abs(self.factor) > SURE * self.error and self.off_scaled <= ROUNDING + self._most(abs(self.factor))
+        rounding = math.sqrt(max(self.off_scaled**2 - (self.noise / self.factor) ** 2, 0.0)) if seen else 0.0
+        return seen and abs(self.factor - 1) > max(0.01, SURE * self.error, rounding)
+
+    def _most(self, factor: float) -> float:
+        """The largest norm of noise that is to be expected, over that of factor * own."""
+        return self.noise * (1 + SURE / math.sqrt(2 * self.count)) / factor
+
+    @property
+    def tells(self) -> bool:
+        """Whether the noise leaves something to be seen of a gradient that is there."""
+        return SURE * self.error < 0.9
+
+    @property
+    def sigma_over_norm(self) -> float:
+        """What noise would be if the whole difference were noise, over the own norm."""
+        return self.off / math.sqrt(self.count)
+
+
+def fit(leak: Arrays, own: Arrays, sigma: float) -> Fit:
+    """How a leak that is said to hold noise of `sigma` follows from a gradient that is not zero."""
+    g, s = (np.concatenate([np.asarray(a[name], np.float64).ravel() for name in own]) for a in (own, leak))
+    return _fit(float(g @ g), float(g @ s), float(s @ s), sigma, g.size)
+
+
+def _fit(gg: float, gs: float, ss: float, sigma: float, count: int) -> Fit:
+    norm, factor = math.sqrt(gg), gs / gg
+    off = math.sqrt(max(ss - 2 * gs + gg, 0.0)) / norm
+    rest = math.sqrt(max(ss - gs**2 / gg, 0.0)) / norm
+    off_scaled = rest / abs(factor) if factor else math.inf
+    cosine = gs / math.sqrt(gg * ss)
+    return Fit(factor, sigma / norm, cosine, off, off_scaled, sigma * math.sqrt(count) / norm, count)
+
+
+def check_leak(path: str, plan: Plan) -> str:
+    """What the report must say of `plan.leak`, the gradient of a file, beside the model's own; "" if nothing.
+
+    Raises:
+      ConfigError: where it is certain that another gradient would be attacked than the one that is meant, with what it is.
+    """
+    state, mechanism = audited(plan)
+    spec, sigma, params = plan.mechanisms[mechanism], plan.sigmas[mechanism][0], plan.params[state]
+    leak = {name: np.asarray(value, np.float64) for name, value in plan.leak.items()}
+    like_weights = fit(leak, params, 0.0).cosine if _norm(params) else 0.0
+    need(
+        like_weights < 0.99,
+        f"--gradient {path} has a cosine of {like_weights:.4f} with the weights: it holds weights, not a gradient; "
+        "of an update give (weights before - weights after) / learning rate",
+    )
+    _check_norm(path, leak, spec, sigma)
+    if not plan.images_known:
+        _check_last_bias(path, plan, leak)
+    if not plan.images_known or not isinstance(spec, Spec) or not _is_exact(spec):
+        return ""
+    return _held_against_own(path, plan, spec, sigma, leak)
+
+
+def _check_norm(path: str, leak: Arrays, spec: Any, sigma: float) -> None:
+    """That a clipped gradient is no longer than it can be."""
+    if spec.clip_norm is None:
+        return
+    count, norm = sum(value.size for value in leak.values()), _norm(leak)
+    most = math.hypot(spec.clip_norm, sigma * math.sqrt(count) * (1 + SURE / math.sqrt(2 * count)))
+    need(
+        norm <= most * (1 + ROUNDING),
+        f"--gradient {path} has the norm {norm:.4g}, --mechanism {spec.text} with sigma {sigma:g} lets at most {most:.4g} "
+        "through: name the mechanism that was applied, such as --mechanism=none",
+    )
+
+
+def _check_last_bias(path: str, plan: Plan, leak: Arrays) -> None:
+    """That it is p - onehot(label) of one example, where the loss is a softmax with cross-entropy and no noise hides it."""
+    state, mechanism = audited(plan)
+    loss, params, shape = plan.victims[state.name].loss, plan.params[state], plan.prior.image_shape
+    spec = plan.mechanisms[mechanism]
+    if (spec.text != "none" and not spec.only_noise) or plan.sigmas[mechanism][0] or plan.client.local_steps > 1:
+        return
+    try:
+        name = algebra.last_bias(loss, params, shape)
+    except ValueError:
+        return
+    bias, label = leak[name].ravel(), int(plan.labels[0])
+    of_label = jax.jit(lambda y: released(None, loss, params, jnp.zeros(shape), y)[name].ravel())
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        first, second = (np.asarray(of_label(jnp.asarray(y, plan.labels.dtype)), np.float64) for y in (0, 1))
+    unit = (second - first)[0]
+    if (
+        len(bias) < 3
+        or unit <= 0
+        or not np.allclose(second - first, unit * np.eye(len(bias))[:2].T @ [1, -1], atol=1e-4 * unit)
+    ):
+        return  # another loss
+    below, above = ((sign * bias > 1e-3 * np.abs(bias).max()).sum() for sign in (-1, 1))
+    start = f"--gradient {path}: the gradient of {name}, which for one example is p - onehot(label),"
+    need(above != 1 or below < 2, f"{start} has one entry above zero, and others below: it has another sign, as an update has")
+    need(
+        below == 1 and abs(bias.sum()) < 0.02 * np.abs(bias).max(),
+        f"{start} has {below} entries below zero and the sum {bias.sum():.3g}: it is of several examples, holds noise "
+        "(say --sigma_grid), or is of another loss",
+    )
+    need(
+        bias.min() > -1.02 * unit,
+        f"{start} has the entry {bias.min():.4g}, below -{unit:.4g}: a sum, or a loss scale; divide by that factor",
+    )
+    found = int(np.argmin(bias))
+    need(found == label, f"{start} says label {found}, not {label}: say --label={found}, or leave it away")
+
+
+def _is_exact(spec: Spec) -> bool:
+    """Whether what the mechanism makes of a gradient is known but for noise that comes last."""
+    names = [name for name, _ in spec.stages]
+    return not {"qsgd", "soteria"} & set(names) and not {*NOISES} & set(names[:-1]) and not ("random" in names and spec.noisy)
+
+
+def _held_against_own(path: str, plan: Plan, spec: Spec, sigma: float, leak: Arrays) -> str:
+    state, _ = audited(plan)
+    victim, params, image = plan.victims[state.name], plan.params[state], jnp.asarray(plan.images[0])
+    build = lambda: spec.build(sigma, lambda _: None)
+    shown = {name: jnp.asarray(value, jnp.float32) for name, value in leak.items()}
+
+    @jax.jit
+    def expected(params: Any, shown: Any, x: jax.Array, y: Any) -> tuple[Any, Any]:
+        bare = released(plan.local_sgd, victim.loss, params, x, y)
+        return build().simulate(bare, shown), bare
+
+    label = jax.tree.map(lambda a: jnp.asarray(a[0]), plan.labels)
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        own, bare = jax.device_get(expected(params, shown, image, label))
+    if not np.isfinite(_norm(own)) or not _norm(own):
+        return ""  # what is not finite or zero is told of the loss
+    if not spec.noisy:
+        sigma = 0.0
+    found = fit(leak, own, sigma)
+    if found.is_own:
+        _check_sigma(path, found, sigma, _norm(own), spec)
+        print(f"--gradient: it is the model's own gradient at the image, up to {found.off:.2g} of its norm")
+        return ""
+    before = f"--gradient {path}"
+    if found.is_scaled:
+        raise ConfigError(f"{before} is {found.factor:.4g} times the model's own gradient at the image{_why(found, spec)}")
+    if len(spec.stages) and fit(leak, bare, sigma).is_own:
+        raise ConfigError(
+            f"{before} is the model's own gradient at the image before --mechanism {spec.text}: name what was applied to it, "
+            "such as --mechanism=none"
+        )
+
+    def of_label(label: int) -> Fit:
+        other, _ = jax.device_get(expected(params, shown, image, jnp.asarray(label, plan.labels.dtype)))
+        return fit(leak, other, sigma) if _norm(other) else found
+
+    other = _other_label(plan, of_label)
+    if other is not None:
+        raise ConfigError(
+            f"{before} is the model's own gradient at the image with label {other}, not {int(label)}: say --label={other}"
+        )
+    by_array = {name: fit({name: leak[name]}, {name: own[name]}, sigma) for name in own if np.any(own[name])}
+    said = _of_arrays(by_array, leak, own)
+    if said:
+        raise ConfigError(f"{before} {said}")
+    sigma_found = found.sigma_over_norm * _norm(own)
+    if sigma_found > sigma and _is_noise(found, leak, own):
+        raise ConfigError(
+            f"{before} is the model's own gradient at the image and noise of sigma about {sigma_found:.2g}, of which "
+            f"{sigma:g} is said: say --sigma_grid={sigma_found:.2g} with the mechanism that added it"
+        )
+    text = (
+        f"{before} is not the model's own gradient at the image (cosine {found.cosine:.3f}, norm {_norm(leak):.4g} against "
+        f"{_norm(own):.4g}): other weights, such as a later checkpoint (--weights), another image, scaling of its pixels, loss "
+        "or mechanism"
+    )
+    if found.cosine < 0.9:
+        raise ConfigError(f"{text}; mend that, or leave --images away to attack it without scores")
+    print(text)
+    return f"The gradient {text.removeprefix('--gradient ')}: scores may say more of that than of the leak."
+
+
+def _is_noise(found: Fit, leak: Arrays, own: Arrays) -> bool:
+    """Whether what is left beside the own gradient is alike in all arrays and orthogonal to it, as noise is."""
+    error = found.sigma_over_norm
+    if abs(found.factor - 1) > SURE * error or found.factor < SURE * error:
+        return False
+    squares = {name: float(np.square(leak[name] - np.asarray(own[name], np.float64)).sum()) for name in own}
+    mean = sum(squares.values()) / found.count
+    sizes = {name: np.size(own[name]) for name in own}
+    return all(abs(squares[n] / (sizes[n] * mean) - 1) < SURE * math.sqrt(2 / sizes[n]) + 0.1 for n in own if sizes[n] > 50)
+
+
+def _check_sigma(path: str, found: Fit, sigma: float, norm: float, spec: Spec) -> None:
+    """That the noise is not much less than is said."""
+    least = found.noise * (1 - SURE / math.sqrt(2 * found.count)) * 0.8
+    need(
+        found.off >= least or found.noise < ROUNDING,
+        f"--gradient {path} holds noise of sigma {found.sigma_over_norm * norm:.2g} at most, beside the model's own gradient "
+        f"at the image; --sigma_grid says {sigma:g}. Say what it holds; to see what noise would help leave --gradient away",
+    )
+
+
+def _why(found: Fit, spec: Spec) -> str:
+    """What a factor may be, and what to do."""
+    a, exponent = abs(found.factor), math.log2(abs(found.factor))
+    causes = (
+        ["a sum in place of a mean, or a mean over other examples", "a loss scale"] if a > 1 else ["a mean", "a learning rate"]
+    )
+    if abs(exponent - round(exponent)) < 1e-3 and exponent > 2:
+        causes = ["the loss scale of mixed precision", *causes[:1]]
+    sign = "an update, minus the gradient, " if found.factor < 0 else ""
+    mechanism = f" through --mechanism {spec.text}" if spec.stages else ""
+    text = f"{mechanism} (cosine {found.cosine:.4f}): {sign}{' or '.join(causes) if abs(a - 1) > 0.01 else 'of another sign'}"
+    return f"{text}; divide the file's arrays by {found.factor:.4g}, or let the victim's loss have this factor"
+
+
+def _other_label(plan: Plan, of_label: Callable[[int], Fit]) -> int | None:
+    """The label, a number of a class, at which the leak is the model's own gradient."""
+    state, _ = audited(plan)
+    labels = plan.labels
+    if not isinstance(labels, np.ndarray) or labels.ndim != 1 or labels.dtype.kind not in "iu":
+        return None
+    others = (label for label in range(plan.victims[state.name].num_classes) if label != labels[0])
+    return next((label for label in others if (found := of_label(label)).is_own and found.tells), None)
+
+
+def _of_arrays(by_array: dict[str, Fit], leak: Arrays, own: Arrays) -> str:
+    """What is said where some arrays are the own gradient's and others are not, or hold its numbers in another order."""
+    others = [name for name, found in by_array.items() if not found.is_own]
+    if not others:
+        return ""
+    close = lambda a, b: np.allclose(np.sort(a, None), np.sort(b, None), rtol=1e-2, atol=1e-3 * np.abs(b).max())
+    moved = [name for name in others if leak[name].size > 1 and close(leak[name], own[name])]
+    if moved:
+        return (
+            f"has the numbers of the model's own gradient at the image, those of {', '.join(moved[:5])} in another order: "
+            "transposed, flattened in another order (--flattened), or permuted; save them in the victim's order"
+        )
+    swapped = [(a, b) for a in others for b in others if a < b and leak[a].shape == leak[b].shape and close(leak[a], own[b])]
+    if swapped:
+        return f"has the arrays {' and '.join(swapped[0])} exchanged: what is called {swapped[0][0]} is that of {swapped[0][1]}"
+    right = [name for name, found in by_array.items() if found.is_own and found.cosine > 0.9]
+    if len(right) > len(others):
+        cosines = ", ".join(f"{name} (cosine {by_array[name].cosine:.3f})" for name in others[:5])
+        return f"is the model's own gradient at the image, but for {cosines}: another layout or order, or another array"
+    return ""
+
+
+def _norm(tree: Any) -> float:
+    return math.sqrt(sum(float(np.square(np.asarray(value, np.float64)).sum()) for value in tree.values()))
