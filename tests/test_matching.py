@@ -339,3 +339,77 @@ def test_a_loss_with_a_custom_vjp_has_the_derivatives_of_the_plain_one():
     along = [jax.jit(jacobian.push, static_argnums=0)(m.loss, m.params, x, m.label, v) for m in (custom, plain)]
     for name in along[0]:
         np.testing.assert_allclose(along[0][name], along[1][name], rtol=1e-11, atol=1e-14)
+
+
+SMALL = 1 / 4096  # of a trained network's gradients
+
+
+def dense_loss(scale=SMALL, dtype=None):
+    """Of a dense network in its params' dtype, or in `dtype` alone, as mixed precision has it."""
+
+    def loss(params, x, y):
+        kind = dtype or params["w"].dtype
+        cast = lambda a: a.astype(kind)
+        h = jnp.tanh(cast(x).reshape(-1) @ cast(params["w"]) + cast(params["b"]))
+        return -scale * jax.nn.log_softmax((h @ cast(params["v"])).astype(jnp.float32))[y]
+
+    return loss
+
+
+def dense_params(dtype):
+    rng = np.random.default_rng(5)
+    shapes = {"w": (48, 8), "b": (8,), "v": (8, 10)}
+    return {name: jnp.asarray(0.2 * rng.normal(size=shape), dtype) for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+@pytest.mark.parametrize("scale", [SMALL, 1024.0])
+def test_a_model_of_few_bits_is_matched_in_float32(dtype, scale):
+    """The same numbers in float32 give the same distance and derivative, bit for bit; in fewer bits squares vanish."""
+    half, x = dense_params(dtype), jnp.linspace(-1, 1, 48).reshape(4, 4, 3)
+    loss = dense_loss(scale)
+    leak = victim_gradient(loss, half, x[::-1], 3)
+    assert leak["w"].dtype == dtype
+    full = jax.tree.map(lambda a: a.astype(jnp.float32), (half, leak))
+    of_half, of_full = (jax.value_and_grad(GradientMatching(p, 3, g, loss))(x) for p, g in ((half, leak), full))
+    jax.tree.map(np.testing.assert_array_equal, of_half, of_full)
+    assert of_half[0] > 0
+
+
+def test_mixed_precision_keeps_small_derivatives():
+    """Weights in float32 and layers in float16: the derivative in the image is that of float32 but for float16's rounding."""
+    params, x = dense_params(jnp.float32), jnp.linspace(-1, 1, 48).reshape(4, 4, 3)
+    leak = victim_gradient(dense_loss(1.0), params, x[::-1], 3)
+    mixed, full = (jax.grad(GradientMatching(params, 3, leak, dense_loss(1.0, dtype), l2))(x) for dtype in (jnp.float16, None))
+    assert jnp.abs(mixed - full).max() < 0.02 * jnp.abs(full).max()
+    tiny = jax.tree.map(lambda g: g * 1e-6, leak)  # a residual that float16 would round to zero
+    off = lambda loss: jax.grad(
+        GradientMatching(params, 3, jax.tree.map(jnp.add, victim_gradient(loss, params, x, 3), tiny), loss)
+    )(x)
+    mixed, full = off(dense_loss(1.0, jnp.float16)), off(dense_loss(1.0))
+    assert jnp.abs(mixed - full).max() < 0.05 * jnp.abs(full).max()
+
+
+def of_another_shape(leak):
+    return {
+        r"leak\['w'\] is \(1, 8\), its parameter \(48, 8\)": leak | {"w": leak["w"][:1]},
+        r"leak\['b'\] is \(\), its parameter \(8,\)": leak | {"b": leak["b"][0]},
+        r"leak\['b'\] is \(1, 8\), its parameter \(8,\)": jax.tree.map(lambda a: a[None], {"b": leak["b"]})
+        | {"v": leak["v"], "w": leak["w"]},
+        r"leak\['v'\] is \(10, 8\)": leak | {"v": leak["v"].T},
+        r"leak\['b'\] is int8; give floats": leak | {"b": np.ones(8, np.int8)},
+        "leak is a .*, params a .*; give it as victim_gradient returns it": {"w": leak["w"]},
+    }
+
+
+def test_a_leak_that_is_not_shaped_as_the_parameters_is_refused():
+    params, x = dense_params(jnp.float32), jnp.linspace(-1, 1, 48).reshape(4, 4, 3)
+    loss = dense_loss(1.0)
+    leak = victim_gradient(loss, params, x, 3)
+    for words, other in of_another_shape(leak).items():
+        with pytest.raises(ValueError, match=words):
+            GradientMatching(params, 3, other, loss)(x)
+    with pytest.raises(ValueError, match=r"weights\['w'\] is \(8,\)"):
+        GradientMatching(params, 3, leak, loss, weights=leak | {"w": leak["b"]})(x)
+    as_numpy = jax.tree.map(np.asarray, leak)
+    assert GradientMatching(params, 3, as_numpy, loss)(x) == GradientMatching(params, 3, leak, loss)(x)

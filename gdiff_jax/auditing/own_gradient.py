@@ -260,7 +260,7 @@ def _why(found: Fit, spec: Spec) -> str:
     if abs(exponent - round(exponent)) < 1e-3 and exponent > 2:
         causes = ["the loss scale of mixed precision", *causes[:1]]
     sign = "an update, minus the gradient, " if found.factor < 0 else ""
-    mechanism = f" through --mechanism {spec.text}" if spec.stages else ""
+    mechanism = f" through --mechanism {spec.text}" if spec.stages and not spec.only_noise else ""
     text = f"{mechanism} (cosine {found.cosine:.4f}): {sign}{' or '.join(causes) if abs(a - 1) > 0.01 else 'of another sign'}"
     return f"{text}; divide the file's arrays by {found.factor:.4g}, or let the victim's loss have this factor"
 

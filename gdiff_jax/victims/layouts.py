@@ -30,7 +30,7 @@ def torch_axes(name: str, ndim: int, uses: set[Use] | None) -> Axes | None:
         return flax if name.rpartition(".")[2] == "kernel" else as_it_is
     found = {use for use in uses if use.kind not in (Kind.OTHER, Kind.UNKNOWN)}
     kinds = {use.kind for use in found}
-    if Kind.TABLE in kinds or (uses and all(use.kind is Kind.OTHER for use in uses)):
+    if Kind.TABLE in kinds or (not found and Use(Kind.OTHER) in uses):
         return as_it_is
     if len({use.axes for use in found}) != 1 or len(kinds) != 1:
         return None
@@ -45,6 +45,11 @@ def torch_axes(name: str, ndim: int, uses: set[Use] | None) -> Axes | None:
 def rows_of(ndim: int, uses: set[Use] | None) -> int:
     """Which axis of a dense kernel its input goes along."""
     return next((use.axes[0] for use in uses or () if ndim == 2 and use.kind is Kind.MATRIX and len(use.axes) == 1), 0)
+
+
+def may_be_dense(uses: set[Use] | None) -> bool:
+    """Whether it is a dense kernel, as far as is known."""
+    return uses is None or any(use.kind is Kind.MATRIX for use in uses)
 
 
 def takes_map(uses: set[Use] | None) -> bool:

@@ -90,7 +90,8 @@ def fit(
             elif _leaf(name) == "weight":
                 value = _under_one_name(array, told, tree.is_torch, order)
             else:
-                asked = _is_flattened(name, array.target.shape[array.rows] if array.target.ndim == 2 else 0, expected)
+                dense = array.target.ndim == 2 and layouts.may_be_dense(array.uses)
+                asked = dense and _is_flattened(name, array.target.shape[array.rows], expected)
                 value = _from_torch(array, asked, order)
             fitted[name] = _as_floats(name, value, array.target)
         except _Unknown as error:
@@ -215,7 +216,7 @@ def _is_flattened(name: str, width: int, expected: Params) -> bool:
     """Whether a dense layer's input is no other layer's output, by its width: then it is a flattened image or feature map."""
     own = name.rpartition(".")[0] + ".bias"
     widths = {value.shape[-1] for other, value in expected.items() if value.ndim == 1 and other != own}
-    return name.endswith("kernel") and width not in {0, *widths}
+    return name.endswith("kernel") and width not in widths
 
 
 def _reordered(name: str, kernel: np.ndarray, order: tuple[int, int, int] | None, axis: int) -> np.ndarray:

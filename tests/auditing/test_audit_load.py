@@ -116,7 +116,7 @@ ANOTHER = {
     "loss scale": (lambda v: 1024 * v, dict(), "the loss scale of mixed precision"),
     "update": (lambda v: -0.01 * v, dict(), r"-0\.01 times .* an update, minus the gradient, a mean or a learning rate"),
     "other label": (lambda v: v, dict(label=3), r"with label 0, not 3: say --label=0"),
-    "unsaid noise": (NOISE, dict(), r"noise of sigma about 0\.1, of which 0 is said: say --sigma_grid=0\.1"),
+    "unsaid noise": (NOISE, dict(), r"noise of sigma about 0\.09\d?, of which 0 is said: say --sigma_grid=0\.09"),
     "no noise": (lambda v: v, dict(mechanism="gaussian", sigma_grid=(0.1,)), r"--sigma_grid says 0\.1\. Say what it holds"),
     "unclipped": (
         lambda v: v,
