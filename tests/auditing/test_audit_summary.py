@@ -269,3 +269,15 @@ def test_lpips_orders_images_by_likeness():
     near, far = image + 0.02, rng.uniform(-1, 1, image.shape).astype(np.float32)
     assert metrics.lpips(image, image) == pytest.approx(0, abs=1e-6)
     assert metrics.lpips(near, image) < metrics.lpips(far, image)
+
+
+def test_images_without_a_gradient_are_named():
+    rows = [{**r, "gradient_norm": 0.0 if r["image"] == 1 else 10.0} for r in make().trials]
+    (said,) = [w for w in sentences.warnings(make(rows)) if "gradient is zero" in w]
+    assert "at 1 of the images (1, counted from 0)" in said
+
+
+def test_a_doubt_about_a_gradient_is_a_warning():
+    audit = make()
+    doubted = dataclasses.replace(audit, about={**audit.about, "doubt": "It is not the model's own."})
+    assert sentences.warnings(doubted)[0] == "It is not the model's own."

@@ -191,3 +191,17 @@ def test_i2f_is_a_lower_bound_where_the_gradient_is_linear(x64):
 def test_bad_numbers_are_refused(call, value):
     with pytest.raises(ValueError, match=value):
         call()
+
+
+def test_an_image_without_a_gradient_takes_no_part_in_the_shares_of_the_gradient():
+    from gdiff_jax.theory.summary import summarise
+
+    loss = lambda p, x, y: y * jnp.sin(p["a"] * x.sum() + p["b"])
+    params, x = (
+        {"a": jnp.float32(0.3), "b": jnp.float32(0.1)},
+        np.random.default_rng(0).normal(size=(2, 2, 2, 1)).astype(np.float32),
+    )
+    shares = lambda y: summarise(jax.random.key(0), loss, params, x, y, [0.0], spectra=0, probes=2)["gradient_shares"]
+    of_first = x[0].sum() ** 2 / (x[0].sum() ** 2 + 1)
+    assert shares(np.array([1.0, 0.0], np.float32))["a"] == pytest.approx(of_first, rel=1e-5)
+    assert shares(np.zeros(2, np.float32)) == {"a": 0.0, "b": 0.0}

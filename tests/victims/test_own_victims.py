@@ -207,3 +207,16 @@ def test_random_keys_among_the_constants_count():
     loss = lambda key: lambda p, x, y: (p["w"] * x * jax.random.normal(key, (3,))).sum()
     one, same, two = (own.fingerprint(loss(jax.random.key(s)), {"w": jnp.zeros(3)}, IMAGE, LABEL) for s in (1, 1, 2))
     assert one == same != two
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_weights_of_few_bits_are_attacked_in_float32(dtype):
+    loss = lambda p, x, y: jnp.sin(x.astype(p["w"].dtype).mean() * p["w"]).sum().astype(jnp.float32)
+    victim, params = own_victim(loss, {"w": jnp.arange(3, dtype=dtype)}, 10)
+    checks.check_loss(victim.loss, params, IMAGE, LABEL)
+    assert params["w"].dtype == jnp.float32
+    expected = IMAGE.mean() * np.cos(IMAGE.mean() * np.arange(3.0))
+    np.testing.assert_allclose(victim_gradient(victim.loss, params, IMAGE, LABEL)["w"], expected, rtol=1e-5)
+    alone = lambda p, x, y: jax.lax.mul(p["w"], jnp.ones(3, dtype)).sum().astype(jnp.float32) * x.mean()
+    with pytest.raises(ValueError, match=r"are taken in float32: let the loss cast x to its params' dtype"):
+        checks.check_loss(alone, {"w": jnp.ones(3, dtype)}, IMAGE, LABEL)
