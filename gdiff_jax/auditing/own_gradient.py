@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -12,80 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from gdiff_jax import algebra
+from gdiff_jax.auditing.leak_fit import ROUNDING, SURE, Arrays, Fit, fit, norm_of
 from gdiff_jax.auditing.run import audited
 from gdiff_jax.errors import ConfigError, need
 from gdiff_jax.matching import released
 from gdiff_jax.mechanisms.text import NOISES, Spec
 from gdiff_jax.sweeping.plan import Plan
-
-ROUNDING = 0.1  # of its norm, by which a gradient that was computed or kept in bfloat16 differs from one in float32
-SURE = 5  # standard errors
-Arrays = dict[str, np.ndarray]
-
-
-@dataclasses.dataclass(frozen=True)
-class Fit:
-    """A leak as factor * own + rest, the factor by least squares.
-
-    Attributes:
-      factor: <own, leak> / ||own||^2.
-      error: its standard error, from the noise that the leak is said to hold.
-      cosine: of the two.
-      off: || leak - own || / || own ||.
-      off_scaled: || leak - factor * own || / || factor * own ||.
-      noise: || noise || / || own ||, as it is expected.
-      count: of coordinates.
-    """
-
-    factor: float
-    error: float
-    cosine: float
-    off: float
-    off_scaled: float
-    noise: float
-    count: int
-
-    @property
-    def is_own(self) -> bool:
-        """Whether rounding and noise explain the difference."""
-        near = abs(self.factor - 1) <= max(ROUNDING, SURE * self.error)
-        return near and self.off <= ROUNDING + self._most(1.0) and not self.is_scaled
-
-    @property
-    def is_scaled(self) -> bool:
-        """Whether it is a multiple of the own gradient, up to rounding and noise, and surely not 1 times it."""
-        seen = abs(self.factor) > SURE * self.error and self.off_scaled <= ROUNDING + self._most(abs(self.factor))
-        rounding = math.sqrt(max(self.off_scaled**2 - (self.noise / self.factor) ** 2, 0.0)) if seen else 0.0
-        return seen and abs(self.factor - 1) > max(0.01, SURE * self.error, rounding)
-
-    def _most(self, factor: float) -> float:
-        """The largest norm of noise that is to be expected, over that of factor * own."""
-        return self.noise * (1 + SURE / math.sqrt(2 * self.count)) / factor
-
-    @property
-    def tells(self) -> bool:
-        """Whether the noise leaves something to be seen of a gradient that is there."""
-        return SURE * self.error < 0.9
-
-    @property
-    def sigma_over_norm(self) -> float:
-        """What noise would be if the whole difference were noise, over the own norm."""
-        return self.off / math.sqrt(self.count)
-
-
-def fit(leak: Arrays, own: Arrays, sigma: float) -> Fit:
-    """How a leak that is said to hold noise of `sigma` follows from a gradient that is not zero."""
-    g, s = (np.concatenate([np.asarray(a[name], np.float64).ravel() for name in own]) for a in (own, leak))
-    return _fit(float(g @ g), float(g @ s), float(s @ s), sigma, g.size)
-
-
-def _fit(gg: float, gs: float, ss: float, sigma: float, count: int) -> Fit:
-    norm, factor = math.sqrt(gg), gs / gg
-    off = math.sqrt(max(ss - 2 * gs + gg, 0.0)) / norm
-    rest = math.sqrt(max(ss - gs**2 / gg, 0.0)) / norm
-    off_scaled = rest / abs(factor) if factor else math.inf
-    cosine = gs / math.sqrt(gg * ss)
-    return Fit(factor, sigma / norm, cosine, off, off_scaled, sigma * math.sqrt(count) / norm, count)
 
 
 def check_leak(path: str, plan: Plan) -> str:
@@ -97,7 +28,7 @@ def check_leak(path: str, plan: Plan) -> str:
     state, mechanism = audited(plan)
     spec, sigma, params = plan.mechanisms[mechanism], plan.sigmas[mechanism][0], plan.params[state]
     leak = {name: np.asarray(value, np.float64) for name, value in plan.leak.items()}
-    like_weights = fit(leak, params, 0.0).cosine if _norm(params) else 0.0
+    like_weights = fit(leak, params, 0.0).cosine if norm_of(params) else 0.0
     need(
         like_weights < 0.99,
         f"--gradient {path} has a cosine of {like_weights:.4f} with the weights: it holds weights, not a gradient; "
@@ -115,7 +46,7 @@ def _check_norm(path: str, leak: Arrays, spec: Any, sigma: float) -> None:
     """That a clipped gradient is no longer than it can be."""
     if spec.clip_norm is None:
         return
-    count, norm = sum(value.size for value in leak.values()), _norm(leak)
+    count, norm = sum(value.size for value in leak.values()), norm_of(leak)
     most = math.hypot(spec.clip_norm, sigma * math.sqrt(count) * (1 + SURE / math.sqrt(2 * count)))
     need(
         norm <= most * (1 + ROUNDING),
@@ -182,13 +113,12 @@ def _held_against_own(path: str, plan: Plan, spec: Spec, sigma: float, leak: Arr
     label = jax.tree.map(lambda a: jnp.asarray(a[0]), plan.labels)
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         own, bare = jax.device_get(expected(params, shown, image, label))
-    if not np.isfinite(_norm(own)) or not _norm(own):
-        return ""  # what is not finite or zero is told of the loss
+    need(norm_of(own), f"--gradient {path} is not zero, the model's own gradient at the image is: another image or label")
     if not spec.noisy:
         sigma = 0.0
     found = fit(leak, own, sigma)
     if found.is_own:
-        _check_sigma(path, found, sigma, _norm(own), spec)
+        _check_sigma(path, found, sigma, norm_of(own), spec)
         print(f"--gradient: it is the model's own gradient at the image, up to {found.off:.2g} of its norm")
         return ""
     before = f"--gradient {path}"
@@ -202,7 +132,7 @@ def _held_against_own(path: str, plan: Plan, spec: Spec, sigma: float, leak: Arr
 
     def of_label(label: int) -> Fit:
         other, _ = jax.device_get(expected(params, shown, image, jnp.asarray(label, plan.labels.dtype)))
-        return fit(leak, other, sigma) if _norm(other) else found
+        return fit(leak, other, sigma) if norm_of(other) else found
 
     other = _other_label(plan, of_label)
     if other is not None:
@@ -213,16 +143,16 @@ def _held_against_own(path: str, plan: Plan, spec: Spec, sigma: float, leak: Arr
     said = _of_arrays(by_array, leak, own)
     if said:
         raise ConfigError(f"{before} {said}")
-    sigma_found = found.sigma_over_norm * _norm(own)
+    sigma_found = found.sigma_over_norm * norm_of(own)
     if sigma_found > sigma and _is_noise(found, leak, own):
         raise ConfigError(
             f"{before} is the model's own gradient at the image and noise of sigma about {sigma_found:.2g}, of which "
             f"{sigma:g} is said: say --sigma_grid={sigma_found:.2g} with the mechanism that added it"
         )
     text = (
-        f"{before} is not the model's own gradient at the image (cosine {found.cosine:.3f}, norm {_norm(leak):.4g} against "
-        f"{_norm(own):.4g}): other weights, such as a later checkpoint (--weights), another image, scaling of its pixels, loss "
-        "or mechanism"
+        f"{before} is not the model's own gradient at the image (cosine {found.cosine:.3f}, norm {norm_of(leak):.4g} against "
+        f"{norm_of(own):.4g}): other weights, such as a later checkpoint (--weights), another image, scaling of its pixels, "
+        "loss or mechanism"
     )
     if found.cosine < 0.9:
         raise ConfigError(f"{text}; mend that, or leave --images away to attack it without scores")
@@ -295,7 +225,3 @@ def _of_arrays(by_array: dict[str, Fit], leak: Arrays, own: Arrays) -> str:
         cosines = ", ".join(f"{name} (cosine {by_array[name].cosine:.3f})" for name in others[:5])
         return f"is the model's own gradient at the image, but for {cosines}: another layout or order, or another array"
     return ""
-
-
-def _norm(tree: Any) -> float:
-    return math.sqrt(sum(float(np.square(np.asarray(value, np.float64)).sum()) for value in tree.values()))

@@ -19,7 +19,9 @@ class Model:
     """What is audited."""
 
     victim: str = option("cnn", f"the model: FILE.py:FUNCTION or MODULE:FUNCTION of your own, or {', '.join(VICTIMS)}")
-    weights: str = option("", "its weights, a .npz, .safetensors or torch .pt file by parameter name; without, its own")
+    weights: str = option(
+        "", "its weights, a .npz, .safetensors, .msgpack, torch .pt or orbax tree by parameter name; without, its own"
+    )
     training_steps: int = option(0, "training state of a built-in model, from --checkpoints; 0 is untrained")
     checkpoints: str = option("", "folder of experiments/train_victim.py")
     gradient: str = option("", "a saved gradient to attack, a file as for --weights; with --images its image is known")
