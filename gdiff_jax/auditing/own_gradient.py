@@ -192,9 +192,7 @@ def _check_sigma(path: str, found: Fit, sigma: float, norm: float, spec: Spec) -
 def _why(found: Fit, spec: Spec) -> str:
     """What a factor may be, and what to do."""
     a, exponent = abs(found.factor), math.log2(abs(found.factor))
-    causes = (
-        ["a sum in place of a mean, or a mean over other examples", "a loss scale"] if a > 1 else ["a mean", "a learning rate"]
-    )
+    causes = ["a sum in place of a mean", "a loss scale"] if a > 1 else ["a mean", "a learning rate"]
     if abs(exponent - round(exponent)) < 1e-3 and exponent > 2:
         causes = ["the loss scale of mixed precision", *causes[:1]]
     sign = "an update, minus the gradient, " if found.factor < 0 else ""
