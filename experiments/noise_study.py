@@ -27,7 +27,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 import gdiff_jax as gd
-from gdiff_jax import options, parallel
+from gdiff_jax import numerics, options, parallel
 from gdiff_jax.commands import flags
 from gdiff_jax.errors import ConfigError, need
 from gdiff_jax.files import write_atomic
@@ -119,7 +119,7 @@ def utility(
 
 def measure_utilities(seed: int, plan: Plan, images: np.ndarray, labels: Any) -> Utilities:
     """Of each mechanism at each of its noise levels; the images (N, H, W, C) in [-1, 1] are of one client each."""
-    key, measured = jax.random.key(seed), {}
+    key, measured = numerics.key(seed), {}
     x, y = jnp.asarray(images), jnp.asarray(labels)
     for name, victim in plan.victims.items():
         for text, mechanism in plan.mechanisms.items():

@@ -18,6 +18,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from gdiff_jax import numerics
+
 AXIS = "trial"
 
 
@@ -62,7 +64,7 @@ def trial_keys(seed: int, images: np.ndarray, seeds: np.ndarray) -> jax.Array:
 
     So a trial's noise and start are the same at every noise level and for every method, whatever runs beside it.
     """
-    base = jax.random.key(seed)
+    base = numerics.key(seed)
     fold = lambda image, s: jax.random.fold_in(jax.random.fold_in(base, image), s)
     return jax.vmap(fold)(jnp.asarray(images), jnp.asarray(seeds))
 

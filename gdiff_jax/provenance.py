@@ -14,6 +14,8 @@ from typing import Any
 
 import jax
 
+from gdiff_jax import numerics
+
 
 def this_run() -> dict[str, Any]:
     """Who computes: versions, device, command, commit and time."""
@@ -28,6 +30,7 @@ def this_run() -> dict[str, Any]:
         "device": f"{jax.device_count()} x {device.device_kind} ({device.platform})",
         "processes": jax.process_count(),
         "cores": os.cpu_count(),
+        **({"settings": unusual} if (unusual := numerics.unusual()) else {}),
     }
 
 

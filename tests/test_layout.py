@@ -9,18 +9,8 @@ from tiny import ROOT
 # A room may import rooms of lower floors, and of its own. TYPE_CHECKING imports and those within functions count.
 FLOORS = (
     {
-        "errors",
-        "options",
-        "files",
-        "provenance",
-        "intervals",
-        "first_dense",
-        "conv",
-        "schedule",
-        "images",
-        "trace",
-        "pytrees",
-        "forward",
+        *("errors", "options", "files", "provenance", "intervals", "first_dense"),
+        *("conv", "schedule", "images", "trace", "pytrees", "numerics", "forward"),
     },
     {"mechanisms", "matching", "modules", "parallel", "tensor_files", "metrics", "federated"},
     {"victims", "priors"},

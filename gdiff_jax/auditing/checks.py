@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from gdiff_jax import images as image_files
+from gdiff_jax import numerics
 from gdiff_jax.auditing.settings import AuditAttacks
 from gdiff_jax.errors import ConfigError, need
 from gdiff_jax.mechanisms import Chain, Clip, Mechanism
@@ -197,7 +198,7 @@ def methods_of(asked: Sequence[str | Method], attacker: Attacker, client: Client
 def check_mechanism(make: Callable[[Any], Mechanism], params: Any) -> None:
     """That it makes of a traced sigma something that takes a gradient to one of the same shape."""
     try:
-        leak = jax.eval_shape(lambda key, sigma, g: make(sigma)(key, g), jax.random.key(0), np.float32(1), params)
+        leak = jax.eval_shape(lambda key, sigma, g: make(sigma)(key, g), numerics.key(0), np.float32(1), params)
         str(make(1.0))
     except Exception as error:  # whatever the user's function raises
         text = " ".join(str(error).split())[:300]

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gdiff_jax import numerics
 from gdiff_jax.auditing.about import about_run, guarantee_row
 from gdiff_jax.auditing.assemble import Trials, assemble
 from gdiff_jax.auditing.film import film, film_steps
@@ -154,7 +155,7 @@ def _theory(plan: Plan, question: Question) -> dict[str, Any] | None:
     victim = plan.victims[state.name]
     if plan.client.group > 1 or plan.client.local_steps > 1 or not plan.images_known or victim.has_batch_norm:
         return None
-    key = jax.random.fold_in(jax.random.key(plan.seed), 2**18)
+    key = jax.random.fold_in(numerics.key(plan.seed), 2**18)
     return summarise(
         key, victim.loss, plan.params[state], plan.images, plan.labels, plan.sigmas[mechanism],
         spectra=question.spectra, information=question.information,

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from gdiff_jax import images as image_files
-from gdiff_jax import modules
+from gdiff_jax import modules, numerics
 from gdiff_jax.errors import ConfigError, need
 from gdiff_jax.files import say
 from gdiff_jax.matching import Distance, cosine, l1, l2
@@ -252,7 +252,7 @@ def _check_fits(methods: dict[str, Method], victims: dict[str, Any], group: int)
 
 def prior_samples(plan: Plan) -> np.ndarray:
     """(K, H, W, C) samples of the prior: images that everybody has, for the statistics of BatchNorms."""
-    keys = jax.random.split(jax.random.fold_in(jax.random.key(plan.seed), 2**17), PROXY_SAMPLES)
+    keys = jax.random.split(jax.random.fold_in(numerics.key(plan.seed), 2**17), PROXY_SAMPLES)
     shape, clip = plan.prior.image_shape, plan.prior.clip
     sample = lambda denoise, schedule, key: unguided_sample(key, denoise, schedule, shape, clip=clip)
     return np.asarray(jax.jit(jax.vmap(sample, (None, None, 0)))(plan.prior.denoise, plan.schedule, keys)[0])

@@ -23,6 +23,7 @@ from typing import Any, TextIO
 
 import numpy as np
 
+from gdiff_jax import numerics
 from gdiff_jax.errors import ConfigError, RunError
 from gdiff_jax.files import write_atomic
 from gdiff_jax.provenance import this_run
@@ -93,14 +94,15 @@ class Store:
 
         Args:
           folder: may be absent, empty, or hold an earlier run of the same identity.
-          identity: everything that decides the results; JSON-able.
+          identity: everything that decides the results; JSON-able. The settings of JAX that do, where they are not the usual
+            ones (`numerics`), are put beside it.
           reading: how the images' files were read, which the manifest tells of each run.
 
         Raises:
           ConfigError: where the folder belongs to another configuration or to something else.
         """
         self.folder = folder
-        self.identity = json.loads(strict_json(identity))
+        self.identity = json.loads(strict_json({**identity, **numerics.unusual()}))
         self.reading = {"images": reading} if reading else {}
         self.runs: list[dict[str, Any]] = []
         self._lock: TextIO | None = None
@@ -110,9 +112,9 @@ class Store:
                 manifest = json.loads(path.read_text())
                 theirs, runs = manifest["identity"], manifest["runs"]
                 intact = manifest["sha256"] == _digest(strict_json([theirs, runs]).encode())
-                keys = sorted(set(theirs) | set(self.identity))
-            except (OSError, ValueError, KeyError, TypeError):
-                theirs, keys, runs, intact = None, [], [], False
+                other = numerics.differences(theirs, self.identity)
+            except (OSError, ValueError, KeyError, TypeError, AttributeError):
+                theirs, other, runs, intact = None, "", [], False
             if intact and theirs == self.identity:
                 self.runs = runs
             elif self._holds_own_chunks():
@@ -120,9 +122,7 @@ class Store:
             elif not intact:
                 raise ConfigError(f"{folder}: its manifest.json cannot be read or was altered; give another folder")
             else:
-                other = [k for k in keys if theirs.get(k) != self.identity.get(k)]
-                what = "; ".join(f"{k} was {theirs.get(k)!r}, is {self.identity.get(k)!r}" for k in other[:3])
-                raise ConfigError(f"{folder} holds another configuration ({what}); give another folder")
+                raise ConfigError(f"{folder} holds another configuration ({other}); give another folder")
         elif folder.exists() and (not folder.is_dir() or self._is_of_something_else()):
             raise ConfigError(f"{folder} exists and is not a sweep's output; give another folder")
 

@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from gdiff_jax import parallel
+from gdiff_jax import numerics, parallel
 from gdiff_jax.auto import Auto
 from gdiff_jax.errors import ConfigError
 from gdiff_jax.methods import Outcome
@@ -209,7 +209,7 @@ def run_trials(
     most = max(map(len, chunks.values()))
     count = sum(len(chunks[k]) for k in mine)
     with tqdm(total=count, unit="trial", smoothing=0.1, disable=not count or not first or not progress) as bar:
-        make = lambda trial: compile_program(plan, mesh, trial, most, memory_gib)
+        make = numerics.carried(lambda trial: compile_program(plan, mesh, trial, most, memory_gib))
         done = [k for k in chunks if k not in todo]
         for k in _run_chunks(plan, {k: chunks[k] for k in mine}, store, make, bar):
             done.append(k)

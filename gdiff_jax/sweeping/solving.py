@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from gdiff_jax import auto, parallel
+from gdiff_jax import auto, numerics, parallel
 from gdiff_jax.auto import Auto, Candidate
 from gdiff_jax.methods import Problem
 from gdiff_jax.modules import digest
@@ -47,7 +47,7 @@ class Solver:
         assert isinstance(method, Auto)
         problems = self._problems(shared, own)
         with ThreadPoolExecutor(self.mesh.size) as pool:  # the algebra of one leak is one core's work
-            found = list(pool.map(lambda one: self._candidate(method, *one), problems))
+            found = list(pool.map(numerics.carried(partial(self._candidate, method)), *zip(*problems, strict=True)))
         images = np.stack([candidate.image for candidate in found])
         exact = np.array([candidate.exact for candidate in found])
         both = (own, *parallel.divide((images, exact), self.mesh))

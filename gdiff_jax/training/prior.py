@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
 from gdiff_jax import images as image_files
+from gdiff_jax import numerics
 from gdiff_jax.errors import ConfigError, RunError, need
 from gdiff_jax.modules import Params, digest, init_params
 from gdiff_jax.priors import Denoiser, Prior, UNet2DConfig, load_prior, save_configs, save_prior
@@ -171,7 +172,7 @@ def train_prior(settings: PriorTraining, command: str = "") -> Path:
     run = _Run(settings, network, images, heldout, out, checkpoints, mesh)
 
     optimiser = make_optimiser(settings)
-    key = jax.random.key(settings.seed)
+    key = numerics.key(settings.seed)
     state = _start(run, functools.partial(fresh_state, key, network, optimiser))
     save_configs(out, network, SCHEDULER)  # load_prior(out) then reads the newest checkpoint
     count = sum(a.size for a in jax.tree.leaves(state["params"]))
@@ -192,6 +193,8 @@ def _start(run: _Run, create: Callable[[], State]) -> State:
     about = run.checkpoints.restore(latest, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
     same = about["config"] == json.loads(json.dumps(run.network.to_diffusers()))
     need(same, f"--out {run.settings.out} holds a run of another --config; give another folder")
+    other = numerics.differences(about.get("settings", {}), numerics.unusual())
+    need(not other, f"--out {run.settings.out} was begun under other settings of JAX ({other}); set them as they were")
     described = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=run.replicated)
     target = ocp.args.StandardRestore(jax.tree.map(described, jax.eval_shape(create)))
     state = run.checkpoints.restore(latest, args=ocp.args.Composite(state=target))["state"]
@@ -228,7 +231,7 @@ def _optimise(run: _Run, optimiser: optax.GradientTransformation, state: State, 
 
 def _save(run: _Run, count: int, state: State) -> None:
     """A checkpoint with what `load_prior` needs to know that it is whole."""
-    about = {"ema_sha256": digest(state["ema"]), "config": run.network.to_diffusers()}
+    about = {"ema_sha256": digest(state["ema"]), "config": run.network.to_diffusers(), "settings": numerics.unusual()}
     args = ocp.args.Composite(state=ocp.args.StandardSave(state), about=ocp.args.JsonSave(about))
     run.checkpoints.save(count, args=args)
 

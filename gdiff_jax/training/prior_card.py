@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from gdiff_jax import images as image_files
+from gdiff_jax import numerics
 from gdiff_jax.errors import ConfigError, need
 from gdiff_jax.files import write_atomic
 from gdiff_jax.priors import Denoiser, Prior, load_prior
@@ -48,7 +49,7 @@ def eps_mse_by_level(
         losses = []
         for start in range(0, len(heldout), batch):
             x0 = jnp.asarray(image_files.to_model(heldout[start : start + batch]))
-            key = jax.random.fold_in(jax.random.key(level), start)
+            key = jax.random.fold_in(numerics.key(level), start)
             losses.append(np.asarray(_eps_loss(denoise, schedule, key, x0, jnp.full(len(x0), level))))
         result[level] = float(np.concatenate(losses).mean())
     return result
@@ -58,7 +59,7 @@ def draw_samples(prior: Prior) -> np.ndarray:
     """Unguided samples, seeds 0, 1, 2 ..., none left out: uint8 (SHEET_SIDE^2, H, W, C)."""
     sample = functools.partial(unguided_sample, shape=prior.image_shape, clip=prior.clip)
     run = jax.jit(jax.vmap(lambda key, d, s: sample(key, d, s)[0], in_axes=(0, None, None)))
-    keys = jax.vmap(jax.random.key)(jnp.arange(SHEET_SIDE**2))
+    keys = jax.vmap(numerics.key)(jnp.arange(SHEET_SIDE**2))
     schedule = prior.schedule(_sheet_steps(prior))
     rows = [run(keys[i : i + SHEET_SIDE], prior.denoise, schedule) for i in range(0, SHEET_SIDE**2, SHEET_SIDE)]
     return np.round(image_files.to_unit(np.concatenate(rows)) * 255).astype(np.uint8)

@@ -7,7 +7,7 @@ from functools import partial
 
 import jax
 
-from gdiff_jax import modules
+from gdiff_jax import modules, numerics
 from gdiff_jax.modules import Params
 from gdiff_jax.victims import victim as families
 from gdiff_jax.victims.victim import Victim
@@ -80,4 +80,4 @@ def make_victim(name: str, image_shape: tuple[int, int, int], num_classes: int) 
 def init_params(name: str, victim: Victim, seed: int) -> Params:
     """Untrained weights: the same for the sweep's 0 steps and for the start of training."""
     index = list(VICTIMS).index(name)
-    return victim.init(jax.random.fold_in(jax.random.key(seed), 2**16 + index))
+    return victim.init(jax.random.fold_in(numerics.key(seed), 2**16 + index))
