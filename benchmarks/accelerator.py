@@ -152,7 +152,7 @@ def main() -> None:
     def keep() -> None:
         if args.out:
             args.out.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(args.out, lambda path: path.write_text(json.dumps(result, indent=1) + "\n"))
+            write_atomic(args.out, lambda path: path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8"))
 
     for prior in args.priors.split(","):
         sizes, pairs = [c for c in SIZES if c.prior == prior], {k: v for k, v in PAIRS.items() if v[0].prior == prior}

@@ -61,7 +61,7 @@ def theirs(args: argparse.Namespace, preset: str, problem: dict[str, Any]) -> tu
             if preset == "invertinggradients":
                 flags["tv"] = args.tv
             command = [args.torch_python, str(ROOT / "benchmarks/breaching_side.py"), *(f"--{k}={v}" for k, v in flags.items())]
-            printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+            printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, encoding="utf-8").stdout
             return json.loads(printed.splitlines()[-1])
 
         tried = {n: run(n, min(args.iterations, PROBE), 1)["seconds"] for n in args.threads}
@@ -142,7 +142,7 @@ def main() -> None:
         print(table(rows[-1:]), flush=True)
         if args.out:
             args.out.parent.mkdir(parents=True, exist_ok=True)
-            args.out.write_text(json.dumps(dict(environment=environment(), rows=rows), indent=1) + "\n")
+            args.out.write_text(json.dumps(dict(environment=environment(), rows=rows), indent=1) + "\n", encoding="utf-8")
     print("\n" + table(rows))
 
 

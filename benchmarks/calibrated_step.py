@@ -69,7 +69,10 @@ def main() -> None:
             print(json.dumps(row), flush=True)
             rows.append(row)
     if args.out:
-        args.out.write_text(json.dumps({**environment(), "trials": args.trials, "steps": STEPS, "rows": rows}, indent=1) + "\n")
+        args.out.write_text(
+            json.dumps({**environment(), "trials": args.trials, "steps": STEPS, "rows": rows}, indent=1) + "\n",
+            encoding="utf-8",
+        )
 
 
 if __name__ == "__main__":

@@ -132,7 +132,7 @@ def ratio(a: list[float], b: list[float]) -> dict[str, float]:
 
 
 def git(*args: str) -> str:
-    return subprocess.run(["git", "-C", str(ROOT), *args], capture_output=True, text=True, check=False).stdout.strip()
+    return subprocess.run(["git", "-C", str(ROOT), *args], capture_output=True, encoding="utf-8", check=False).stdout.strip()
 
 
 def environment() -> dict[str, Any]:
@@ -167,7 +167,7 @@ def main() -> None:
     batches = BATCHES[:2] if args.quick else BATCHES
 
     config = UNet2DConfig.from_diffusers(
-        json.loads((Path(unet2d.__file__).parent / "bundled/cifar10_32/config.json").read_text())
+        json.loads((Path(unet2d.__file__).parent / "bundled/cifar10_32/config.json").read_text(encoding="utf-8"))
     )
     denoise = gd.Denoiser(random_params(config), config)
 
@@ -230,7 +230,7 @@ def main() -> None:
     print(f"\npeak resident memory {result['max_rss_bytes'] / 2**30:.2f} GiB; {result['device']}, {result['cores']} cores")
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
+        args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

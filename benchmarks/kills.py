@@ -31,7 +31,7 @@ def start(folder: Path) -> subprocess.Popen:
 
 
 def records(folder: Path) -> list[dict[str, Any]]:
-    rows = map(json.loads, (folder / "records.jsonl").read_text().splitlines())
+    rows = map(json.loads, (folder / "records.jsonl").read_text(encoding="utf-8").splitlines())
     return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
 
 
@@ -81,7 +81,7 @@ def main() -> None:
     )
     print(json.dumps(result, indent=1))
     if args.out:
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
+        args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -31,8 +31,8 @@ from gdiff_jax.samplers.dsg import dsg_step
 
 def read_config(path: Path) -> UNet2DConfig | ADMConfig:
     if path.is_dir():
-        return UNet2DConfig.from_diffusers(json.loads((path / "config.json").read_text()))
-    return ADMConfig.from_flags(json.loads(path.read_text()))
+        return UNet2DConfig.from_diffusers(json.loads((path / "config.json").read_text(encoding="utf-8")))
+    return ADMConfig.from_flags(json.loads(path.read_text(encoding="utf-8")))
 
 
 def main() -> None:
@@ -88,7 +88,7 @@ def main() -> None:
     }
     print(json.dumps(row, indent=1))
     if args.out:
-        with open(args.out, "a") as file:
+        with open(args.out, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
 

@@ -81,7 +81,7 @@ def main() -> None:
             command = [sys.executable, __file__, *flags, "--one", str(devices), str(batch)]
             env = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "JAX_COMPILATION_CACHE_DIR": cache}
             return json.loads(
-                subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
+                subprocess.run(command, env=env, capture_output=True, encoding="utf-8", check=True).stdout.splitlines()[-1]
             )
 
     scaling = [apart(int(n), args.total) for n in args.devices.split(",")]
@@ -94,7 +94,9 @@ def main() -> None:
     print(table(f"The same {args.total} trials over devices", (*columns, "speedup"), rows(scaling, (*columns, "speedup"))))
     print(table("By batch", columns, rows(batches, columns)))
     if args.out:
-        args.out.write_text(json.dumps(environment() | dict(scaling=scaling, batches=batches), indent=1) + "\n")
+        args.out.write_text(
+            json.dumps(environment() | dict(scaling=scaling, batches=batches), indent=1) + "\n", encoding="utf-8"
+        )
 
 
 if __name__ == "__main__":

@@ -36,8 +36,8 @@ def main() -> None:
         for name, flags in parts.items():
             file = Path(folder, f"{name}.json")
             subprocess.run([sys.executable, str(ROOT / f"benchmarks/{name}.py"), *flags, f"--out={file}"], check=True)
-            result[name] = json.loads(file.read_text())
-    args.out.write_text(json.dumps(result, indent=1) + "\n")
+            result[name] = json.loads(file.read_text(encoding="utf-8"))
+    args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -237,7 +237,7 @@ def build(folder: Path, mode: str, what: str) -> Callable[[], Result]:
     base, *suffixes = mode.split("+")
     if base not in MODES or not set(suffixes) <= set(SUFFIXES):
         raise ValueError(f"mode {mode!r} is not known; it is one of {', '.join(MODES)}, then any of +{', +'.join(SUFFIXES)}")
-    s = SimpleNamespace(**json.loads((folder / "problem.json").read_text()))
+    s = SimpleNamespace(**json.loads((folder / "problem.json").read_text(encoding="utf-8")))
     with np.load(folder / "problem.npz") as file:
         arrays = {name: file[name] for name in file.files}
     part = lambda kind: {name.split("/", 1)[1]: a for name, a in arrays.items() if name.startswith(kind + "/")}
@@ -267,7 +267,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.set_flush_denormal(True)  # as XLA does
 
-    answers = os.fdopen(os.dup(1), "w")
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # whatever else is printed, by compilers too, is no answer
     say = lambda **row: print(json.dumps(row), file=answers, flush=True)
     try:

@@ -59,7 +59,7 @@ CIFAR10 = ROOT / "third_party/diffusers/ddpm-cifar10-32/config.json"
 
 def unets() -> dict[str, dict[str, Any]]:
     """Configs by name: google/ddpm-cifar10-32's, and one of the same kind with 1.1 M parameters."""
-    large = json.loads(CIFAR10.read_text())
+    large = json.loads(CIFAR10.read_text(encoding="utf-8"))
     small = dict(block_out_channels=[32, 64, 64], norm_num_groups=8, layers_per_block=1)
     small |= dict(down_block_types=large["down_block_types"][:3], up_block_types=large["up_block_types"][-3:])
     return {"1M": large | small, "36M": large}
@@ -85,7 +85,7 @@ def write(folder: Path, unet: str, victim: str, method: str) -> None:
     numbers = {name: float(getattr(s, name)[INDEX]) for name in ("abar", "mean_x0", "mean_xt")}
     numbers |= dict(t=int(s.t[INDEX]), std=float(s.posterior_std(jnp.int32(INDEX))), strength=STRENGTH[method], clip=True)
     about = dict(unet=unets()[unet], victim=victim, method=method, image_shape=p["network"].image_shape, num_classes=10)
-    (folder / "problem.json").write_text(json.dumps(about | numbers))
+    (folder / "problem.json").write_text(json.dumps(about | numbers), encoding="utf-8")
     arrays = {f"prior/{name}": a for name, a in to_torch(p["denoise"].params).items()}
     arrays |= {f"{kind}/{name}": a for kind in ("params", "leak") for name, a in p[kind].items()}
     z = jax.vmap(lambda key: jax.random.normal(key, p["x"].shape[1:]))(p["keys"])
@@ -153,7 +153,7 @@ class Side:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            text=True,
+            encoding="utf-8",
             env=os.environ | {"OMP_WAIT_POLICY": "PASSIVE"},
         )
         self.ready = self._answer()
@@ -269,7 +269,7 @@ def main() -> None:
                 print(table(f"{TRIALS} trials", COLUMNS, [tuple(row[k] for k in COLUMNS) for row in rows[-1:]]), flush=True)
     print(table(f"A guided step of {TRIALS} trials", COLUMNS, [tuple(row[k] for k in COLUMNS) for row in rows]))
     if args.out:
-        args.out.write_text(json.dumps(environment() | dict(trials=TRIALS, rows=rows), indent=1) + "\n")
+        args.out.write_text(json.dumps(environment() | dict(trials=TRIALS, rows=rows), indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ def read_csv(path: Path) -> list[Score]:
     """The scores of a trials.csv; ConfigError where it is none."""
     number = lambda text: float(text) if text else float("nan")
     try:
-        with path.open() as file:
+        with path.open(encoding="utf-8") as file:
             lines = list(csv.DictReader(file))
         return [
             Score(r["prior"], r["victim"], r["method"], float(r["strength"]) if r["strength"] else None, float(r["sigma"]),

@@ -131,8 +131,8 @@ def write(trials: Sequence[Score], folder: Path, about: str) -> None:
     untuned = tuple(dict.fromkeys(s.method for s in trials if s.strength is None and s.method != MEAN_IMAGE))
     text = f"{about}\n\n{summary(victims, untuned)}"
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(folder / "trials.csv", lambda p: p.write_text(write_csv(trials)))
-    write_atomic(folder / "summary.md", lambda p: p.write_text(text + "\n"))
+    write_atomic(folder / "trials.csv", lambda p: p.write_text(write_csv(trials), encoding="utf-8"))
+    write_atomic(folder / "summary.md", lambda p: p.write_text(text + "\n", encoding="utf-8"))
     write_atomic(folder / "calibration.png", lambda p: plot(victims, untuned, p))
     print(f"{text}\n\nfigure {folder / 'calibration.png'}, every trial {folder / 'trials.csv'}")
 

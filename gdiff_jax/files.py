@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from gdiff_jax.errors import need
+
 
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     """Calls write(temporary path) and renames: the file appears whole or not at all, also after a crash."""
@@ -21,9 +23,39 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     os.replace(partial, path)
 
 
-def cache_folder() -> Path:
-    """The environment's GDIFF_JAX_CACHE, or gdiff_jax in the user's cache folder."""
-    return Path(os.environ.get("GDIFF_JAX_CACHE") or Path.home() / ".cache" / "gdiff_jax").absolute()
+def cache_folder() -> Path | None:
+    """The environment's GDIFF_JAX_CACHE, or gdiff_jax in the user's cache folder; None where that cannot be written to.
+
+    A user without an entry in passwd and without HOME has no such folder, one whose home is read-only cannot use it.
+    """
+    try:
+        folder = Path(os.environ.get("GDIFF_JAX_CACHE") or Path.home() / ".cache" / "gdiff_jax").absolute()
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):
+        return None
+    return folder if os.access(folder, os.W_OK | os.X_OK) else None
+
+
+def need_folder(folder: Path, flag: str = "") -> None:
+    """That the folder is there or can be made, and can be written to; it is not made.
+
+    Raises:
+      ConfigError: naming what stands in the way, and the flag that the folder was given by.
+    """
+    name = f"{flag} {folder}".strip()
+    place = folder.absolute()
+    while not os.path.lexists(place):
+        place = place.parent
+    need(place.is_dir(), f"{name}: no folder can be made there, {place} is something else; give another folder")
+    need(os.access(place, os.W_OK | os.X_OK), f"{name}: {place} cannot be written to; give another folder")
+
+
+def shown(text: str) -> str:
+    """Text as any file or screen takes it: bytes of a path that are not UTF-8 are escaped, as in caf\\xe9."""
+    try:
+        return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    except UnicodeEncodeError:  # half of a surrogate pair, which stands for no byte
+        return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def say(text: str) -> None:

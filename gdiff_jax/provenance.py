@@ -40,7 +40,7 @@ def _commit() -> str | None:
     if not (root / ".git").exists():
         return None
     try:
-        git = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+        git = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, encoding="utf-8", check=False)
     except OSError:  # no git on this machine
         return None
     return git.stdout.strip() or None

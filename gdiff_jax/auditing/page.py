@@ -136,7 +136,7 @@ def render(record: AuditRecord, drawn: dict[str, bytes]) -> str:
     sections += [("steps", "Steps"), ("theory", "Theory"), ("reproduce", "Reproduce")]
     missing = {"noise": not record.has_truth, "theory": not theory}
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    template = environment.from_string((resources.files("gdiff_jax.auditing") / "page.html").read_text())
+    template = environment.from_string((resources.files("gdiff_jax.auditing") / "page.html").read_text(encoding="utf-8"))
     return template.render(
         about=record.about,
         sections=[s for s in sections if not missing.get(s[0])],

@@ -14,6 +14,8 @@ from typing import Any, Self
 
 import numpy as np
 
+from gdiff_jax.files import shown
+
 FORMAT = 1
 SHOWN = 4  # images whose reconstructions are kept as pictures
 
@@ -110,7 +112,7 @@ class AuditRecord:
           ValueError: where the file is something else, or of another version of this format.
         """
         try:
-            data = json.loads(Path(path).read_text())
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
             version = data.pop("format")
             record = cls(**data)
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
@@ -126,9 +128,14 @@ def curve_key(row: Row) -> str:
 
 
 def plain(value: Any) -> Any:
-    """The value as JSON holds it: lists, dicts by strings, Python's numbers; a number that is not finite becomes None."""
+    """The value as JSON holds it: lists, dicts by strings, Python's numbers; a number that is not finite becomes None.
+
+    Bytes of a path that are not UTF-8 are escaped.
+    """
     if isinstance(value, dict):
-        return {str(k): plain(v) for k, v in value.items()}
+        return {shown(str(k)): plain(v) for k, v in value.items()}
+    if isinstance(value, str):
+        return shown(value)
     if isinstance(value, list | tuple):
         return [plain(v) for v in value]
     if isinstance(value, np.generic):

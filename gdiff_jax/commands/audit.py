@@ -19,6 +19,7 @@ from pathlib import Path
 from gdiff_jax.auditing.settings import AuditConfig
 from gdiff_jax.commands import flags
 from gdiff_jax.errors import ConfigError
+from gdiff_jax.files import need_folder
 
 
 def main() -> None:
@@ -31,8 +32,10 @@ def _audit() -> None:
     from gdiff_jax.auditing.result import Audit
 
     parallel.use_every_core()
+    flags.need_devices()
     config = flags.read_flags(AuditConfig())
     if config.from_json:
+        need_folder(Path(config.run.out), "--out")
         try:
             audit = Audit.load(config.from_json)
         except ValueError as error:

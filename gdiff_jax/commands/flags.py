@@ -15,8 +15,9 @@ from typing import Any, TypeVar
 from absl import app, flags, logging
 
 from gdiff_jax import options
+from gdiff_jax.commands import streams
 from gdiff_jax.errors import ConfigError, RunError
-from gdiff_jax.files import cache_folder
+from gdiff_jax.files import cache_folder, shown
 
 C = TypeVar("C")
 
@@ -103,18 +104,24 @@ def run(main: Callable[[], None]) -> None:
 
     def guarded(_: list[str]) -> None:
         keep_compiled()
+        from gdiff_jax import numerics  # not with the module, as JAX: --help need not wait for it
+
         try:
-            main()
+            with numerics.without_debugging(_say):
+                main()
         except ConfigError as error:
             _fail(str(error))
         except RunError as error:
             _fail(str(error), 1)
         except OSError as error:
-            if error.errno not in NO_SPACE:
-                raise
             where = f" at {error.filename}" if error.filename else ""
-            _fail(f"{error.strerror}{where}; what is finished is kept. Free space and give the same command again", 1)
+            if error.errno in NO_SPACE:
+                _fail(f"{error.strerror}{where}; what is finished is kept. Free space and give the same command again", 1)
+            if not where:
+                raise
+            _fail(f"{error.strerror}{where}; what is finished is kept, and the same command goes on from there", 1)
 
+    streams.steady()
     end_at_once_on_signals()
     logging.set_verbosity(logging.WARNING)  # jax and orbax tell each step of theirs at INFO
     app.run(guarded, flags_parser=parse)
@@ -152,11 +159,37 @@ def keep_compiled() -> None:
     import jax  # not with the module: --help need not wait for it
 
     if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]  # mypy does not see what JAX sets
-        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
+        folder = cache_folder()
+        if folder is None:
+            _say("no cache folder can be written to, so each start compiles anew; GDIFF_JAX_CACHE=FOLDER names one")
+            return
+        jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
         # Small ones too: a start compiles a hundred of them, for initial weights and the like, five seconds in all.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
+def need_devices() -> None:
+    """Starts JAX's devices; call it after whatever must be said to JAX before.
+
+    Raises:
+      ConfigError: where the platform that JAX was told to use is not there.
+    """
+    import jax
+
+    try:
+        jax.local_devices()
+    except Exception as error:  # JAX raises many types for a platform that it cannot start, some without a word
+        asked = jax.config.jax_platforms  # type: ignore[attr-defined]
+        raise ConfigError(
+            f"JAX cannot start its devices, JAX_PLATFORMS={asked or "(not set)"}: {str(error) or type(error).__name__}; "
+            "JAX_PLATFORMS=cpu runs on the CPU, and the empty one takes what there is"
+        ) from None
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
 def _fail(message: str, code: int = 2) -> typing.NoReturn:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    _say(f"error: {' '.join(shown(message).split())}")
     _leave(code)

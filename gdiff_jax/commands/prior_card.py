@@ -19,4 +19,5 @@ def main() -> None:
 def _measure() -> None:
     from gdiff_jax.training.prior_card import make_card  # not with the module: --help need not wait for it
 
+    flags.need_devices()
     print(make_card(flags.read_flags(PriorCard())))

@@ -29,4 +29,5 @@ def _sweep() -> None:
 
     parallel.use_every_core()
     join(flags.read_flags(Processes()))
+    flags.need_devices()
     sweep(flags.read_flags(SweepConfig()))

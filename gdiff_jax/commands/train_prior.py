@@ -24,6 +24,7 @@ def main() -> None:
 def _train() -> None:
     from gdiff_jax.training.prior import train_prior  # not with the module: --help need not wait for it
 
+    flags.need_devices()
     folder = train_prior(flags.read_flags(PriorTraining()), command_line(sys.argv))
     print(f"exported to {folder}; use it with --prior={folder}")
 

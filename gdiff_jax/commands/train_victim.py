@@ -19,6 +19,7 @@ def main() -> None:
 def _train() -> None:
     from gdiff_jax.training.victim import train_victim  # not with the module: --help need not wait for it
 
+    flags.need_devices()
     settings = flags.read_flags(VictimTraining())
     train_victim(settings)
     print(f"weights in {settings.out}; a sweep attacks them with --checkpoints={settings.out}")

@@ -32,7 +32,7 @@ def from_npm(path: Path, split: Split) -> tuple[np.ndarray, np.ndarray]:
         Image.MAX_IMAGE_PIXELS = limit
     file = path / f"{split}_lables.json"
     try:
-        labels = np.asarray(json.loads(file.read_text()))
+        labels = np.asarray(json.loads(file.read_text(encoding="utf-8-sig")))
     except (OSError, ValueError) as error:
         raise ValueError(f"{file} cannot be read as a list of labels ({error})") from None
     return np.concatenate(rows), labels

@@ -35,16 +35,17 @@ def cached(spec: modules.Spec, convert: Callable[[], Params], about: dict[str, A
       convert: reads and converts the weight file.
       about: source, revision and sha256 of the weight file.
     """
-    if jax.process_count() > 1:  # orbax would take the hosts' own disks for one that they share
+    folder = cache_folder()
+    if folder is None or jax.process_count() > 1:  # orbax would take the hosts' own disks for one that they share
         return convert()
     import orbax.checkpoint as ocp  # not at the start, which need not wait: a bundled prior is not kept here
 
     about = {**about, "converter": CONVERTER_VERSION, "config": repr(spec)}
     key = hashlib.sha256(json.dumps([about["sha256"], about["converter"], about["config"]]).encode()).hexdigest()[:32]
-    entry = cache_folder() / key
+    entry = folder / key
     if os.path.exists(entry):
         try:
-            note = json.loads((entry / "about.json").read_text())
+            note = json.loads((entry / "about.json").read_text(encoding="utf-8"))
             with ocp.StandardCheckpointer() as checkpointer:
                 params = checkpointer.restore(entry / "params", modules.restore_target(spec))
             if modules.digest(params) != note["params_sha256"]:
@@ -70,7 +71,9 @@ def _write(entry: Path, params: Params, about: dict[str, Any]) -> None:
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(partial / "params", params)
             checkpointer.wait_until_finished()
-        (partial / "about.json").write_text(json.dumps({**about, "params_sha256": modules.digest(params)}, indent=2) + "\n")
+        (partial / "about.json").write_text(
+            json.dumps({**about, "params_sha256": modules.digest(params)}, indent=2) + "\n", encoding="utf-8"
+        )
         if not entry.exists():  # another process may have been quicker
             os.replace(partial, entry)
     finally:

@@ -142,7 +142,7 @@ def save_configs(folder: Path, config: UNet2DConfig | ADMConfig, scheduler: dict
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in (("config.json", config.to_diffusers()), ("scheduler_config.json", scheduler)):
         partial = folder / f"{name}.partial"
-        partial.write_text(json.dumps(content, indent=2) + "\n")
+        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         os.replace(partial, folder / name)
 
 

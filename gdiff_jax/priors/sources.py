@@ -186,7 +186,7 @@ def _adm(path: Path, flags: Mapping[str, Any] | None) -> Source:
                 "those of the published models are in third_party/adm"
             )
         try:
-            flags = json.loads(beside.read_text())
+            flags = json.loads(beside.read_text(encoding="utf-8-sig"))
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{beside} is not JSON ({error})") from None
         if not isinstance(flags, dict):

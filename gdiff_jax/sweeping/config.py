@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from pathlib import Path
 
 from gdiff_jax import images as image_files
 from gdiff_jax.errors import need
+from gdiff_jax.files import need_folder
 from gdiff_jax.mechanisms import text as mechanism_text
 from gdiff_jax.methods import (
     DLG,
@@ -253,6 +255,7 @@ class Run:
     def check(self) -> None:
         check_least(self, 1, "seeds", "batch")
         check_least(self, 0, "memory_gib")
+        need_folder(Path(self.out), "--out")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ import numpy as np
 from gdiff_jax import images as image_files
 from gdiff_jax import modules, numerics
 from gdiff_jax.errors import ConfigError, need
-from gdiff_jax.files import say
+from gdiff_jax.files import say, shown
 from gdiff_jax.matching import Distance, cosine, l1, l2
 from gdiff_jax.mechanisms import text as mechanism_text
 from gdiff_jax.methods import METHODS, Method
@@ -171,10 +171,11 @@ def _load_victims(
     victims: dict[str, Victim | own.OwnVictim] = {}
     params, hashes = {}, {}
     label = labels[0] if image.ndim == 3 else labels[: len(image)]
-    for name in names:
+    for given in names:
+        name = shown(given)  # in records; only the file itself is found by bytes that are not UTF-8
         try:
             if own.is_own(name):
-                victim, params[name] = own.load_own(name, num_classes)
+                victim, params[name] = own.load_own(given, num_classes)
                 if image.ndim == 3:
                     victim = dataclasses.replace(victim, loss=of_one_image(victim.loss, params[name], image, label))
                 check_own_labels(name, victim, params[name], image, labels)

@@ -29,7 +29,7 @@ def budget(memory_gib: float, mesh: Mesh) -> int:
         return stats["bytes_limit"]
     machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     container = Path("/sys/fs/cgroup/memory.max")  # "max" where there is no limit
-    limit = container.read_text().strip() if container.is_file() else "max"
+    limit = container.read_text(encoding="utf-8").strip() if container.is_file() else "max"
     return min([machine, *([int(limit)] if limit.isdigit() else [])]) * 3 // 4 // shares
 
 

@@ -25,18 +25,20 @@ import numpy as np
 
 from gdiff_jax import numerics
 from gdiff_jax.errors import ConfigError, RunError
-from gdiff_jax.files import write_atomic
+from gdiff_jax.files import need_folder, shown, write_atomic
 from gdiff_jax.provenance import this_run
 
 Row = dict[str, Any]
 
 
 def strict_json(value: Any) -> str:
-    """Strict JSON: a number that is not finite becomes null."""
+    """Strict JSON: a number that is not finite becomes null, a byte of a path that is not UTF-8 is escaped."""
 
     def finite(v: Any) -> Any:
+        if isinstance(v, str):
+            return shown(v)
         if isinstance(v, dict):
-            return {k: finite(x) for k, x in v.items()}
+            return {shown(k) if isinstance(k, str) else k: finite(x) for k, x in v.items()}
         if isinstance(v, (list, tuple)):
             return [finite(x) for x in v]
         return None if isinstance(v, float) and not math.isfinite(v) else v
@@ -101,6 +103,7 @@ class Store:
         Raises:
           ConfigError: where the folder belongs to another configuration or to something else.
         """
+        need_folder(folder)
         self.folder = folder
         self.identity = json.loads(strict_json({**identity, **numerics.unusual()}))
         self.reading = {"images": reading} if reading else {}
@@ -109,7 +112,7 @@ class Store:
         path = folder / "manifest.json"
         if path.is_file():
             try:
-                manifest = json.loads(path.read_text())
+                manifest = json.loads(path.read_text(encoding="utf-8"))
                 theirs, runs = manifest["identity"], manifest["runs"]
                 intact = manifest["sha256"] == _digest(strict_json([theirs, runs]).encode())
                 other = numerics.differences(theirs, self.identity)
@@ -143,7 +146,7 @@ class Store:
           ConfigError: where another sweep is writing to it.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = open(self.folder / ".lock", "w")  # noqa: SIM115 - until `close`
+        self._lock = open(self.folder / ".lock", "w", encoding="utf-8")  # noqa: SIM115 - until `close`
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -152,7 +155,9 @@ class Store:
             pass  # a file system without locks
         runs = [*self.runs, {"run": run, **this_run(), **self.reading}]
         manifest = {"identity": self.identity, "runs": runs, "sha256": _digest(strict_json([self.identity, runs]).encode())}
-        write_atomic(self.folder / "manifest.json", lambda p: p.write_text(json.dumps(manifest, indent=2) + "\n"))
+        write_atomic(
+            self.folder / "manifest.json", lambda p: p.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        )
 
     def close(self) -> None:
         """Lets go of the lock; the end of the process does too, however it ends."""
@@ -162,7 +167,7 @@ class Store:
     def is_shared(self, run: int) -> bool:
         """Whether this process sees the manifest that another one wrote with `open(run)`."""
         with contextlib.suppress(OSError, ValueError, LookupError):
-            return json.loads((self.folder / "manifest.json").read_text())["runs"][-1]["run"] == run
+            return json.loads((self.folder / "manifest.json").read_text(encoding="utf-8"))["runs"][-1]["run"] == run
         return False
 
     def _path(self, chunk: int, suffix: str) -> Path:
@@ -221,7 +226,7 @@ class Store:
             return {k: file[k] for k in file.files}
 
     def write_text(self, name: str, text: str) -> None:
-        write_atomic(self.folder / name, lambda p: p.write_text(text))
+        write_atomic(self.folder / name, lambda p: p.write_text(shown(text), encoding="utf-8"))
 
     def write_records(self, rows: list[Row]) -> None:
         self.write_text("records.jsonl", "".join(strict_json(row) + "\n" for row in rows))

@@ -103,7 +103,7 @@ def read_network(settings: PriorTraining) -> UNet2DConfig:
       ConfigError: where the file cannot be read, or the network cannot be trained here.
     """
     try:
-        network = UNet2DConfig.from_diffusers(json.loads(Path(settings.config).read_text()))
+        network = UNet2DConfig.from_diffusers(json.loads(Path(settings.config).read_text(encoding="utf-8-sig")))
     except (OSError, ValueError) as error:
         raise ConfigError(f"--config {settings.config}: {error}") from None
     need(not network.dropout, f"--config {settings.config}: dropout {network.dropout} is not implemented; use 0")
@@ -223,7 +223,7 @@ def _optimise(run: _Run, optimiser: optax.GradientTransformation, state: State, 
                 bar.set_postfix(loss=f"{mean:.4f}", heldout=f"{np.mean(list(levels.values())):.4f}")
                 row = dict(step=count, loss=mean, heldout=levels, seconds=round(time.time() - started, 1))
                 started = time.time()
-                with open(run.log, "a") as log:
+                with open(run.log, "a", encoding="utf-8") as log:
                     log.write(json.dumps(row) + "\n")
     run.checkpoints.wait_until_finished()
     return state
@@ -244,7 +244,7 @@ def _export(run: _Run, ema: Params, command: str) -> Path:
     prior = Prior(Denoiser(ema, run.network), make_betas(), "fixed_small", run.out.name, "", mean_image)
     save_prior(folder, prior, SCHEDULER)
     prior = dataclasses.replace(load_prior(folder), name=run.out.name)  # measured is what was written, float16 and all
-    rows = [json.loads(line) for line in run.log.read_text().splitlines()]
+    rows = [json.loads(line) for line in run.log.read_text(encoding="utf-8").splitlines()]
     hours = sum(row["seconds"] for row in rows) / 3600
     name, mirrored = settings.data_name or Path(settings.data).name, ", mirrored at random" * settings.flip
     facts = {

@@ -16,7 +16,7 @@ from PIL import Image
 from gdiff_jax import images as image_files
 from gdiff_jax import numerics
 from gdiff_jax.errors import ConfigError, need
-from gdiff_jax.files import write_atomic
+from gdiff_jax.files import shown, write_atomic
 from gdiff_jax.priors import Denoiser, Prior, load_prior
 from gdiff_jax.samplers import unguided_sample
 from gdiff_jax.schedule import Schedule
@@ -121,7 +121,7 @@ def write_card(folder: Path, prior: Prior, train: np.ndarray, heldout: np.ndarra
     text = _card(prior, facts, levels, distance, unseen)
 
     def write(path: Path) -> None:
-        path.write_text(text)
+        path.write_text(shown(text), encoding="utf-8")
 
     write_atomic(folder / "README.md", write)
 
@@ -180,4 +180,4 @@ def make_card(settings: PriorCard) -> str:
     out = Path(settings.out)
     out.mkdir(parents=True, exist_ok=True)
     write_card(out, prior, train, heldout, {"weights": f"sha256 {prior.sha256}", "data": settings.data})
-    return (out / "README.md").read_text()
+    return (out / "README.md").read_text(encoding="utf-8")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 from gdiff_jax.errors import need
+from gdiff_jax.files import need_folder
 from gdiff_jax.options import option
 
 
@@ -36,6 +38,7 @@ class PriorTraining:
 
     def check(self) -> None:
         _check_filled(self, "data", "config", "out")
+        need_folder(Path(self.out), "--out")
         need(self.dtype in ("float32", "bfloat16"), f"--dtype {self.dtype} is not known; use float32 or bfloat16")
         for name in ("steps", "batch", "save_every", "heldout"):
             need(getattr(self, name) >= 1, f"--{name} {getattr(self, name)} must be at least 1")
@@ -50,6 +53,7 @@ class PriorCard:
 
     def check(self) -> None:
         _check_filled(self, "data")
+        need_folder(Path(self.out), "--out")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +73,7 @@ class VictimTraining:
 
     def check(self) -> None:
         _check_filled(self, "data", "out")
+        need_folder(Path(self.out), "--out")
         need(self.steps and min(self.steps) >= 1, f"--steps {self.steps} must be numbers from 1 on; 0 steps need no training")
         need(
             self.batch >= 1 and self.learning_rate > 0,
