@@ -15,6 +15,7 @@ from gdiff_jax.forward import jvp
 from gdiff_jax.matching import GradientMatching, as_compared, at_full_precision, l2, mixed_partial, squared_l2, victim_gradient
 from gdiff_jax.pytrees import pytree, static
 from gdiff_jax.samplers.base import Share
+from gdiff_jax.trace import norm
 
 CALIBRATED_RATE = 0.4  # guidance rate of DSG under `NoiseCalibration`, where all of the guidance is signal [our choice]
 
@@ -54,12 +55,12 @@ class NoiseCalibration:
         distance: jax.Array,
         gradient: jax.Array,
     ) -> Share:
-        draw = lambda: jnp.linalg.norm(self.noise_pull(key, x0))
+        draw = lambda: norm(self.noise_pull(key, x0))
         noise_pull = jax.lax.cond(steps_before % self.every == 0, draw, lambda: last_noise_pull)
-        norm = jnp.linalg.norm(gradient)
-        pull = distance * norm  # of the root, whose derivative is J^T r / || r ||
+        length = norm(gradient)
+        pull = distance * length  # of the root, whose derivative is J^T r / || r ||
         signal = jnp.clip(1 - jnp.square(noise_pull / jnp.where(pull > 0, pull, 1.0)), 0.0, 1.0)
-        return Share(signal, pull, noise_pull, self.curvature(x0, gradient / jnp.where(norm > 0, norm, 1.0)))
+        return Share(signal, pull, noise_pull, self.curvature(x0, gradient / jnp.where(length > 0, length, 1.0)))
 
     @at_full_precision
     def curvature(self, x0: jax.Array, direction: jax.Array) -> jax.Array:

@@ -22,6 +22,13 @@ class StepInfo(NamedTuple):
     x0_error: jax.Array  # mean over pixels of (x0hat - truth)^2, images in [-1, 1]; nan without a truth
 
 
+def norm(v: jax.Array) -> jax.Array:
+    """|| v || over all axes, with derivative 0 at v = 0, where that of a square root is nan: a sample can be differentiated."""
+    square = jnp.sum(v * v)
+    zero = square == 0
+    return jnp.where(zero, 0.0, jnp.sqrt(jnp.where(zero, 1.0, square)))
+
+
 def x0_error(x0: jax.Array, truth: jax.Array | None) -> jax.Array:
     """Mean squared error of x0hat, or nan without a truth."""
     return jnp.full((), jnp.nan, x0.dtype) if truth is None else jnp.square(x0 - truth).mean()

@@ -181,7 +181,7 @@ def need_devices() -> None:
     except Exception as error:  # JAX raises many types for a platform that it cannot start, some without a word
         asked = jax.config.jax_platforms  # type: ignore[attr-defined]
         raise ConfigError(
-            f"JAX cannot start its devices, JAX_PLATFORMS={asked or "(not set)"}: {str(error) or type(error).__name__}; "
+            f"JAX cannot start its devices, JAX_PLATFORMS={asked or 'unset'}: {str(error) or type(error).__name__}; "
             "JAX_PLATFORMS=cpu runs on the CPU, and the empty one takes what there is"
         ) from None
 

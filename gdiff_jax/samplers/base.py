@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from gdiff_jax.schedule import Schedule
-from gdiff_jax.trace import Objective, StepInfo, x0_error
+from gdiff_jax.trace import Objective, StepInfo, norm, x0_error
 
 Denoise = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array | None]]
 Report = TypeVar("Report")  # what a step reports, a pytree: a `StepInfo`, or what else a method has to say
@@ -140,7 +140,7 @@ def guided_posterior(
     worth = None if share is None else share(x0, distance, grad)
     if through_prior:
         (grad,) = pull(grad)
-    info = StepInfo(distance, jnp.linalg.norm(grad), x0_error(x0, truth))
+    info = StepInfo(distance, norm(grad), x0_error(x0, truth))
     return _posterior(schedule, x0, v, x, i), grad, worth, info
 
 

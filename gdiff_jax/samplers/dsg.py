@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from gdiff_jax.samplers import base
 from gdiff_jax.samplers.base import Denoise, ShareOf, Signal, Start
 from gdiff_jax.schedule import Schedule
-from gdiff_jax.trace import Objective, StepInfo, x0_error
+from gdiff_jax.trace import Objective, StepInfo, norm, x0_error
 
 
 class SignalInfo(NamedTuple):
@@ -35,8 +35,8 @@ class SignalInfo(NamedTuple):
 
 def _unit(v: jax.Array) -> jax.Array:
     """v / ||v||, and 0 for v = 0 (where the objective is flat there is no direction to go)."""
-    norm = jnp.linalg.norm(v)
-    return v / jnp.where(norm > 0, norm, 1.0)
+    length = norm(v)
+    return v / jnp.where(length > 0, length, 1.0)
 
 
 def dsg_step(
@@ -65,7 +65,7 @@ def dsg_step(
         toward = -root_n * _unit(grad)
         turn = guidance_rate
         if worth is not None:  # no further than the cosine to the clean guidance allows, nor past its least distance
-            radius = jnp.linalg.norm(p.std * toward)
+            radius = norm(p.std * toward)
             turn = jnp.minimum(jnp.sqrt(worth.signal) * turn, worth.length() / jnp.where(radius > 0, radius, 1.0))
         mixed = z + turn * (toward - z)
         return p.mean + p.std * root_n * _unit(mixed), info if worth is None else SignalInfo(*info, *worth)

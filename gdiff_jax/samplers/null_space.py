@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from gdiff_jax.samplers import base
 from gdiff_jax.samplers.base import Denoise
 from gdiff_jax.schedule import Schedule
-from gdiff_jax.trace import StepInfo, x0_error
+from gdiff_jax.trace import StepInfo, norm, x0_error
 
 INNER = 15  # accelerated gradient steps by which the inequalities are met
 
@@ -63,7 +63,7 @@ def null_space_sample(
         p = base.posterior(denoise, schedule, x, i, clip)
         a = _within(space, curvature, space.basis.T @ (p.x0 - image).ravel())
         x0 = image + (space.basis @ a).reshape(image.shape)
-        info = StepInfo(jnp.full((), jnp.nan, x.dtype), jnp.linalg.norm(x0 - p.x0), x0_error(x0, truth))
+        info = StepInfo(jnp.full((), jnp.nan, x.dtype), norm(x0 - p.x0), x0_error(x0, truth))
         return schedule.posterior_mean(x0, x, i) + p.std * jax.random.normal(key, x.shape), info
 
     return base.reverse(key, step, schedule, image.shape)

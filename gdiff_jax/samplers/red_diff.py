@@ -12,7 +12,7 @@ import optax
 
 from gdiff_jax.samplers.base import Denoise
 from gdiff_jax.schedule import Schedule
-from gdiff_jax.trace import Objective, StepInfo, x0_error
+from gdiff_jax.trace import Objective, StepInfo, norm, x0_error
 
 
 def red_diff_sample(
@@ -51,11 +51,11 @@ def red_diff_sample(
         eps, _ = denoise(schedule.add_noise(x, noise, i), schedule.t[i])
         pull = jnp.sqrt((1 - schedule.abar[i]) / schedule.abar[i]) * (eps - noise)
         distance, grad = jax.value_and_grad(objective)(x)
-        norm = jnp.linalg.norm(grad)
-        direction = grad / jnp.where(norm > 0, norm, 1.0) + weight * pull / x.size**0.5
+        length = norm(grad)
+        direction = grad / jnp.where(length > 0, length, 1.0) + weight * pull / x.size**0.5
         with jax.numpy_dtype_promotion("standard"):  # inside optax
             updates, state = optimiser.update(direction, state, x)
-        return (jnp.clip(x + updates, -1.0, 1.0), state), StepInfo(distance, norm, x0_error(x, truth))
+        return (jnp.clip(x + updates, -1.0, 1.0), state), StepInfo(distance, length, x0_error(x, truth))
 
     x = jnp.clip(0.1 * jax.random.normal(key_init, shape), -1.0, 1.0)
     (x, _), trace = jax.lax.scan(step, (x, optimiser.init(x)), jnp.arange(schedule.num_steps - 1, -1, -1))
