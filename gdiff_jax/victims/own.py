@@ -4,15 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib
-import importlib.util
-import os
 import re
-import sys
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import jax
@@ -24,6 +18,7 @@ from gdiff_jax.first_dense import FirstDense
 from gdiff_jax.matching import Loss, victim_gradient
 from gdiff_jax.modules import Params
 from gdiff_jax.pytrees import at_least_float32
+from gdiff_jax.victims import user_files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,12 +76,13 @@ def load_own(name: str, num_classes: int) -> tuple[OwnVictim, Params]:
     Raises:
       ValueError: where there is no such function, it fails, or what it returns is something else.
     """
-    function = _function(name)
-    attribute = name.rpartition(":")[2]
-    try:
-        returned = function()
-    except Exception as error:  # whatever the user's function raises
-        raise ValueError(f"victim {name!r}: {attribute}() failed ({type(error).__name__}: {error})") from error
+    where, _, attribute = name.rpartition(":")
+    with user_files.importable(where):
+        function = _function(name)
+        try:
+            returned = function()
+        except (Exception, SystemExit) as error:  # whatever the user's function raises
+            raise ValueError(f"victim {name!r}: {attribute}() failed ({type(error).__name__}: {error})") from error
     if not (isinstance(returned, tuple) and len(returned) == 2 and callable(returned[0])):
         raise ValueError(f"victim {name!r}: {attribute}() must return (loss, params), a function and a pytree of arrays")
     try:
@@ -98,26 +94,14 @@ def load_own(name: str, num_classes: int) -> tuple[OwnVictim, Params]:
 def _function(name: str) -> Callable[[], Any]:
     where, _, attribute = name.rpartition(":")
     try:
-        module = _import(where)
-    except Exception as error:  # whatever the user's file raises
+        module = user_files.module_of(where)
+    except (Exception, SystemExit) as error:  # whatever the user's file raises
         raise ValueError(f"victim {name!r}: {where} cannot be imported ({type(error).__name__}: {error})") from error
     function = getattr(module, attribute, None)
     if not callable(function):
         there = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
         raise ValueError(f"victim {name!r}: {where} has no function {attribute!r}; it has {', '.join(there) or 'none'}")
     return function
-
-
-def _import(where: str) -> ModuleType:
-    if not where.endswith(".py"):
-        sys.path.insert(0, os.getcwd())
-        return importlib.import_module(where)
-    spec = importlib.util.spec_from_file_location(Path(where).stem, where)
-    assert spec is not None and spec.loader is not None, where  # noqa: PT018 - a name that ends in .py has both
-    module = importlib.util.module_from_spec(spec)
-    sys.modules.setdefault(spec.name, module)  # where dataclasses and pickles of the file look for it
-    spec.loader.exec_module(module)
-    return module
 
 
 def find_first_dense(victim: OwnVictim, params: Params, shape: tuple[int, ...], label: Any) -> OwnVictim:
