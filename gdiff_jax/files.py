@@ -23,6 +23,18 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     os.replace(partial, path)
 
 
+def _place(folder: Path) -> Path:
+    """What is there of a folder's path: the folder itself, or where it would be made."""
+    place = folder.absolute()
+    while not os.path.lexists(place):
+        place = place.parent
+    return place
+
+
+def _takes_files(place: Path) -> bool:
+    return place.is_dir() and os.access(place, os.W_OK | os.X_OK)
+
+
 def cache_folder() -> Path | None:
     """The environment's GDIFF_JAX_CACHE, or gdiff_jax in the user's cache folder; None where that cannot be written to.
 
@@ -30,10 +42,9 @@ def cache_folder() -> Path | None:
     """
     try:
         folder = Path(os.environ.get("GDIFF_JAX_CACHE") or Path.home() / ".cache" / "gdiff_jax").absolute()
-        folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError):
+    except RuntimeError:
         return None
-    return folder if os.access(folder, os.W_OK | os.X_OK) else None
+    return folder if _takes_files(_place(folder)) else None
 
 
 def need_folder(folder: Path, flag: str = "") -> None:
@@ -42,12 +53,9 @@ def need_folder(folder: Path, flag: str = "") -> None:
     Raises:
       ConfigError: naming what stands in the way, and the flag that the folder was given by.
     """
-    name = f"{flag} {folder}".strip()
-    place = folder.absolute()
-    while not os.path.lexists(place):
-        place = place.parent
+    name, place = f"{flag} {folder}".strip(), _place(folder)
     need(place.is_dir(), f"{name}: no folder can be made there, {place} is something else; give another folder")
-    need(os.access(place, os.W_OK | os.X_OK), f"{name}: {place} cannot be written to; give another folder")
+    need(_takes_files(place), f"{name}: {place} cannot be written to; give another folder")
 
 
 def shown(text: str) -> str:

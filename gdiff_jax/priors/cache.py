@@ -36,6 +36,8 @@ def cached(spec: modules.Spec, convert: Callable[[], Params], about: dict[str, A
       about: source, revision and sha256 of the weight file.
     """
     folder = cache_folder()
+    if folder is None:
+        warnings.warn("the converted weights could not be kept: there is no cache folder to write to", stacklevel=2)
     if folder is None or jax.process_count() > 1:  # orbax would take the hosts' own disks for one that they share
         return convert()
     import orbax.checkpoint as ocp  # not at the start, which need not wait: a bundled prior is not kept here

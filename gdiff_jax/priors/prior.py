@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
-from gdiff_jax import modules, tensor_files
+from gdiff_jax import modules
 from gdiff_jax.modules import Params
-from gdiff_jax.priors import cache, sources, weights
+from gdiff_jax.priors import cache, shards, sources, weights
 from gdiff_jax.priors.adm import ADMConfig
 from gdiff_jax.priors.unet2d_config import UNet2DConfig
 from gdiff_jax.schedule import Schedule, Spacing, VarianceType
@@ -64,7 +64,7 @@ class Prior:
     betas: np.ndarray  # (T,), float64
     variance: VarianceType
     name: str
-    sha256: str  # of the weight file; "" for a prior that was never written
+    sha256: str  # of the weight file, or over its shards; "" for a prior that was never written
     mean_image: np.ndarray | None = None  # (H, W, C) in [-1, 1]: mean of the training data, the guess that knows nothing else
     clip: bool = True  # whether its scheduler clips x0hat to [-1, 1] in every step
     revision: str = ""  # commit of the hub repository that it came from
@@ -156,7 +156,8 @@ def load_prior(
 
         - a bundled name (`gdiff_jax.priors.BUNDLED`);
         - a folder in diffusers' layout, root (`config.json`, `scheduler_config.json` and the weights) or pipeline
-          (`unet/`, `scheduler/`), with `.safetensors` or zip-format `.bin` weights of a `UNet2DModel`;
+          (`unet/`, `scheduler/`), with `.safetensors` or zip-format `.bin` weights of a `UNet2DModel`, in one file or in
+          shards with their index;
         - OWNER/NAME or OWNER/NAME@REVISION of such a folder on diffusers' hub, which is downloaded once;
         - an ADM (guided-diffusion) file, `.pt` or `.safetensors`, with its flags in NAME.json beside it or in `config`;
         - the output folder of `experiments/train_prior.py`, finished or not: its latest moving average.
@@ -181,11 +182,11 @@ def load_prior(
         if found.weights.is_dir() and isinstance(found.config, UNet2DConfig):
             params, digest = cache.latest_ema(found.weights, found.config)
         else:
-            digest = weights.sha256(found.weights)
+            digest = shards.sha256(found.weights)
 
             def convert() -> Params:
-                converted = weights.to_params(found.config, tensor_files.read_tensors(found.weights), name)
-                if weights.sha256(found.weights) != digest:
+                converted = weights.to_params(found.config, shards.read(found.weights), name)
+                if shards.sha256(found.weights) != digest:
                     raise ValueError(f"{found.weights} changed while it was read; try again")
                 return converted
 

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import re
+from codecs import BOM_UTF8
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
@@ -21,9 +22,14 @@ BUNDLED = ("cifar10-32", "faces-64")
 
 _STEM = "diffusion_pytorch_model"
 # In the order of preference: diffusers too takes the plain name before a variant such as fp16 or non_ema.
-_WEIGHT_FILES = (f"{_STEM}.safetensors", f"{_STEM}.bin", f"{_STEM}*.safetensors", f"{_STEM}*.bin")
+_SHARD = r"-\d+-of-\d+\."
+_WEIGHT_FILES = (
+    *(f"{_STEM}.safetensors", f"{_STEM}-*-of-*.safetensors", f"{_STEM}.bin", f"{_STEM}-*-of-*.bin"),
+    *(f"{_STEM}*.safetensors", f"{_STEM}*.bin"),
+)
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_CONFIGS = ["*config.json", "unet/config.json", "scheduler/scheduler_config.json"]
+_INDEX = f"{_STEM}.*.index*.json"  # of shards
+_CONFIGS = ["*config.json", "unet/config.json", "scheduler/scheduler_config.json", _INDEX, f"unet/{_INDEX}"]
 # Schedulers whose betas are those of a discrete, variance-preserving process; the others scale x_t in ways of their own.
 _SCHEDULERS = ("DDPM", "DDIM", "PNDM", "DPMSolverMultistep", "DPMSolverSinglestep", "DEISMultistep", "UniPCMultistep")
 _VARIANCES: dict[str, VarianceType] = {
@@ -49,7 +55,7 @@ class Source:
 
     config: UNet2DConfig | ADMConfig
     diffusion: Diffusion
-    weights: Path  # a weight file, or the `checkpoints` folder of a training run
+    weights: Path  # a weight file, the index of its shards, or the `checkpoints` folder of a training run
     revision: str = ""  # commit on the hub
     mean_image: Path | None = None
 
@@ -141,7 +147,9 @@ def _load(file_name: str, folder: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"prior {str(folder)!r}: {file_name} is missing in the folder")
     kind: Any = type("_Config", (ConfigMixin,), {"config_name": file_name})
     try:
-        config = kind.load_config(folder)
+        raw = (folder / file_name).read_bytes()
+        # A byte order mark, which some editors put in front, is no JSON for diffusers.
+        config = json.loads(raw[len(BOM_UTF8) :]) if raw.startswith(BOM_UTF8) else kind.load_config(folder)
     except (OSError, ValueError, RecursionError) as error:  # what diffusers raises for broken JSON, and JSON for deep one
         raise ValueError(f"prior {str(folder)!r}: {error}") from None
     if not isinstance(config, dict):
@@ -167,13 +175,28 @@ def _folder(folder: Path) -> Source:
 
 
 def _weight_file(folder: Path) -> Path:
-    for pattern in _WEIGHT_FILES:
-        found = sorted(folder.glob(pattern))
-        if len(found) == 1 and "-of-" not in found[0].name:
-            return found[0]
-        if found:
+    """The one that is to be read, a weight file or the index of its shards: safetensors first, a variant last."""
+    for kind in ("safetensors", "bin"):
+        plain, indices = folder / f"{_STEM}.{kind}", [f for f in sorted(folder.glob(_INDEX)) if f".{kind}." in f.name]
+        if plain.is_file() and indices:
+            raise FileNotFoundError(
+                f"prior {str(folder)!r}: {plain.name} and the shards of {indices[0].name} may be different weights; "
+                "keep one of them"
+            )
+        if plain.is_file() or indices:
+            return plain if plain.is_file() else min(indices, key=lambda file: len(file.name))
+    for kind in ("safetensors", "bin"):
+        found = [file for file in sorted(folder.glob(f"{_STEM}*.{kind}")) if not re.search(_SHARD, file.name)]
+        if len(found) > 1:
             names = ", ".join(file.name for file in found)
             raise FileNotFoundError(f"prior {str(folder)!r}: expected one weight file, found {names}; keep one of them")
+        if found:
+            return found[0]
+    if lost := [file.name for file in sorted(folder.glob(f"{_STEM}*")) if re.search(_SHARD, file.name)]:
+        raise FileNotFoundError(
+            f"prior {str(folder)!r}: {', '.join(lost[:3])} are shards, and their index, "
+            f"{_STEM}.safetensors.index.json, is missing"
+        )
     raise FileNotFoundError(f"prior {str(folder)!r}: expected one {_STEM}*.safetensors or .bin in the folder, found 0")
 
 

@@ -20,6 +20,10 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "num_class_embeds": (None,),
     "num_train_timesteps": (None,),
 }
+# What diffusers' `EMAModel.save_pretrained` puts beside the network's fields: how its weights were averaged.
+_OF_AVERAGING = (
+    "decay", "min_decay", "optimization_step", "update_after_step", "use_ema_warmup", "inv_gamma", "power",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +46,7 @@ class UNet2DConfig(UNet2DFields):
         values: dict[str, Any] = {}
         bad = []
         for name, value in config.items():
-            if name.startswith("_"):
+            if name.startswith("_") or name in _OF_AVERAGING:
                 continue
             if name in own:
                 values[name] = tuple(value) if isinstance(value, list) else value

@@ -117,6 +117,82 @@ def test_the_plain_weight_file_is_taken_before_its_variants(folder, tensors, tin
     assert_same(load_prior(folder).denoise.params, tiny_unet.params, rtol=0)
 
 
+def write_shards(folder, tensors, count=3, kind="safetensors", of=""):
+    """As diffusers' save_pretrained(max_shard_size=...) does; the index."""
+    names = sorted(tensors)
+    where = {name: f"diffusion_pytorch_model{of}-{k % count + 1:05d}-of-{count:05d}.{kind}" for k, name in enumerate(names)}
+    for file in set(where.values()):
+        write(folder / file, {name: tensors[name] for name in names if where[name] == file})
+    index = folder / f"diffusion_pytorch_model.{kind}.index{of}.json"
+    index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": where}))
+    return index
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+@pytest.mark.parametrize("of", ["", ".fp16"])
+def test_shards_are_read_as_the_whole_file(folder, tensors, tiny_unet, kind, of):
+    (folder / FP16).unlink()
+    write_shards(folder, tensors, kind=kind, of=of)
+    prior = load_prior(folder)
+    assert_same(prior.denoise.params, tiny_unet.params, rtol=0)
+    shard = next(folder.glob(f"*-00002-of-00003.{kind}"))
+    write(shard, {name: value + 1 for name, value in sharded(shard).items()})
+    assert load_prior(folder).sha256 != prior.sha256  # of every shard, not of the first or the index
+
+
+def sharded(file):
+    return {name: np.asarray(value) for name, value in tensor_files.read_tensors(file).items()}
+
+
+def test_shards_that_are_not_whole_are_refused_by_name(folder, tensors):
+    index = write_shards(folder, tensors)
+    second = folder / "diffusion_pytorch_model-00002-of-00003.safetensors"
+    whole = sharded(second)
+    write(second, dict(list(whole.items())[1:]))
+    with pytest.raises(ValueError, match=f"00002-of-00003.* does not hold what .*missing: {next(iter(whole))}"):
+        load_prior(folder)
+    second.unlink()
+    with pytest.raises(FileNotFoundError, match=r"shards that are missing .*00002-of-00003"):
+        load_prior(folder)
+    write(second, whole)
+    load_prior(folder)
+    text = index.read_text()
+    index.write_text(text.replace(second.name, f"../{second.name}"))
+    with pytest.raises(ValueError, match="a file that is not beside it"):
+        load_prior(folder)
+    index.write_text("[]")
+    with pytest.raises(ValueError, match="is no index of shards"):
+        load_prior(folder)
+    index.write_text(text)
+    write(folder / SAFETENSORS, tensors)
+    with pytest.raises(FileNotFoundError, match="may be different weights; keep one of them"):
+        load_prior(folder)
+    (folder / SAFETENSORS).unlink()
+    (folder / FP16).unlink()
+    index.unlink()
+    with pytest.raises(FileNotFoundError, match=r"are shards, and their index, .*index.json, is missing"):
+        load_prior(folder)
+
+
+AVERAGING = dict(decay=0.9999, inv_gamma=1.0, min_decay=0.0, optimization_step=5000, power=0.75, update_after_step=0)
+
+
+def test_what_an_average_of_weights_says_of_itself_is_no_field_of_the_network(folder, tiny_unet):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **AVERAGING, "use_ema_warmup": True}))
+    assert load_prior(folder).denoise.config == tiny_unet.config
+    (folder / "config.json").write_text(json.dumps({**config, **AVERAGING, "decays": 0.9}))
+    with pytest.raises(ValueError, match=r"decays=0.9 \(unknown field\)$"):
+        load_prior(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "scheduler_config.json"])
+def test_configs_with_a_byte_order_mark_and_other_line_ends_are_read(folder, tiny_unet, name):
+    text = (folder / name).read_text()
+    (folder / name).write_bytes(b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode())
+    assert load_prior(folder).denoise.config == tiny_unet.config
+
+
 def test_attention_of_old_files_is_renamed_and_squeezed(folder, tensors, tiny_unet):
     old = {}
     for name, value in tensors.items():
