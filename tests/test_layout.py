@@ -77,3 +77,26 @@ def test_files_can_be_read_at_once(folder):
 
 def test_experiments_hold_launchers_and_studies_alone():
     assert sum(len(p.read_text().splitlines()) for p in Path(ROOT / "experiments").glob("*.py")) < 1500
+
+
+@pytest.mark.parametrize("folder", ["gdiff_jax", "experiments", "benchmarks"])
+def test_files_are_opened_in_an_encoding_that_is_said(folder):
+    """The locale's, which is meant otherwise, is ASCII in a container and Latin-1 on a cluster."""
+    unsaid = []
+    for path in (ROOT / folder).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and _is_text(node) and not any(k.arg == "encoding" for k in node.keywords):
+                unsaid.append(f"{path.name}:{node.lineno}")
+    assert unsaid == []
+
+
+def _is_text(call):
+    """Whether a call opens a file as text; `write_text` of a name and a text is a store's."""
+    name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+    if name in ("open", "fdopen"):
+        of = ast.unparse(call.func)
+        modes = [a.value for a in call.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
+        return of in ("open", "os.fdopen", "path.open") and not any("b" in mode for mode in modes)
+    if name in ("run", "Popen", "check_output"):
+        return any(k.arg in ("text", "universal_newlines") for k in call.keywords)
+    return name == "read_text" or (name == "write_text" and len(call.args) == 1)

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import hashlib
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ import jax
 import numpy as np
 
 from gdiff_jax import images as image_files
-from gdiff_jax import modules
+from gdiff_jax import modules, numerics
 from gdiff_jax.auditing import checks
 from gdiff_jax.auditing.about import clip_norm
 from gdiff_jax.auditing.result import Audit
@@ -109,7 +110,8 @@ def audit(
     Raises:
       ValueError: for arguments that do not fit, before anything is computed.
     """
-    with checks.in_other_words(r"--(?=\w)", ""):  # arguments have the names of the flags
+    # Arguments have the names of the flags.
+    with checks.in_other_words(r"--(?=\w)", ""), numerics.without_debugging(partial(warnings.warn, stacklevel=4)):
         prior = checks.prior_of(prior)
         x = checks.images_of("images", images, prior.image_shape)
         y = checks.labels_of(labels, len(x))

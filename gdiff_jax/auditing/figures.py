@@ -16,6 +16,7 @@ from gdiff_jax import intervals
 from gdiff_jax.auditing import sheets, summary
 from gdiff_jax.auditing.record import AuditRecord, curve_key
 from gdiff_jax.intervals import Interval
+from gdiff_jax.sweeping.drawing import Drawing, house_style
 
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY, BLACK = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000"
 CYCLE = (BLUE, RED, GREEN, PURPLE, ORANGE, SKY, BLACK)
@@ -34,7 +35,7 @@ EXACT = 60.0  # dB; above it an image is the truth to rounding
 
 
 def _axes(width: float, height: float, columns: int = 1) -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=(width, height), layout="constrained")  # not pyplot's: a library opens no windows
+    figure = Drawing(figsize=(width, height), layout="constrained")
     return figure, list(figure.subplots(1, columns, squeeze=False)[0])
 
 
@@ -92,18 +93,24 @@ def quality(record: AuditRecord) -> Figure:
 
 def _recovered(ax: Axes, record: AuditRecord) -> None:
     levels, x = summary.levels(record), _levels_axis(ax, record)
-    threshold, kappa = record.about["threshold"], 1 / record.candidates
+    threshold = record.about["threshold"]
     _line(ax, x, [v.recovered for v in levels], BLUE, f"recovered, {threshold:g} dB or better")
     ax.plot(x, [v.recovered_oracle.value for v in levels], "^:", color="0.25", ms=4, lw=1, label="the same, oracle's choice")
+    if record.can_recognise:
+        _recognised(ax, x, record)
+    ax.axhline(record.about["share"], color=BLACK, lw=0.8)
+    ax.set_ylim(-0.03, 1.05)
+    ax.yaxis.set_major_formatter(lambda v, _: f"{v:.0%}")
+    ax.set_ylabel("share of images [95 %]")
+
+
+def _recognised(ax: Axes, x: np.ndarray, record: AuditRecord) -> None:
+    levels, kappa = summary.levels(record), 1 / record.candidates
     _line(ax, x, [v.identified for v in levels], RED, f"recognised among {record.candidates}", "s-")
     ax.axhline(kappa, color="0.5", ls="-.", lw=1.2, label=f"blind guess, κ = {kappa:.3g}")
     bounds = [g["gamma"] for g in record.guarantees]
     if any(b is not None and b < 1 for b in bounds):
         ax.plot(x, [1.0 if b is None else b for b in bounds], "d--", color=GREEN, ms=4, label="γ(κ): no attack recognises more")
-    ax.axhline(record.about["share"], color=BLACK, lw=0.8)
-    ax.set_ylim(-0.03, 1.05)
-    ax.yaxis.set_major_formatter(lambda v, _: f"{v:.0%}")
-    ax.set_ylabel("share of images [95 %]")
 
 
 def recovered(record: AuditRecord) -> Figure:
@@ -116,7 +123,7 @@ def recovered(record: AuditRecord) -> Figure:
 
 def overview(record: AuditRecord) -> Figure:
     """PSNR, and the shares recovered and recognised, side by side; for a gradient of unknown images, its distance."""
-    with matplotlib.rc_context(STYLE):
+    with house_style(STYLE):
         if not record.has_truth:
             return steps(record)
         figure, axes = _axes(11.5, 4.2, 2)
@@ -244,11 +251,11 @@ def drawings(record: AuditRecord) -> dict[str, Callable[[AuditRecord], Figure]]:
     theory = record.theory or {}
     has = {
         "reconstructions": record.has_truth,
-        "recognised": record.has_truth and any(n.startswith("recognised/") for n in record.pictures),
+        "recognised": record.can_recognise and any(n.startswith("recognised/") for n in record.pictures),
         "attempts": not record.has_truth and any(n.startswith("found/") for n in record.pictures),
         "quality": record.has_truth,
         "recovered": record.has_truth,
-        "epsilon": record.has_truth and sum(g["epsilon"] is not None for g in record.guarantees) > 1,
+        "epsilon": record.can_recognise and sum(g["epsilon"] is not None for g in record.guarantees) > 1,
         "steps": True,
         "signal": bool(calibrated(record)),
         "film": any(n.startswith("film/") for n in record.pictures),
@@ -265,7 +272,7 @@ def drawings(record: AuditRecord) -> dict[str, Callable[[AuditRecord], Figure]]:
 def files(record: AuditRecord) -> dict[str, bytes]:
     """Every figure as NAME.png and NAME.svg; the same audit gives the same bytes."""
     drawn = {}
-    with matplotlib.rc_context(STYLE):
+    with house_style(STYLE):
         for name, draw in drawings(record).items():
             figure = draw(record)
             for kind, metadata in (("svg", {"Date": None}), ("png", {"Software": None})):

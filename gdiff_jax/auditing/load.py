@@ -163,8 +163,10 @@ def load_question(asked: Asked, sweep: SweepConfig, plan: Plan) -> Question:
         if asked.candidates:  # else they are those of --images, of which it was told
             inputs.tell(source, dataclasses.replace(read, classes=()))
         others = image_files.to_model(read.images)
-        count = candidate_count(others, plan.images)
-        need(count >= 2, f"--candidates {source} holds nothing but the private images; give more images")
+        more = candidate_count(others, plan.images) >= 2
+        need(more or not asked.candidates, f"--candidates {source} holds nothing but the private images; give more images")
+        if not more:
+            print(f"{source} holds one image: whether it is recognised among others is left out; --candidates names others")
     information = None
     if asked.data:
         size = math.prod(shape)

@@ -40,7 +40,7 @@ def _levels(record: AuditRecord) -> Table:
         *[n.upper() for n in names],
         "recovered",
         "by the oracle",
-        "recognised",
+        *["recognised"] * record.can_recognise,
         "chosen",
         "trials",
     ]
@@ -48,7 +48,7 @@ def _levels(record: AuditRecord) -> Table:
     for v in summary.levels(record):
         trials = f"{v.trials}" + (f" ({v.failed} failed)" if v.failed else "")
         scores = [getattr(v, n).text(2) for n in names]
-        shares = [s.percent() for s in (v.recovered, v.recovered_oracle, v.identified)]
+        shares = [s.percent() for s in (v.recovered, v.recovered_oracle, *[v.identified] * record.can_recognise)]
         chosen = [v.methods] if v.methods == v.methods_to_recognise else [v.methods, f"to recognise {v.methods_to_recognise}"]
         rows.append([f"{v.sigma:.3g}", v.psnr.text(), v.oracle.text(), *scores, *shares, "; ".join(chosen) or "-", trials])
     return _table(head, rows)
@@ -106,7 +106,7 @@ def _cards(record: AuditRecord) -> list[tuple[str, str]]:
     return [
         (f"{first.psnr.value:.1f} dB", f"median PSNR {at}"),
         (f"{first.recovered.value:.0%}", f"of images recovered {at}"),
-        (f"{first.identified.value:.0%}", f"recognised among {record.candidates} {at}"),
+        *[(f"{first.identified.value:.0%}", f"recognised among {record.candidates} {at}")] * record.can_recognise,
         (value, f"σ from which fewer than {share:.0%} are recovered"),
     ]
 

@@ -78,6 +78,11 @@ class AuditRecord:
         """Images among which the truth is looked for, itself included."""
         return self.about["candidates"]
 
+    @property
+    def can_recognise(self) -> bool:
+        """Whether there is another image beside the truth among which to look for it."""
+        return self.has_truth and self.candidates > 1
+
     def at(self, sigma: float) -> list[Row]:
         """The attacks at one noise level."""
         return [row for row in self.attacks if row["sigma"] == sigma]

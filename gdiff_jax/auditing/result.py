@@ -37,7 +37,7 @@ class Audit(AuditRecord):
         return sentences.warnings(self)
 
     def plot(self) -> Figure:
-        """PSNR and the share of recovered and recognised images over the noise."""
+        """PSNR and the share of recovered and recognised images over the noise; a notebook shows the figure."""
         from gdiff_jax.auditing import figures  # with matplotlib, as the page: who draws nothing does not wait for it
 
         return figures.overview(self)
@@ -53,8 +53,9 @@ class Audit(AuditRecord):
         return f"<Audit of {self.about['victim']}: {len(self.attacks)} attacks at sigma {noise}. {self.verdict()}>"
 
     def _repr_html_(self) -> str:
-        head = ("sigma", "median PSNR, dB", "recovered", "recognised")
-        rows = [(f"{v.sigma:.3g}", v.psnr.text(), v.recovered.percent(), v.identified.percent()) for v in self.levels()]
+        head = ("sigma", "median PSNR, dB", "recovered", *["recognised"] * self.can_recognise)
+        shares = lambda v: (v.recovered, *[v.identified] * self.can_recognise)
+        rows = [(f"{v.sigma:.3g}", v.psnr.text(), *(s.percent() for s in shares(v))) for v in self.levels()]
         cells = lambda tag, row: "<tr>" + "".join(f"<{tag}>{html.escape(text)}</{tag}>" for text in row) + "</tr>"
         table = cells("th", head) + "".join(cells("td", row) for row in rows)
         return f"<p>{html.escape(self.verdict())}</p>" + (f"<table>{table}</table>" if rows else "")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
 
@@ -92,8 +93,14 @@ def run(
         plan, question, store, store.rows(done), {**about, **seconds(), "unfinished": True}, None, []
     )
     rows = attack(plan, store, after=_now_and_then(early, show) if show else None)
-    theory, frames = _theory(plan, question), _film(plan, question.film)
-    return _assemble(plan, question, store, rows, {**about, **seconds()}, theory, frames)
+    theory, frames = None, []
+    failed: list[str] = []
+    with _told(failed, "theory"):
+        theory = _theory(plan, question)
+    with _told(failed, "the film"):
+        frames = _film(plan, question.film)
+    parts = {"failed_parts": failed} if failed else {}
+    return _assemble(plan, question, store, rows, {**about, **parts, **seconds()}, theory, frames)
 
 
 def _now_and_then(early: Callable[[list[int]], Audit], show: Callable[[Audit], None]) -> Callable[[list[int]], None]:
@@ -125,7 +132,8 @@ def _assemble(
     """The audit of these rows: of all that were asked for, or of those that have finished."""
     state, mechanism = audited(plan)
     known = plan.images_known
-    kappa = 1 / candidate_count(question.candidates, plan.images) if known else BLIND_GUESS
+    count = candidate_count(question.candidates, plan.images) if known else 0
+    kappa = 1 / count if count > 1 else BLIND_GUESS
     levels = [s for s in plan.sigmas[mechanism] if any(row["sigma"] == s for row in rows)]
     guarantees = [guarantee_row(s, plan.guarantee(state.name, mechanism, s), kappa) for s in levels]
     return assemble(
@@ -133,6 +141,15 @@ def _assemble(
         plan.images if known else None, candidates=question.candidates, mean_image=plan.prior.mean_image, guarantees=guarantees,
         theory=theory, film=frames,
     )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _told(failed: list[str], part: str) -> Iterator[None]:
+    """A part of the report that fails is told on it: the attacks, hours of work, are there."""
+    try:
+        yield
+    except Exception as error:  # of the user's loss, of XLA, for want of memory
+        failed.append(f"{part} ({type(error).__name__}: {' '.join(str(error).split())[:300]})")
 
 
 def gather(rows: list[Row], store: Store | MemoryStore) -> Trials:

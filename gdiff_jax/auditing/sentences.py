@@ -37,8 +37,7 @@ def verdict(record: AuditRecord) -> list[str]:
     count = f"{about['num_images']} images" if about["group"] == 1 else f"{images} groups of {about['group']} images"
     lines = [
         f"If a gradient of {about['victim']} leaks {noise}, {first.recovered.percent()} of images are recovered at "
-        f"{about['threshold']:g} dB PSNR or better, with a median of {first.psnr.text()} dB; {first.identified.percent()} are "
-        f"recognised among {record.candidates} candidates, of which a blind guess names {1 / record.candidates:.1%} "
+        f"{about['threshold']:g} dB PSNR or better, with a median of {first.psnr.text()} dB{_among(record, first)} "
         f"({count} x {about['seeds']} seeds; 95 % intervals)."
     ]
     chosen, best = smallest_noise(record), smallest_noise(record, oracle=True)
@@ -68,6 +67,15 @@ def verdict(record: AuditRecord) -> list[str]:
     return lines + how(record)
 
 
+def _among(record: AuditRecord, level: Level) -> str:
+    if not record.can_recognise:
+        return ""
+    return (
+        f"; {level.identified.percent()} are recognised among {record.candidates} candidates, of which a blind guess names "
+        f"{1 / record.candidates:.1%}"
+    )
+
+
 def how(record: AuditRecord) -> list[str]:
     """How `auto` came by its pictures: by algebra, or by search alone, which is no evidence that there is nothing to find."""
     lines: dict[str, list[str]] = defaultdict(list)  # noise levels by what is said of them
@@ -89,6 +97,8 @@ def how(record: AuditRecord) -> list[str]:
 
 def _recognised(record: AuditRecord, noise_levels: list[Level], noise: float) -> list[str]:
     """What a picture below the threshold still gives away, at the first level with that noise."""
+    if not record.can_recognise:
+        return []
     last = noise_levels[-1]
     at = next((level for level in noise_levels if level.sigma >= noise), last)
     kappa = 1 / record.candidates
@@ -140,8 +150,11 @@ def warnings(record: AuditRecord) -> list[str]:
         )
     failed = sum(r["failed"] for r in record.attacks)
     if failed:
+        names = list(dict.fromkeys(str(r.get("name", r["image"])) for r in record.attacks if r["failed"]))
+        some = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
         signs.append(
-            f"{failed} of {len(record.attacks)} trials ended in numbers that are not finite; they count as not recovered."
+            f"{failed} of {len(record.attacks)} trials ended in numbers that are not finite, of image {some}; they count as "
+            "not recovered."
         )
     silent = sorted({r["image"] for r in record.attacks if r["gradient_norm"] == 0})
     if silent:
@@ -151,12 +164,17 @@ def warnings(record: AuditRecord) -> list[str]:
             "an attack makes of it comes from the prior alone."
         )
     signs += [record.about["doubt"]] if record.about.get("doubt") else []
+    signs += [f"Left out, because it failed: {part}." for part in record.about.get("failed_parts", [])]
     signs += _rank_warnings(record) + _curve_warnings(record)
     if not record.has_truth:
         return signs
     noise_levels, leaks = levels(record), len({r["leak"] for r in record.attacks})
     if leaks < FEW_IMAGES:
         signs.append(f"Only {leaks} leaks: intervals over images are wide, and rest on the images chosen.")
+    if not record.can_recognise:
+        signs.append(
+            "Whether an image is recognised was not measured: no other image was there to take it for; see candidates."
+        )
     first = noise_levels[0]
     for name, rows in (("a sample of the prior", record.prior_only), ("the mean image", record.mean_image)):
         base = [r["psnr"] for r in rows if r["psnr"] is not None]

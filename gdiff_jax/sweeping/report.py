@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gdiff_jax.sweeping import comparison, plots, tables, words
+from gdiff_jax.sweeping import comparison, drawing, plots, tables, words
 from gdiff_jax.sweeping.config import PriorOptions
 from gdiff_jax.sweeping.plan import Plan
 from gdiff_jax.sweeping.records import Row, Store
@@ -42,10 +42,11 @@ def write(plan: Plan, images: str, prior: PriorOptions, rows: list[Row], store: 
     store.write_text("summary.md", "\n\n".join(parts) + "\n")
     epsilon = lambda victim, mechanism, sigma: plan.guarantee(victim, mechanism, sigma).epsilon
     files = [store.folder / "quality.png", store.folder / "contact_sheet.png"]
-    plots.plot_quality(rows, mean_rows, epsilon, files[0])
-    plots.contact_sheet(rows, plan.images, store, files[1])
-    if plan.attacker.knowledge.labels != "known":
-        files.append(store.folder / "labels.png")
-        plots.plot_labels(rows, files[-1])
+    with drawing.house_style():
+        plots.plot_quality(rows, mean_rows, epsilon, files[0])
+        plots.contact_sheet(rows, plan.images, store, files[1])
+        if plan.attacker.knowledge.labels != "known":
+            files.append(store.folder / "labels.png")
+            plots.plot_labels(rows, files[-1])
     if not quiet:
         print("\n".join([*parts, f"pictures: {', '.join(map(str, files))}"]))
