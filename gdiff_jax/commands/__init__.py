@@ -1,7 +1,14 @@
 """The commands: flags made from settings, help, exit codes."""
 
 import os
+import sys
 
 # Figures go to files. What a notebook leaves here for the shells that it starts is often not installed beside the commands, and
 # matplotlib, which other libraries import too, does not start under a name that it cannot find.
 os.environ["MPLBACKEND"] = "agg"
+
+if any(name.startswith("JAX_") for name in os.environ):  # else --help need not wait for JAX
+    try:
+        import jax  # noqa: F401 - a value that it does not know, such as JAX_ENABLE_X64=maybe, is told in a line
+    except ValueError as error:
+        sys.exit(f"error: JAX does not start under the variables JAX_... of this shell: {error}")

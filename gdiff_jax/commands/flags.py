@@ -106,6 +106,7 @@ def run(main: Callable[[], None]) -> None:
         keep_compiled()
         from gdiff_jax import numerics  # not with the module, as JAX: --help need not wait for it
 
+        allow_transfers()
         try:
             with numerics.without_debugging(_say):
                 main()
@@ -166,6 +167,15 @@ def keep_compiled() -> None:
         jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
         # Small ones too: a start compiles a hundred of them, for initial weights and the like, five seconds in all.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+def allow_transfers() -> None:
+    """Arrays go to the devices and back, whatever JAX_TRANSFER_GUARD says, which is of use where a loop should not do that."""
+    import jax
+
+    if jax.config.jax_transfer_guard not in (None, "allow"):  # type: ignore[attr-defined]
+        _say("JAX_TRANSFER_GUARD is set aside: images and results go to the devices and back")
+        jax.config.update("jax_transfer_guard", "allow")
 
 
 def need_devices() -> None:

@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 
 from gdiff_jax import intervals, metrics
-from gdiff_jax.auditing import sentences, summary
+from gdiff_jax.auditing import figures, sentences, summary
 from gdiff_jax.auditing.record import AuditRecord, curve_key
 from gdiff_jax.auditing.result import Audit
 
@@ -281,3 +281,27 @@ def test_a_doubt_about_a_gradient_is_a_warning():
     audit = make()
     doubted = dataclasses.replace(audit, about={**audit.about, "doubt": "It is not the model's own."})
     assert sentences.warnings(doubted)[0] == "It is not the model's own."
+
+
+def test_nothing_is_said_of_recognition_where_there_is_no_other_image():
+    """Among one candidate each is the nearest: 100 % would be no finding."""
+    guarantees = [dict(sigma=s, epsilon=9.0 - k, reason="", gamma=0.5) for k, s in enumerate(SIGMAS)]
+    usual = make(guarantees=guarantees)
+    alone = dataclasses.replace(usual, about={**usual.about, "candidates": 1})
+    assert "recognised among 10 candidates" in usual.verdict()
+    assert "recognised" not in alone.verdict()
+    assert alone.verdict().startswith(usual.verdict().partition(";")[0])
+    assert any("no other image was there" in text for text in alone.warnings())
+    assert not any("no other image was there" in text for text in usual.warnings())
+    assert "recognised" in usual._repr_html_()
+    assert "recognised" not in alone._repr_html_()
+    assert {"epsilon"} == figures.drawings(usual).keys() - figures.drawings(alone).keys()
+    labels = lambda audit: " ".join(audit.plot().axes[1].get_legend_handles_labels()[1])
+    assert "recognised" in labels(usual)
+    assert "recognised" not in labels(alone)
+
+
+def test_images_whose_trials_failed_are_named():
+    rows = [{**r, "name": f"{r['image']}.png", "failed": r["image"] in (3, 7)} for r in make().trials]
+    (line,) = [text for text in make(rows).warnings() if "not finite" in text]
+    assert "of image 3.png, 7.png;" in line
