@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 from tiny import MODELS, ROOT, audit_config
 
 from gdiff_jax import modules
-from gdiff_jax.auditing import load, page
+from gdiff_jax.auditing import load, page, run
 from gdiff_jax.auditing.load import audit_named
 from gdiff_jax.errors import ConfigError
 from gdiff_jax.matching import victim_gradient
@@ -331,3 +331,29 @@ def test_the_model_of_the_documentation_is_audited(tiny_prior, documented, tmp_p
     audit = audit_named(audit_config(tiny_prior, tmp_path / "out", victim=documented))
     assert audit.about["parameters"] == PARAMETERS
     assert np.isfinite([r["psnr"] for r in audit.attacks]).all()
+
+
+def test_what_other_images_would_tell_is_left_out_where_there_are_none(tiny_prior, tmp_path, monkeypatch, capsys):
+    """Only `--candidates` that were named, and hold nothing else, are an error."""
+    with np.load(tiny_prior / "images.npz") as data:
+        np.savez(tmp_path / "one.npz", images=data["images"][:1], labels=data["labels"][:1])
+    asked = {}
+    monkeypatch.setattr(load, "run", lambda plan, question, *_: asked.update(question=question))
+    audit_named(audit_config(tiny_prior, tmp_path / "out", images=str(tmp_path / "one.npz"), num_images=1))
+    assert len(asked["question"].candidates) == 1
+    assert "left out; --candidates names others" in capsys.readouterr().out
+
+
+def test_a_part_of_the_report_that_fails_is_named_and_the_rest_is_there(tiny_prior, tmp_path, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("RESOURCE_EXHAUSTED: out of\nmemory")
+
+    monkeypatch.setattr(run, "_theory", fail)
+    monkeypatch.setattr(run, "_film", lambda *_: [])
+    audit = audit_named(audit_config(tiny_prior, tmp_path / "out"))
+    assert np.isfinite([r["psnr"] for r in audit.attacks]).all()
+    assert audit.theory is None
+    (line,) = [text for text in audit.warnings() if "Left out" in text]
+    assert line == "Left out, because it failed: theory (RuntimeError: RESOURCE_EXHAUSTED: out of memory)."
+    page = audit.report(tmp_path / "page").read_text(encoding="utf-8")
+    assert "RESOURCE_EXHAUSTED" in page
