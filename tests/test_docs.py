@@ -1,6 +1,7 @@
 """What the documentation shows is so: its examples run, and what it names is there."""
 
 import doctest
+import importlib.util
 import re
 from pathlib import Path
 
@@ -43,3 +44,26 @@ def test_every_flag_that_is_named_exists():
                         path.name,
                         flag,
                     )
+
+
+@pytest.fixture(scope="module")
+def messages():
+    """What makes the page of messages."""
+    spec = importlib.util.spec_from_file_location("messages", ROOT / "docs" / "messages.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_of_messages_holds_those_of_the_code(messages):
+    assert messages.PAGE.read_text(encoding="utf-8") == messages.page(), "python docs/messages.py writes it anew"
+    assert "must be at least" in messages.generated()
+
+
+def test_the_messages_that_are_explained_can_be_said(messages):
+    said = "\n".join(messages.everything(path) for path in (ROOT / "gdiff_jax").rglob("*.py"))
+    head = messages.PAGE.read_text(encoding="utf-8").split(messages.MARK)[0]
+    explained = re.findall(r"^\| `([^`]+)` \|", head, re.M) + re.findall(r"^- \*(.+?)(?: \.\.\.)?\*", head, re.M)
+    assert len(explained) > 12
+    for text in explained:
+        assert text.lower() in said.lower(), text
