@@ -16,6 +16,7 @@ from gdiff_jax.errors import ConfigError
 from gdiff_jax.methods import METHODS
 from gdiff_jax.sweeping import checks, inputs
 from gdiff_jax.sweeping.config import SweepConfig
+from gdiff_jax.victims import saved_trees
 
 pytestmark = [pytest.mark.long, pytest.mark.filterwarnings("ignore:images reach from")]
 many = lambda count: settings(max_examples=count, deadline=None, suppress_health_check=list(HealthCheck))
@@ -45,7 +46,7 @@ def one_line(error):
     assert len(text) < 700
 
 
-@many(700)
+@many(600)
 @given(arrays(shapes) | arrays(shapes).map(lambda a: a.tolist()))
 def test_images_are_taken_in_their_range_or_refused(images):
     try:
@@ -64,7 +65,7 @@ def test_images_are_taken_in_their_range_or_refused(images):
 trees = lambda of: st.dictionaries(st.text(max_size=2), of, max_size=2) | st.lists(of, max_size=3)
 
 
-@many(500)
+@many(450)
 @given(st.recursive(arrays(labels_shapes), trees))
 def test_labels_are_taken_or_refused(labels):
     try:
@@ -75,6 +76,33 @@ def test_labels_are_taken_or_refused(labels):
         leaves = jax.tree.leaves(taken)
         assert leaves
         assert all(a.shape[:1] == (2,) and a.dtype.kind not in "USMmO" for a in leaves)
+
+
+EXPECTED = {"a.kernel": np.zeros((4, 3), np.float32), "a.bias": np.zeros(3, np.float32)}
+names = st.sampled_from(
+    ["a.kernel", "a/kernel", "a.weight", "a.bias", "module.a.weight", "module.a.bias", "b", "arr_0", "arr_1"]
+)
+kernels = st.sampled_from([(4, 3), (3, 4), (1, 4, 3), (3,), (1, 3), (), (0,)])
+files = st.dictionaries(names, st.sampled_from(["f2", "f4", "f8", "i4", "?", "c8"]).flatmap(lambda t: hnp.arrays(t, kernels)))
+whole = st.tuples(*(hnp.arrays("f4", shape, elements=st.integers(-9, 9)) for shape in ((4, 3), (3,))))
+whole = st.tuples(st.sampled_from([("a.kernel", "a.bias"), ("x/a/kernel", "x/a/bias"), ("arr_0", "arr_1")]), whole)
+
+
+@many(250)
+@given(files | whole.map(lambda pair: dict(zip(*pair, strict=True))))
+def test_saved_trees_are_taken_number_by_number_or_refused(tmp_path_factory, arrays):
+    path = tmp_path_factory.getbasetemp() / "fuzz.npz"
+    np.savez(path, **arrays)
+    try:
+        tree = saved_trees.fit(str(path), EXPECTED, {}, say=one_line)
+    except ValueError as error:
+        one_line(error)
+    else:
+        assert {name: value.shape for name, value in tree.items()} == {name: value.shape for name, value in EXPECTED.items()}
+        for value in tree.values():
+            assert value.dtype == np.float32
+            same = lambda a, value=value: a.size == value.size and np.array_equal(np.sort(a, None), np.sort(value, None))
+            assert any(same(a.astype(np.float32)) for a in arrays.values() if a.dtype.kind == "f")
 
 
 WORDS = (
@@ -120,7 +148,7 @@ def checked(sweep):
     return sweep, [sweep.noise.levels(spec, len(mechanisms) == 1) for spec in mechanisms.values()]
 
 
-@many(500)
+@many(450)
 @given(changes_of(SweepConfig()))
 def test_flags_of_a_sweep_can_be_run_or_are_refused(changes):
     try:
@@ -132,7 +160,7 @@ def test_flags_of_a_sweep_can_be_run_or_are_refused(changes):
         assert sweep.attacks.methods
 
 
-@many(300)
+@many(250)
 @given(changes_of(AuditConfig()))
 def test_flags_of_an_audit_can_be_run_or_are_refused(changes):
     try:
