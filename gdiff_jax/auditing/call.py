@@ -197,6 +197,7 @@ def _victim(loss: Loss | Victim, params: Any, x: np.ndarray, y: Any, attacker: A
         check_loss(loss.loss, params, *_first((x, y), client))
         params = at_least_float32(params)
     else:
+        params = at_least_float32(params)
         loss = of_one_image(loss, params, *_first((x, y), client)) if client.group == 1 else loss
         check_label_range(loss, params, _first(x, client), y)
         check_loss(loss, params, *_first((x, y), client))

@@ -99,7 +99,7 @@ def _check_gradients(plan: Plan) -> None:
     """That each private image has a gradient; compiles the loss, so it comes last of the checks."""
     state, _ = audited(plan)
     victim = plan.victims[state.name]
-    if plan.images_known and not victim.has_batch_norm:
+    if plan.images_known and plan.client.group == 1 and not victim.has_batch_norm:
         try:
             check_gradients(victim.loss, plan.params[state], plan.images, plan.labels)
         except ValueError as error:
@@ -130,7 +130,9 @@ def _with_weights(plan: Plan, model: Model, orders: saved_trees.Orders) -> Plan:
     plan = dataclasses.replace(plan, params={state: params}, identity=_with_hash(plan, weights=modules.digest(params)))
     victim = plan.victims[state.name]
     if is_own(state.name) and plan.images_known:
-        inputs.check_own_loss(state.name, victim, params, plan.images[0], plan.labels[0])  # type: ignore[arg-type]
+        group = plan.client.group
+        first = (plan.images[0], plan.labels[0]) if group == 1 else (plan.images[:group], plan.labels[:group])
+        inputs.check_own_loss(state.name, victim, params, *first)  # type: ignore[arg-type]
     return plan
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -112,10 +113,13 @@ def _now_and_then(early: Callable[[list[int]], Audit], show: Callable[[Audit], N
         started = time.time()
         if started < due:
             return
-        audit = early(done)
-        if audit.attacks:
+        failed: list[str] = []
+        with _told(failed, "what is shown meanwhile"):  # a page that fails now may be written at the end
+            audit = early(done)
+            if not audit.attacks:
+                return
             show(audit)
-            due = time.time() + max(PAUSE, 10 * (time.time() - started))
+        due = time.time() + max(PAUSE, 10 * (time.time() - started)) if not failed else math.inf
 
     return after
 

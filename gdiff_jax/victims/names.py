@@ -39,7 +39,7 @@ def matches(expected: Iterable[str], found: Iterable[str]) -> list[Match]:
     """All readings in which every parameter has an array; the same arrays are read in one way only."""
     readings: dict[frozenset[str], Match] = {}
     for reading in _readings(list(expected), list(found)):
-        if len(reading.names) == len(list(expected)):
+        if len(set(reading.names.values())) == len(list(expected)):  # each its own
             readings.setdefault(frozenset(reading.names.values()), reading)
     return list(readings.values())
 

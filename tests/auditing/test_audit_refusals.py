@@ -97,7 +97,7 @@ WRONG = [
     (dict(loss=lambda p, x, y: p["w"] * x), "floating scalar"),
     (dict(loss=lambda p, x, y: (p["w"] * x.reshape(7)).sum()), r"loss\(params, x, y\) failed"),
     (dict(loss=lambda p, x, y: jnp.where(y == 0, 1, jnp.inf) * LOSS(p, x, y), labels=np.arange(2)), r"1 of 2 images \(1, "),
-    (dict(folder=__file__), "is not a sweep's output; give another folder"),
+    (dict(folder=__file__), "no folder can be made there"),
 ]  # fmt: skip
 
 

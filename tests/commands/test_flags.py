@@ -31,8 +31,10 @@ def main():
         raise RunError("the same command goes on")
     if settings.ends == "disk":
         raise OSError(errno.ENOSPC, "No space left on device", "a.npz")
-    if settings.ends == "bug":
+    if settings.ends == "file":
         raise PermissionError(errno.EACCES, "Permission denied", "a.npz")
+    if settings.ends == "bug":
+        raise KeyError("a.npz")
     if settings.ends == "busy":
         hashlib.pbkdf2_hmac("sha256", b"", b"", 2 * 10**9)  # as in XLA, Python's own handlers would wait for its end
 
@@ -51,6 +53,7 @@ SCRIPTED = [sys.executable, "-c", SCRIPT]
         (["--steps=ten"], 2, "ten"),
         (["--ends=config"], 2, "error: --grid holds -1; give another"),
         (["--ends=run"], 1, "error: the same command goes on"),
+        (["--ends=file"], 1, "error: Permission denied at a.npz; what is finished is kept, and the same command goes on"),
         (["--ends=disk"], 1, "error: No space left on device at a.npz; what is finished is kept. Free space and give the same"),
     ],
 )
@@ -66,7 +69,7 @@ def test_an_error_that_nobody_foresaw_is_not_hidden():
     done = run_command([*SCRIPTED, "--ends=bug"], cwd=ROOT)
     assert done.returncode == 1
     assert "Traceback" in done.stderr
-    assert "PermissionError" in done.stderr
+    assert "KeyError" in done.stderr
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

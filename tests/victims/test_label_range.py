@@ -41,11 +41,11 @@ def in_16_bits(params, x, y):
     return index(jax.tree.map(lambda p: p.astype(jnp.bfloat16), params), x.astype(jnp.bfloat16), y)
 
 
-@pytest.mark.parametrize("loss", [index, one_hot, with_optax, clipped, filled, in_16_bits])
+@pytest.mark.parametrize("loss", [index, one_hot, with_optax, filled, in_16_bits])
 def test_a_label_beyond_the_classes_is_named(loss):
     for fine in ([0, 4], [4, 4], [1], [0, 0]):
         check_label_range(loss, WEIGHTS, X, np.array(fine))
-    for wrong, first in (([0, 5], 5), ([5, 4], 5), ([1, 2, 6], 6), ([0, 255], 255)):
+    for wrong, first in (([0, 5], 5), ([5, 4], 5), ([1, 2, 6], 6), ([0, 255], 255), ([0, 1440764], 1440764)):
         where = wrong.index(first)
         with pytest.raises(ValueError, match=rf"label {first} of image {where} is none of the loss's classes, 0 \.\. 4; count"):
             check_label_range(loss, WEIGHTS, X, np.array(wrong))
@@ -75,7 +75,25 @@ def of_two_classes(params, x, y):
     return -jnp.log(jnp.where(y == 0, 1 - p, p))
 
 
-@pytest.mark.parametrize("loss", [squared, hinge, logistic, without_label, of_two_classes])
+def above(params, x, y):
+    return of_two_classes(params, x, (y > 4).astype(jnp.int32))
+
+
+def coarse(params, x, y):
+    return index(params, x, jnp.array([0, 0, 1, 1, 2, 2, 3, 3])[y])
+
+
+def capped(params, x, y):
+    return squared(params, x, jnp.clip(y, 0, 4))
+
+
+def saturated(params, x, y):
+    return squared(params, x, jnp.tanh(y))
+
+
+@pytest.mark.parametrize(
+    "loss", [squared, hinge, logistic, without_label, of_two_classes, clipped, above, coarse, capped, saturated]
+)
 def test_a_label_that_is_no_index_may_be_any_number(loss):
     for labels in ([-1, 1], [40, 7], [-3, 9], [2, 3]):
         check_label_range(loss, WEIGHTS, X, np.array(labels))
@@ -100,3 +118,12 @@ def test_no_two_classes_of_many_are_taken_for_one():
 def test_other_labels_and_losses_that_fail_are_left_to_other_checks(labels):
     check_label_range(index, WEIGHTS, X, labels)
     check_label_range(lambda params, x, y: 1 / 0, WEIGHTS, X, np.array([9]))
+
+
+def test_labels_of_one_column_and_whole_floats_are_classes_too():
+    column = lambda params, x, y: index(params, x, y[0])
+    whole = lambda params, x, y: index(params, x, y.astype(jnp.int32))
+    for loss, labels in ((column, np.array([[0], [5]])), (whole, np.array([0.0, 5.0], np.float32))):
+        check_label_range(loss, WEIGHTS, X, labels * 4 // 5)
+        with pytest.raises(ValueError, match=r"label 5 of image 1 is none of the loss's classes, 0 \.\. 4"):
+            check_label_range(loss, WEIGHTS, X, labels)
