@@ -21,6 +21,31 @@ def make():
     }
 
 
+def smoothed():
+    """With smoothed labels, and sure enough for classes below what smoothing gives them."""
+    alone, params = make()
+    params["out"]["kernel"] *= 8
+    return lambda p, x, y: 0.8 * alone(p, x, y) + 0.02 * sum(alone(p, x, jnp.asarray(k)) for k in range(10)), params
+
+
+def sure():
+    """Of class 0, up to rounding."""
+    loss, params = make()
+    params["out"]["bias"] = params["out"]["bias"].at[0].set(17.0)
+    return loss, params
+
+
+def of_batch():
+    """As training code has it."""
+    alone, params = make()
+
+    def loss(params, x, y):
+        assert x.ndim == 4
+        return jax.vmap(alone, (None, 0, 0))(params, x, y).mean()
+
+    return loss, params
+
+
 def mlp():
     """Its first layer is dense, behind a normalisation."""
     mean = jnp.array([0.4, 0.5, 0.6]).reshape(1, 1, 3)

@@ -161,7 +161,9 @@ def _named(path: str, tree: Tree, expected: Params, weights: bool, say: Callable
     match = found[0] if found else names.closest(expected, tree.arrays)
     missing = [n if (t := names.torch_name(n)) == n else f"{n} or {t}" for n in expected if n not in match.names]
     below = [name for name in tree.others if match.prefix and name.startswith(f"{match.prefix}.")]
-    problems = {"missing": missing, "not of the victim": sorted([*match.left, *below])}
+    arrays = list(match.names.values())
+    shared = [name for name, array in match.names.items() if arrays.count(array) > 1]
+    problems = {"missing": missing, "one array for several": shared, "not of the victim": sorted([*match.left, *below])}
     if any(problems.values()):
         remedy = "save the victim's parameters alone, under their names"
         raise ValueError(f"{path} does not fit the victim; {tensor_files.listed(problems)}; {remedy}")

@@ -166,6 +166,24 @@ def test_without_its_image_a_gradient_is_held_against_what_one_can_be(how, label
         plan_of(images="", label=label, gradient=str(tmp_path / "leak.npz"), mechanism="none")
 
 
+@pytest.mark.parametrize("model", ["smoothed", "sure"])
+def test_smoothed_labels_and_sure_networks_leave_no_single_negative_entry(model, plan_of, tiny_prior, tmp_path):
+    loss, params = getattr(own_models, model)()
+    x = jnp.asarray(np.load(tiny_prior / "images.npz")["images"][0] / np.float32(127.5) - 1)
+    leak = flattened(jax.jit(lambda p: victim_gradient(loss, p, x, jnp.asarray(0)))(params))
+    assert (leak["out.bias"] < 0).sum() > 1 or np.abs(leak["out.bias"]).max() < 1e-5
+    np.savez(tmp_path / "leak.npz", **leak)
+    plan_of(victim=f"{MODELS}:{model}", images="", label=0, gradient=str(tmp_path / "leak.npz"), mechanism="none")
+
+
+def test_an_own_loss_of_batches_is_audited_alone_and_in_groups(plan_of, tmp_path):
+    np.savez(tmp_path / "w.npz", **flattened(own_models.of_batch()[1]))
+    for group in (1, 2):
+        common = dict(victim=f"{MODELS}:of_batch", num_images=2, group=group)
+        assert plan_of(**common).client.group == group
+        assert plan_of(**common, weights=str(tmp_path / "w.npz")).client.group == group
+
+
 def test_weights_are_no_gradient(plan_of, tmp_path):
     np.savez(tmp_path / "w.npz", **flattened(own_models.make()[1]))
     with pytest.raises(ConfigError, match="it holds weights, not a gradient"):

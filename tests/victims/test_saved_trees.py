@@ -97,3 +97,9 @@ def test_an_order_that_cannot_be_is_refused(tmp_path):
         saved_trees.fit(str(tmp_path / "torch.safetensors"), SHAPES, {"out.kernel": (5, 4, 4)})
     with pytest.raises(ValueError, match=r"^flattened in.kernel: the victim has no such array; it has conv.kernel, "):
         saved_trees.fit(str(tmp_path / "torch.safetensors"), SHAPES, {"in.kernel": (1, 1, 1)})
+
+
+def test_no_array_is_two_parameters(tmp_path):
+    np.savez(tmp_path / "one.npz", **{"a.weight": np.ones(3, np.float32)})
+    with pytest.raises(ValueError, match=r"one array for several: a\.kernel, a\.scale"):
+        saved_trees.fit(str(tmp_path / "one.npz"), {"a.kernel": np.zeros(3), "a.scale": np.zeros(3)}, {})
