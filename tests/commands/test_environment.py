@@ -6,7 +6,7 @@ import sys
 
 import jax
 import pytest
-from tiny import ROOT, command_of
+from tiny import ROOT, audit_config, command_of, flags_of
 
 from gdiff_jax.commands import flags
 from gdiff_jax.errors import ConfigError
@@ -64,3 +64,14 @@ def test_a_platform_that_is_not_there_is_named(monkeypatch, error):
     monkeypatch.setattr(jax, "local_devices", fail)
     with pytest.raises(ConfigError, match=rf"JAX_PLATFORMS=.*{str(error) or 'AssertionError'}.*JAX_PLATFORMS=cpu"):
         flags.need_devices()
+
+
+@pytest.mark.long
+def test_nothing_warns(tiny_prior, tmp_path):
+    """Python's development mode, every warning an error: of files left open, of what libraries are about to drop."""
+    flags = flags_of(audit_config(tiny_prior, tmp_path / "out", methods=("dsg", "auto")))
+    command = [sys.executable, "-X", "dev", "-W", "error", *command_of("audit.py")[1:], *flags]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "out" / "report.html").is_file()
+    assert "Warning" not in done.stderr
