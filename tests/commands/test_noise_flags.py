@@ -37,8 +37,9 @@ def audit_plan(common, *noise):
 
 
 @pytest.mark.parametrize("plan_of", [sweep_plan, audit_plan])
-def test_both_commands_run_what_is_named(plan_of, tiny_prior, monkeypatch):
+def test_both_commands_run_what_is_named(plan_of, tiny_prior, monkeypatch, tmp_path):
     """An audit once dropped the standard deviations that were named beside epsilons."""
+    monkeypatch.chdir(tmp_path)  # the output folder of the default may hold an audit of the user's
     monkeypatch.setattr(load, "run", lambda plan, *rest: plan)
     common = (
         "--methods=dsg",
