@@ -91,3 +91,13 @@ def test_what_has_finished_is_shown_meanwhile(tiny_prior, tmp_path, monkeypatch)
     assert f"{len(first.attacks)} attacks are done" in first.warnings()[0]
     assert first.report(tmp_path / "page").read_text().count("not finished") == 1
     assert not any("not finished" in line for line in final.warnings())
+
+
+def test_what_cannot_be_shown_meanwhile_ends_nothing(tiny_prior, tmp_path, monkeypatch):
+    def fail(folder, audit):
+        raise RuntimeError("no page")
+
+    monkeypatch.setattr(load, "_show", fail)
+    cheap = dict(victim=f"{MODELS}:mlp", methods=("analytic",), batch=2)
+    final = audit_named(audit_config(tiny_prior, tmp_path / "out", sigma_grid=(0.0, 0.1, 1.0), **cheap))
+    assert len(final.attacks) == 6
