@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.extend import core
+
+from gdiff_jax.jaxprs import equations
 
 
 def jvp(function: Callable[[Any], Any], at: Any, along: Any) -> Any:
@@ -15,16 +16,7 @@ def jvp(function: Callable[[Any], Any], at: Any, along: Any) -> Any:
     A victim may hold a rule of its own, `jax.custom_vjp`, of which no forward derivative can be taken, as JAX says only when it
     compiles. There J^T u, which is linear in u, is transposed once more: two reverse passes in place of a forward one.
     """
-    if not _only_in_reverse(jax.make_jaxpr(function)(at).jaxpr):
+    if not any(e.primitive.name.startswith("custom_vjp_call") for e in equations(jax.make_jaxpr(function)(at))):
         return jax.jvp(function, (at,), (along,))[1]
     out, transposed = jax.vjp(function, at)
     return jax.linear_transpose(lambda u: transposed(u)[0], out)(along)[0]
-
-
-def _only_in_reverse(jaxpr: core.Jaxpr) -> bool:
-    for equation in jaxpr.eqns:
-        parts = jax.tree.leaves(list(equation.params.values()))
-        inner: list[Any] = [getattr(p, "jaxpr", p) for p in parts if isinstance(p, core.ClosedJaxpr | core.Jaxpr)]
-        if equation.primitive.name.startswith("custom_vjp_call") or any(_only_in_reverse(part) for part in inner):
-            return True
-    return False

@@ -18,9 +18,9 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
-from jax.extend import core
 
 from gdiff_jax.forward import jvp
+from gdiff_jax.jaxprs import equations
 from gdiff_jax.mechanisms import Gradient, Mechanism
 from gdiff_jax.pytrees import at_least_float32, pytree, static
 
@@ -147,17 +147,8 @@ def _match_fwd(loss: Loss, distance: Distance, known: Any, x: Any) -> tuple[jax.
 
 def _computes_in_float16(loss: Loss, params: Any, x: Any, y: Any) -> bool:
     """Whether the loss rounds to float16 somewhere, as mixed precision does: bfloat16 has float32's range, float16 has not."""
-
-    def found(value: Any) -> bool:
-        if isinstance(value, core.ClosedJaxpr):
-            value = value.jaxpr
-        if not isinstance(value, core.Jaxpr):
-            return False
-        outs = (out.aval for eqn in value.eqns for out in eqn.outvars)
-        inner = (leaf for eqn in value.eqns for leaf in jax.tree.leaves(list(eqn.params.values())))
-        return any(getattr(aval, "dtype", None) == jnp.float16 for aval in outs) or any(map(found, inner))
-
-    return found(jax.make_jaxpr(loss)(params, x, y))
+    outputs = (out.aval for equation in equations(jax.make_jaxpr(loss)(params, x, y)) for out in equation.outvars)
+    return any(getattr(aval, "dtype", None) == jnp.float16 for aval in outputs)
 
 
 def _at_the_size_of(params: Any, pull: Callable[[Any], Any], v: Gradient) -> Any:

@@ -31,7 +31,7 @@ from gdiff_jax.pytrees import at_least_float32
 from gdiff_jax.sweeping.attackers import Attacker
 from gdiff_jax.sweeping.config import DEFAULT_SIGMAS, Client
 from gdiff_jax.sweeping.inputs import prior_samples
-from gdiff_jax.sweeping.plan import Plan, VictimState
+from gdiff_jax.sweeping.plan import Plan, VictimState, first_leak
 from gdiff_jax.sweeping.records import MemoryStore, Store
 from gdiff_jax.sweeping.run import run_trials
 from gdiff_jax.victims import Victim
@@ -84,9 +84,8 @@ def audit(
       prior: a name, folder or hub id for `load_prior`, or a `Prior`.
       sigma_grid: noise levels, the standard deviations that `mechanism` is made with, in units of the gradient.
       mechanism: what happens to the gradient at a level, such as `lambda s: Chain((Clip(1.0), GaussianNoise(s)))`.
-      methods: attacks, by name or as objects of `gdiff_jax.methods`. Without, `calibrated-mean`, which comes closest to the
-        truth, `dsg`, by which more images are recognised (benchmarks/results/calibration.md), and `analytic` and
-        `analytic-dsg` where a first layer is dense.
+      methods: attacks, by name or as objects of `gdiff_jax.methods`. Without, `auto`, and `analytic` and `analytic-dsg`
+        where a first layer is dense.
       attacker: a threat model of `sweeping.attackers`, by name or with changes; "informed" is the worst case.
       client: how many images a leak is of, and how many local steps the client makes.
       seeds: leaks an image, each with noise of its own.
@@ -184,28 +183,22 @@ def _with_mechanism(plan: Plan, make: Callable[[Any], Mechanism], sigmas: Sequen
     return dataclasses.replace(plan, mechanisms={mechanism.text: mechanism}, sigmas={mechanism.text: levels})
 
 
-def _first(y: Any, client: Client) -> Any:
-    """Of the arrays in y what the first leak is of: an image's, or those of a group."""
-    return jax.tree.map((lambda a: a[0]) if client.group == 1 else (lambda a: a[: client.group]), y)
-
-
 def _victim(loss: Loss | Victim, params: Any, x: np.ndarray, y: Any, attacker: Attacker, client: Client) -> tuple[Any, Any]:
     """The victim, a `Victim` or an `OwnVictim`, and its weights as a flat dict, checked at the images."""
     victim: Any = loss
+    params, first = at_least_float32(params), first_leak((x, y), client.group)
     if isinstance(loss, Victim):
         checks.check_classes(y, loss.num_classes, attacker.knowledge.labels != "known")
-        check_loss(loss.loss, params, *_first((x, y), client))
-        params = at_least_float32(params)
+        check_loss(loss.loss, params, *first)
     else:
-        params = at_least_float32(params)
-        loss = of_one_image(loss, params, *_first((x, y), client)) if client.group == 1 else loss
-        check_label_range(loss, params, _first(x, client), y)
-        check_loss(loss, params, *_first((x, y), client))
+        loss = of_one_image(loss, params, *first) if client.group == 1 else loss
+        check_label_range(loss, params, first[0], y)
+        check_loss(loss, params, *first)
         victim, params = own_victim(loss, params, _classes(y))
     if client.group == 1 and not victim.has_batch_norm:
         check_gradients(victim.loss, params, x, y)
         if not isinstance(victim, Victim):
-            victim = find_first_dense(victim, params, x.shape[1:], _first(y, client))
+            victim = find_first_dense(victim, params, x.shape[1:], first[1])
     return victim, params
 
 
@@ -234,7 +227,7 @@ def _identity(plan: Plan, name: str, batch: int) -> dict[str, Any]:
         "sha256": {
             "prior": plan.prior.sha256 or modules.digest(plan.prior.denoise.params),
             "prior_settings": plan.prior.settings_sha256,
-            "loss": fingerprint(plan.victims[name].loss, params, *_first((plan.images, plan.labels), plan.client)),
+            "loss": fingerprint(plan.victims[name].loss, params, *first_leak((plan.images, plan.labels), plan.client.group)),
             "params": modules.digest(params),
             "images and labels": arrays.hexdigest(),
         },

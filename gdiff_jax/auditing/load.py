@@ -24,12 +24,13 @@ from gdiff_jax.auditing.result import Audit
 from gdiff_jax.auditing.run import DEFAULT_METHODS, Question, audited, run, with_analytic
 from gdiff_jax.auditing.settings import Asked, AuditConfig, Model
 from gdiff_jax.errors import ConfigError, need
+from gdiff_jax.files import say
 from gdiff_jax.methods import DSG
 from gdiff_jax.metrics import candidate_count
 from gdiff_jax.options import replace
 from gdiff_jax.sweeping import checks, inputs
 from gdiff_jax.sweeping.config import Run, SweepConfig
-from gdiff_jax.sweeping.plan import Plan
+from gdiff_jax.sweeping.plan import Plan, first_leak
 from gdiff_jax.sweeping.records import Row, Store
 from gdiff_jax.sweeping.run import run_trials
 from gdiff_jax.theory.summary import LARGEST_GRAM, prior_information
@@ -109,10 +110,9 @@ def _check_gradients(plan: Plan) -> None:
 def _fit(flag: str, path: str, plan: Plan, orders: saved_trees.Orders) -> dict[str, Any]:
     """The arrays of a file, shaped as the victim's weights."""
     state, _ = audited(plan)
-    x, y = plan.images, plan.labels
-    of_client = (lambda a: a[0]) if plan.client.group == 1 else (lambda a: a[: plan.client.group])
     params, loss = plan.params[state], plan.victims[state.name].loss
-    used = lambda: uses(loss, params, jnp.asarray(of_client(x)), jax.tree.map(lambda a: jnp.asarray(of_client(a)), y))
+    first = first_leak((plan.images, plan.labels), plan.client.group)
+    used = lambda: uses(loss, params, *jax.tree.map(jnp.asarray, first))
     try:
         tree = saved_trees.fit(path, params, orders, used, weights=flag == "weights")
     except ValueError as error:
@@ -130,8 +130,7 @@ def _with_weights(plan: Plan, model: Model, orders: saved_trees.Orders) -> Plan:
     plan = dataclasses.replace(plan, params={state: params}, identity=_with_hash(plan, weights=modules.digest(params)))
     victim = plan.victims[state.name]
     if is_own(state.name) and plan.images_known:
-        group = plan.client.group
-        first = (plan.images[0], plan.labels[0]) if group == 1 else (plan.images[:group], plan.labels[:group])
+        first = first_leak((plan.images, plan.labels), plan.client.group)
         inputs.check_own_loss(state.name, victim, params, *first)  # type: ignore[arg-type]
     return plan
 
@@ -168,7 +167,7 @@ def load_question(asked: Asked, sweep: SweepConfig, plan: Plan) -> Question:
         more = candidate_count(others, plan.images) >= 2
         need(more or not asked.candidates, f"--candidates {source} holds nothing but the private images; give more images")
         if not more:
-            print(f"{source} holds one image: whether it is recognised among others is left out; --candidates names others")
+            say(f"{source} holds one image: whether it is recognised among others is left out; --candidates names others")
     information = None
     if asked.data:
         size = math.prod(shape)

@@ -14,6 +14,7 @@ from gdiff_jax import algebra
 from gdiff_jax.auditing.leak_fit import ROUNDING, SURE, Arrays, Fit, fit, norm_of
 from gdiff_jax.auditing.run import audited
 from gdiff_jax.errors import ConfigError, need
+from gdiff_jax.files import say
 from gdiff_jax.matching import released
 from gdiff_jax.mechanisms.text import NOISES, Spec
 from gdiff_jax.sweeping.plan import Plan
@@ -125,13 +126,13 @@ def _held_against_own(path: str, plan: Plan, spec: Spec, sigma: float, leak: Arr
     found = fit(leak, own, sigma)
     if found.is_own:
         _check_sigma(path, found, sigma, norm_of(own), spec)
-        print(f"--gradient: it is the model's own gradient at the image, up to {found.off:.2g} of its norm")
+        say(f"--gradient: it is the model's own gradient at the image, up to {found.off:.2g} of its norm")
         return ""
     if 0 <= small <= 1e-5 and found.cosine > 0.9:
         text = (
             f"The leak is {found.factor:.3g} times the model's own gradient; the image's loss, {small:.2g}, is one of rounding."
         )
-        print(f"--gradient {path}: {text}")
+        say(f"--gradient {path}: {text}")
         return text
     before = f"--gradient {path}"
     if found.is_scaled:
@@ -168,7 +169,7 @@ def _held_against_own(path: str, plan: Plan, spec: Spec, sigma: float, leak: Arr
     )
     if found.cosine < 0.9:
         raise ConfigError(f"{text}; mend that, or leave --images away to attack it without scores")
-    print(text)
+    say(text)
     return f"The gradient {text.removeprefix('--gradient ')}: scores may say more of that than of the leak."
 
 

@@ -20,7 +20,7 @@ from gdiff_jax.priors import Prior, load_prior
 from gdiff_jax.samplers import unguided_sample
 from gdiff_jax.sweeping import checks, processes
 from gdiff_jax.sweeping.config import PriorOptions, PrivateImages, SweepConfig
-from gdiff_jax.sweeping.plan import Plan, VictimState
+from gdiff_jax.sweeping.plan import Plan, VictimState, first_leak
 from gdiff_jax.victims import Victim, checkpoints, own, zoo
 from gdiff_jax.victims.checks import check_loss, of_one_image
 from gdiff_jax.victims.label_range import check_label_range
@@ -55,8 +55,7 @@ def load(config: SweepConfig, images_known: bool = True) -> Plan:
     data = load_private(config.private, config.prior.prior, shape) if images_known else _unknown_image(config.private, shape)
     images, labels = image_files.to_model(data.images), np.asarray(data.labels)
     group = config.client.group
-    first = images[0] if group == 1 else images[:group]
-    victims, own_params, hashes = _load_victims(config.victims.victims, shape, classes, first, labels)
+    victims, own_params, hashes = _load_victims(config.victims.victims, classes, group, images, labels)
     calibrated = not checks.hindrances(
         METHODS["calibrated-mean"], config.attacker, config.client, config.attacks.distance, mechanisms
     )
@@ -165,23 +164,23 @@ def _unknown_image(private: PrivateImages, shape: tuple[int, int, int]) -> image
 
 
 def _load_victims(
-    names: tuple[str, ...], shape: tuple[int, int, int], num_classes: int, image: np.ndarray, labels: np.ndarray
+    names: tuple[str, ...], num_classes: int, group: int, images: np.ndarray, labels: np.ndarray
 ) -> tuple[dict[str, Victim | own.OwnVictim], dict[str, Any], dict[str, str]]:
     """Victims by name; the weights of those of the user's own, checked at an image or a group; hashes of their losses."""
     victims: dict[str, Victim | own.OwnVictim] = {}
     params, hashes = {}, {}
-    label = labels[0] if image.ndim == 3 else labels[: len(image)]
+    shape, (image, label) = images.shape[1:], first_leak((images, labels), group)
     for given in names:
         name = shown(given)  # in records; only the file itself is found by bytes that are not UTF-8
         try:
             if own.is_own(name):
                 victim, params[name] = own.load_own(given, num_classes)
-                if image.ndim == 3:
+                if group == 1:
                     victim = dataclasses.replace(victim, loss=of_one_image(victim.loss, params[name], image, label))
                 check_own_labels(name, victim, params[name], image, labels)
                 check_own_loss(name, victim, params[name], image, label)
                 hashes[f"{name} loss"] = own.fingerprint(victim.loss, params[name], image, label)
-                victims[name] = own.find_first_dense(victim, params[name], shape, label) if image.ndim == 3 else victim
+                victims[name] = own.find_first_dense(victim, params[name], shape, label) if group == 1 else victim
             else:
                 victims[name] = zoo.make_victim(name, shape, num_classes)
         except ConfigError:

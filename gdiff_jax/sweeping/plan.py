@@ -126,3 +126,8 @@ class Plan:
     def guarantee(self, victim: str, mechanism: str, sigma: float) -> Guarantee:
         """What one release of a gradient of this victim guarantees."""
         return self.mechanisms[mechanism].guarantee(sigma, self.size(victim), self.delta)
+
+
+def first_leak(tree: Any, group: int) -> Any:
+    """Of arrays (N, ...) what the first leak is of: an image's, or those of a group."""
+    return jax.tree.map((lambda a: a[0]) if group == 1 else (lambda a: a[:group]), tree)

@@ -35,9 +35,10 @@ def check_loss(loss: Loss, params: Any, x: Any, y: Any) -> None:
         text = " ".join(str(error).split())[:300]
         if "float16" in text:
             text += "; weights of float16 and bfloat16 are taken in float32: let the loss cast x to its params' dtype"
+        tried = ", and as that of a batch of it" if x.ndim == 3 else ""
         raise ValueError(
-            f"loss(params, x, y) failed for an image x {x.shape} and y {jax.tree.map(jnp.shape, y)}, and as that of a batch "
-            f"of it: {type(error).__name__}: {text}"
+            f"loss(params, x, y) failed for an image x {x.shape} and y {jax.tree.map(jnp.shape, y)}{tried}: "
+            f"{type(error).__name__}: {text}"
         ) from error
     if getattr(out, "shape", None) != () or not jnp.issubdtype(out.dtype, jnp.floating):
         raise ValueError(f"loss returns {out}; a floating scalar is needed: take the mean over the batch and the classes")

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gdiff_jax import tensor_files
+from gdiff_jax import files, tensor_files
 from gdiff_jax.modules import Params
 from gdiff_jax.victims import layouts, names
 from gdiff_jax.victims.tree_files import Tree, read
@@ -55,7 +55,7 @@ def fit(
     uses: Callable[[], Uses] | None = None,
     *,
     weights: bool = False,
-    say: Callable[[str], None] = print,
+    say: Callable[[str], None] = files.say,
 ) -> dict[str, np.ndarray]:
     """The file's arrays as the parameters `expected`, each used once, in float32.
 
