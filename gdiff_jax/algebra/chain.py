@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.extend.core as jex
+import jax.numpy as jnp
 import numpy as np
 
 from gdiff_jax.algebra.links import Equation, Kind, Link, by_patches, cuts_patches
@@ -75,10 +76,11 @@ def _flatten(closed: Any) -> tuple[list[Equation], dict[int, Any], list[int], li
     return equations, constants, inputs, outputs
 
 
-def _in_float64(eqn: Any) -> Any:
+def _in_full(eqn: Any) -> Any:
     """The equation without casts to fewer bits: what a network does to save memory is not what its algebra is."""
+    wide = jnp.result_type(float)  # float64 on the host, float32 in a traced function of the device
     narrow = {
-        name: np.dtype(np.float64)
+        name: wide
         for name in ("new_dtype", "preferred_element_type")
         if (dtype := eqn.params.get(name)) is not None and jax.dtypes.issubdtype(dtype, np.floating)
     }
@@ -87,7 +89,7 @@ def _in_float64(eqn: Any) -> Any:
 
 def _bind(equation: Equation, values: list[Any]) -> list[Any]:
     """The equation's results."""
-    eqn = _in_float64(equation.eqn)
+    eqn = _in_full(equation.eqn)
     params = eqn.primitive.get_bind_params(eqn.params)
     functions, params = params if isinstance(params, tuple) else ((), params)  # versions of JAX differ
     out = eqn.primitive.bind(*functions, *values, **params)

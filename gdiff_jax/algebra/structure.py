@@ -61,10 +61,10 @@ def wide(tree: Any) -> list[jax.Array]:
 
 
 @functools.lru_cache(maxsize=16)
-def _structure(loss: Loss, tree: Any, shapes: tuple[Any, ...], image_shape: tuple[int, ...]) -> Structure:
-    wide = lambda shape, dtype: jax.ShapeDtypeStruct(shape, jnp.float64 if jnp.issubdtype(dtype, jnp.floating) else dtype)
-    params, y = jax.tree.unflatten(tree, [wide(*s) for s in shapes])
-    layers = tuple(layers_of(find_chain(loss, params, jax.ShapeDtypeStruct(image_shape, jnp.float64), y)))
+def _structure(loss: Loss, tree: Any, shapes: tuple[Any, ...], image_shape: tuple[int, ...], real: Any) -> Structure:
+    abstract = lambda shape, dtype: jax.ShapeDtypeStruct(shape, real if jnp.issubdtype(dtype, jnp.floating) else dtype)
+    params, y = jax.tree.unflatten(tree, [abstract(*s) for s in shapes])
+    layers = tuple(layers_of(find_chain(loss, params, jax.ShapeDtypeStruct(image_shape, real), y)))
     paths, _ = jax.tree_util.tree_flatten_with_path(params)
     names = tuple(jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in paths)
     uses = [k for layer in layers for k in layer.leaves]
@@ -72,12 +72,20 @@ def _structure(loss: Loss, tree: Any, shapes: tuple[Any, ...], image_shape: tupl
 
 
 def structure_of(loss: Loss, params: Any, image_shape: tuple[int, ...], y: Any) -> Structure:
-    """The layers of `loss(params, x, y)`, found in its jaxpr; kept for the next leak of the same network."""
-    leaves, tree = jax.tree.flatten((params, y))
+    """The layers of `loss(params, x, y)`, found in its jaxpr, in float64; kept for the next leak of the same network."""
     with on_host():
-        return _structure(
-            loss, tree, tuple((np.shape(a), np.asarray(a).dtype if np.ndim(a) == 0 else a.dtype) for a in leaves), image_shape
-        )
+        return _structure(loss, *_abstract(params, y), image_shape, jnp.float64)
+
+
+def structure_in_float32(loss: Loss, params: Any, image_shape: tuple[int, ...], y: Any) -> Structure:
+    """The same to be computed on the device, in a traced function too."""
+    return _structure(loss, *_abstract(params, y), image_shape, jnp.float32)
+
+
+def _abstract(params: Any, y: Any) -> tuple[Any, tuple[Any, ...]]:
+    """Their tree, and shape and dtype of each array."""
+    leaves, tree = jax.tree.flatten((params, y))
+    return tree, tuple((jnp.shape(a), jnp.result_type(a)) for a in leaves)
 
 
 def entry_of(structure: Structure, leaves: list[jax.Array]) -> tuple[int, int] | None:

@@ -5,12 +5,14 @@ from gdiff_jax.samplers.dps import dps_sample, dps_step
 from gdiff_jax.samplers.dsg import SignalInfo, dsg_sample, dsg_step
 from gdiff_jax.samplers.ensemble import mean_of_chains, posterior_mean
 from gdiff_jax.samplers.null_space import NullSpace, null_space_sample
+from gdiff_jax.samplers.proximal import ProximalInfo, proximal_sample
 from gdiff_jax.samplers.red_diff import red_diff_sample
 from gdiff_jax.samplers.unguided import unguided_sample, unguided_step
 from gdiff_jax.trace import StepInfo
 
 __all__ = [
     "NullSpace",
+    "ProximalInfo",
     "SignalInfo",
     "Start",
     "StepInfo",
@@ -22,6 +24,7 @@ __all__ = [
     "mean_of_chains",
     "null_space_sample",
     "posterior_mean",
+    "proximal_sample",
     "red_diff_sample",
     "start_from",
     "unguided_sample",

@@ -1,0 +1,73 @@
+"""The attack on a ReLU network whose gradient carries noise: its equations with masks that are probabilities, and the prior."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from gdiff_jax import samplers
+from gdiff_jax.algebra.masks import ReluChain, equations_at, relu_chain, residual_of
+from gdiff_jax.matching import GradientMatching, at_full_precision, l2, victim_gradient
+from gdiff_jax.problem import Info, Method, Problem
+from gdiff_jax.pytrees import pytree, static
+from gdiff_jax.samplers.proximal import Residual
+
+ROUNDING = 1e-6  # deviation of a leak without noise, relative to the rms of its gradient
+
+
+@pytree
+class ExpectedMasks(Method):
+    """`samplers.proximal_sample` of a ReLU network's equations (`algebra.masks`), of one image.
+
+    It needs a chain of affine layers and ReLUs (`chain_of` says whether there is one), and noise that the attacker knows; of
+    the mechanism it takes clipping into account and no compression.
+    """
+
+    levels: int = static(default=25)
+    inner: int = static(default=2)
+    iterations: int = static(default=10)
+    name: ClassVar[str] = "expected-masks"
+    needs_noise: ClassVar[bool] = True
+
+    def describe(self) -> str:
+        return f"expected masks, {self.levels} levels"
+
+    def __call__(self, key: jax.Array, problem: Problem) -> tuple[jax.Array, Info]:
+        p, chain = problem, chain_of(problem)
+        if chain is None:
+            raise ValueError("this problem's network is no chain of affine layers and ReLUs of one image; take another method")
+        match = p.match
+        measured = lambda x, variance: _measured(chain, match, jnp.asarray(p.sigma), x, variance)
+        image, trace = samplers.proximal_sample(
+            key, p.denoise, p.schedule, measured, p.shape, levels=self.levels, inner=self.inner, iterations=self.iterations,
+            clip=p.clip, truth=p.truth,
+        )  # fmt: skip
+        return image, Info(trace, p.outcome(image))
+
+
+def chain_of(problem: Problem) -> ReluChain | None:
+    """The ReLU chain behind a leak of one gradient of one image; None where it is no such leak or no such network."""
+    match = problem.match
+    if len(problem.shape) != 3 or match.client is not None:
+        return None
+    return relu_chain(match.loss, match.params, problem.shape, match.label)
+
+
+@at_full_precision
+def _measured(chain: ReluChain, match: GradientMatching, sigma: jax.Array, x: jax.Array, variance: jax.Array) -> Residual:
+    """The equations at an estimate, of the gradient before the mechanism shortened it, as far as the estimate tells how much."""
+    share = jnp.ones(())
+    if match.mechanism is not None:
+        gradient = victim_gradient(match.loss, match.params, x, match.label)
+        zero = jax.tree.map(jnp.zeros_like, gradient)
+        length = l2(gradient, zero)
+        share = l2(match.mechanism.simulate(gradient, match.leak), zero) / jnp.where(length > 0, length, 1.0)
+        share = jnp.where(share > 0, share, 1.0)
+    leak = [g / share for g in jax.tree.leaves(match.leak)]
+    size = jnp.sqrt(sum(jnp.vdot(g, g) for g in leak) / sum(g.size for g in leak))
+    noise = jnp.maximum(sigma / share, ROUNDING * size)
+    leaves = jax.tree.leaves((match.params, match.label))
+    equations = equations_at(chain, leaves, leak, noise, x, variance)
+    return at_full_precision(residual_of(chain, leaves, leak, equations))
