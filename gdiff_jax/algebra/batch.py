@@ -24,7 +24,8 @@ class Batch(NamedTuple):
     Attributes:
       images: (B, H, W, C) float64, in the order of the labels that were given; None where nothing could be solved.
       std: (B,) standard deviation of the errors in each image's pixels, which are about normal, by what is known of the
-        noise; the error of an image's scale, common to its pixels, is as large relative to it.
+        noise. A floor: the error of an image's scale, common to its pixels, is as large relative to it, and the deltas err
+        too, which mixes the images the more, the more drowns in the noise.
       residual: || grad_W L(images, y) - leak || / || leak ||, but for the leak's length, which clipping changes. Large where
         the labels are wrong, too.
       exact: whether without noise every delta vanishes where its image leaves a unit inactive: no label is asked for that.
@@ -42,7 +43,7 @@ def solve_batch(
     loss: Loss,
     params: Any,
     leak: Any,
-    shape: tuple[int, int, int, int],
+    shape: tuple[int, ...],
     y: jax.Array,
     first_dense: FirstDense,
     sigma: float = 0.0,
