@@ -15,7 +15,7 @@ from gdiff_jax.algebra.structure import Loss, on_host, wide
 from gdiff_jax.first_dense import FirstDense
 
 ALIKE = ": some are alike, or drown in the noise"
-LEAST_AGREEMENT = 0.9  # under noise, below which what was found is no image; of wrong directions it is 1/2 to 3/4
+LEAST_AGREEMENT = 0.9  # below which what was found is no image; of wrong directions it is 1/2 to 3/4
 
 
 class Batch(NamedTuple):
@@ -86,8 +86,7 @@ def solve_batch(
             return _nothing(count, "the gradient of the first dense layer is zero, or drowns in the noise")
         factors, starts = spear.factorise(layer, sigma == 0, seed)
         steps = [f"the gradient of {names.kernel} has rank {rank} for {count} images" + ("" if rank == count else ALIKE)]
-        least = LEAST_AGREEMENT if sigma > 0 else spear.AGREE
-        if factors is None or factors.agreement < least:
+        if factors is None or factors.agreement < LEAST_AGREEMENT:
             found = "no" if factors is None else f"{factors.agreement:.1%} of units agree with the"
             return _nothing(count, *steps, f"{found} images whose deltas are the sparsest directions, after {starts} starts")
         steps.append(f"its sparsest directions, from {starts} starts, are the deltas: {factors.agreement:.2%} of units agree")
@@ -98,7 +97,7 @@ def solve_batch(
             std = std / np.abs(names.scale).min()
         images = images[order]
         residual = _residual(loss, params, images, y, leak)
-        return Batch(images, std[order], residual, sigma == 0, tuple(steps))
+        return Batch(images, std[order], residual, sigma == 0 and factors.agreement >= spear.AGREE, tuple(steps))
 
 
 def _nothing(count: int, *steps: str) -> Batch:
