@@ -61,6 +61,8 @@ class Auto(Method):
         if why:
             return Candidate(nothing, False, f"only searched for: {why}")
         match = problem.match
+        if len(problem.shape) == 4:
+            return _batch(problem)
         try:
             solution = algebra.solve(match.loss, match.params, match.leak, problem.shape, match.label)
         except Exception as error:  # a stranger's loss may have no forward derivative: it is searched for then
@@ -87,6 +89,25 @@ class Auto(Method):
         trace = info.trace  # a measured signal's fields are left out: a solved trial's trace has none
         steps = StepInfo(trace.distance, trace.guidance_norm, trace.x0_error)
         return x, Info(steps, problem.outcome(x))
+
+
+def _batch(problem: Problem) -> Candidate:
+    """The images of a batch, by the algebra of its first dense layer; under noise each has errors, and is no explanation."""
+    match, layer = problem.match, problem.first_dense
+    assert layer is not None
+    try:
+        found = algebra.solve_batch(
+            match.loss, match.params, match.leak, problem.shape, match.label, layer, float(problem.sigma)
+        )
+    except Exception as error:  # as in `candidate`
+        text = " ".join(str(error).split())[:200]
+        nothing = np.full(problem.shape, np.nan, np.float32)
+        return Candidate(nothing, False, f"only searched for: the algebra failed ({type(error).__name__}: {text})")
+    if found.images is None:
+        return Candidate(np.full(problem.shape, np.nan, np.float32), False, f"only searched for: {'; '.join(found.steps)}")
+    errors = f"; errors of deviation {found.std.min():.2g} to {found.std.max():.2g}" if not found.exact else ""
+    words = f"solved: {'; '.join(found.steps)}; residual {found.residual:.1e}{errors}"
+    return Candidate(found.images.astype(np.float32), found.exact, words)
 
 
 def alone(problem: Problem, image: jax.Array) -> tuple[jax.Array, Info]:
@@ -119,8 +140,9 @@ def _filled(key: jax.Array, problem: Problem, image: jax.Array, space: samplers.
 
 def _not_solvable(problem: Problem) -> str:
     """Why the algebra does not speak of this leak; empty where it does."""
-    if len(problem.shape) != 3:
-        return "the leak is of several images"
+    batch = len(problem.shape) != 3
+    if batch and problem.first_dense is None:
+        return "the leak is of several images, which only a first layer that is dense gives away"
     if problem.match.client is not None:
         return "the leak is an update of several local steps"
     mechanism = problem.match.mechanism
@@ -128,6 +150,6 @@ def _not_solvable(problem: Problem) -> str:
     unknown = [type(s).__name__ for s in stages if not isinstance(s, (Clip, GaussianNoise, LaplaceNoise, UniformNoise))]
     if unknown:
         return f"the mechanism changes more of the gradient than its length ({unknown[0]})"
-    if float(problem.sigma) > 0:
+    if float(problem.sigma) > 0 and not batch:
         return "under noise the equations err, and are not solved"
     return ""

@@ -48,6 +48,22 @@ def test_what_is_solved_is_the_result():
     assert info.trace.x0_error[-1] < 1e-12
 
 
+def test_a_batch_behind_a_first_dense_layer_is_solved_in_the_order_of_its_labels():
+    victim, labels = mlp(SHAPE, CLASSES, widths=(64, 32)), jnp.array([3, 0, 2])
+    params = victim.init(jax.random.key(1))
+    images = jnp.asarray(np.random.default_rng(1).uniform(-1, 1, (3, *SHAPE)), jnp.float32)
+    leak = jax.jit(jax.grad(victim.loss))(params, images, labels)
+    match = gd.GradientMatching(params, labels, leak, victim.loss)
+    problem = Problem(
+        gd.samplers.batched(Plain()), gd.Schedule.create(make_betas(), 4), match, jnp.zeros(SHAPE), shape=images.shape,
+        first_dense=victim.first_dense,
+    )  # fmt: skip
+    image, info = AUTO(key(), problem)
+    assert np.abs(image - images).max() < 1e-5
+    assert Outcome(int(info.outcome)) is Outcome.FINISHED
+    assert info.trace.distance[-1] < 1e-4 * problem.match(jnp.zeros_like(images))
+
+
 def test_what_cannot_be_solved_is_searched_for():
     problem = problem_of(resnet(SHAPE, CLASSES, channels=(8,)))
     image, info = AUTO(key(), problem)

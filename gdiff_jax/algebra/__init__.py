@@ -1,6 +1,7 @@
-"""What of a gradient can be solved in place of searched for: `solve` an image, `explain` a network."""
+"""What of a gradient can be solved in place of searched for: `solve` an image, `solve_batch` several, `explain` a network."""
 
+from gdiff_jax.algebra.batch import Batch, solve_batch
 from gdiff_jax.algebra.solve import Solution, solve
 from gdiff_jax.algebra.structure import Structure, explain, infer_label, last_bias, structure_of
 
-__all__ = ["Solution", "Structure", "explain", "infer_label", "last_bias", "solve", "structure_of"]
+__all__ = ["Batch", "Solution", "Structure", "explain", "infer_label", "last_bias", "solve", "solve_batch", "structure_of"]

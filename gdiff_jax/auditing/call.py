@@ -197,8 +197,8 @@ def _victim(loss: Loss | Victim, params: Any, x: np.ndarray, y: Any, attacker: A
         victim, params = own_victim(loss, params, _classes(y))
     if client.group == 1 and not victim.has_batch_norm:
         check_gradients(victim.loss, params, x, y)
-        if not isinstance(victim, Victim):
-            victim = find_first_dense(victim, params, x.shape[1:], first[1])
+    if not isinstance(victim, Victim):
+        victim = find_first_dense(victim, params, first[0].shape, first[1])
     return victim, params
 
 

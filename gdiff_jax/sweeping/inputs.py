@@ -180,7 +180,7 @@ def _load_victims(
                 check_own_labels(name, victim, params[name], image, labels)
                 check_own_loss(name, victim, params[name], image, label)
                 hashes[f"{name} loss"] = own.fingerprint(victim.loss, params[name], image, label)
-                victims[name] = own.find_first_dense(victim, params[name], shape, label) if group == 1 else victim
+                victims[name] = own.find_first_dense(victim, params[name], image.shape, label)
             else:
                 victims[name] = zoo.make_victim(name, shape, num_classes)
         except ConfigError:

@@ -108,10 +108,11 @@ def find_first_dense(victim: OwnVictim, params: Params, shape: tuple[int, ...], 
     """With `first_dense`, where a layer's gradient gives the whole image away: its input is scale * image + shift, by channel.
 
     The gradient of a dense layer of one image is its input times its bias's gradient, so the input can be read off it; it is
-    held against an image of random pixels.
+    held against an image of random pixels, or a batch of that image alone for a shape (B, H, W, C).
     """
-    image = np.random.default_rng(0).uniform(-1, 1, shape).astype(np.float32)
-    gradient = jax.jit(partial(victim_gradient, victim.loss))(params, jnp.asarray(image), jax.tree.map(jnp.asarray, label))
+    image = np.random.default_rng(0).uniform(-1, 1, shape[-3:]).astype(np.float32)
+    x = jnp.broadcast_to(image, shape)
+    gradient = jax.jit(partial(victim_gradient, victim.loss))(params, x, jax.tree.map(jnp.asarray, label))
     layer = lambda name: name.rpartition(".")[0]
     for kernel, value in params.items():
         biases = [name for name, v in params.items() if v.shape == value.shape[-1:] and layer(name) == layer(kernel)]
@@ -119,7 +120,7 @@ def find_first_dense(victim: OwnVictim, params: Params, shape: tuple[int, ...], 
             continue
         bias = biases[0]
         delta = np.asarray(gradient[bias], np.float64)
-        if not delta.any():
+        if not delta.any() or not np.isfinite(gradient[kernel]).all():
             continue
         inputs = (np.asarray(gradient[kernel], np.float64) @ delta / (delta @ delta)).reshape(image.shape)
         fits = [np.polyfit(image[..., c].ravel(), inputs[..., c].ravel(), 1) for c in range(image.shape[-1])]
