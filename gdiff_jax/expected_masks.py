@@ -57,7 +57,7 @@ def chain_of(problem: Problem) -> ReluChain | None:
 
 @at_full_precision
 def _measured(chain: ReluChain, match: GradientMatching, sigma: jax.Array, x: jax.Array, variance: jax.Array) -> Residual:
-    """The equations at an estimate, of the gradient before the mechanism shortened it, as far as the estimate tells how much."""
+    """The equations at an estimate, of the gradient before it was clipped, as far as the estimate tells by how much."""
     share = jnp.ones(())
     if match.mechanism is not None:
         gradient = victim_gradient(match.loss, match.params, x, match.label)
