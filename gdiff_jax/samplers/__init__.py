@@ -4,6 +4,7 @@ from gdiff_jax.samplers.base import Start, batched, start_from
 from gdiff_jax.samplers.dps import dps_sample, dps_step
 from gdiff_jax.samplers.dsg import SignalInfo, dsg_sample, dsg_step
 from gdiff_jax.samplers.ensemble import mean_of_chains, posterior_mean
+from gdiff_jax.samplers.estimate import denoise_estimate
 from gdiff_jax.samplers.null_space import NullSpace, null_space_sample
 from gdiff_jax.samplers.red_diff import red_diff_sample
 from gdiff_jax.samplers.unguided import unguided_sample, unguided_step
@@ -15,6 +16,7 @@ __all__ = [
     "Start",
     "StepInfo",
     "batched",
+    "denoise_estimate",
     "dps_sample",
     "dps_step",
     "dsg_sample",
