@@ -6,12 +6,14 @@ from gdiff_jax.samplers.dsg import SignalInfo, dsg_sample, dsg_step
 from gdiff_jax.samplers.ensemble import mean_of_chains, posterior_mean
 from gdiff_jax.samplers.estimate import denoise_estimate
 from gdiff_jax.samplers.null_space import NullSpace, null_space_sample
+from gdiff_jax.samplers.rank_one import RankOne, rank_one_mean
 from gdiff_jax.samplers.red_diff import red_diff_sample
 from gdiff_jax.samplers.unguided import unguided_sample, unguided_step
 from gdiff_jax.trace import StepInfo
 
 __all__ = [
     "NullSpace",
+    "RankOne",
     "SignalInfo",
     "Start",
     "StepInfo",
@@ -24,6 +26,7 @@ __all__ = [
     "mean_of_chains",
     "null_space_sample",
     "posterior_mean",
+    "rank_one_mean",
     "red_diff_sample",
     "start_from",
     "unguided_sample",
