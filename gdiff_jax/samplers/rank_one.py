@@ -22,6 +22,7 @@ from gdiff_jax.trace import Objective, StepInfo, norm, x0_error
 STEPS = 4  # the third changed nothing more, up to sigma 0.3 [measured]
 FIRST_COSINE = 0.7  # of delta and what the network makes of the mean image [our choice]
 JITTER = 1e-3  # of the image that the network is asked at: at mid-grey, where biases are 0, its ReLUs tell nothing
+CHANCE = 3.0  # standard deviations that delta by the image and by the network must agree by, to be no chance [our choice]
 LENGTH = 4.0  # variance of the network's || delta ||, in that of an entry of its delta: 2 to 4 [measured]
 
 
@@ -45,6 +46,12 @@ class _State(NamedTuple):
     owed: jax.Array  # (neurons,), what kernel^T u is expected to hold of the noise that has gone into u
 
 
+def _measured(leak: RankOne, u: jax.Array, owed: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """delta by an input u, with white errors if u is a posterior mean, and the variance of its entries."""
+    size = jnp.vdot(u, u) + 1
+    return (leak.kernel.T @ u + leak.bias - owed) / size, jnp.square(leak.sigma) / size
+
+
 def _delta(leak: RankOne, u: jax.Array, owed: jax.Array, network: jax.Array, first: jax.Array) -> tuple[jax.Array, ...]:
     """The posterior mean of delta as its direction and length, and the weight of u's noise in kernel @ direction.
 
@@ -52,9 +59,8 @@ def _delta(leak: RankOne, u: jax.Array, owed: jax.Array, network: jax.Array, fir
     first time nothing is measured, as u is the mean image.
     """
     network = jnp.where(norm(network) > 0, network, leak.bias)  # at an image that activates no neuron
-    m, square, size = network.size, jnp.vdot(network, network), jnp.vdot(u, u) + 1
-    measured = (leak.kernel.T @ u + leak.bias - owed) / size
-    noise = jnp.square(leak.sigma) / size  # variance of its entries
+    m, square = network.size, jnp.vdot(network, network)
+    measured, noise = _measured(leak, u, owed)
     away = jnp.maximum(jnp.mean(jnp.square(measured - network)) - noise, 0.1 * noise)
     cosine = jnp.where(first, FIRST_COSINE, jnp.clip(1 - m * away / (2 * square), 0.0, 1.0))
     error = square * jnp.maximum(1 - jnp.square(cosine), 1e-12) / m  # of cosine * network
@@ -98,7 +104,8 @@ def rank_one_mean(
 
     Returns:
       image (H, W, C) and a trace of `steps`, whose guidance_norm is the standard deviation that was given to the denoiser. Of a
-      layer whose gradient is zero the image is `mean`; of a gradient that is not finite it is not finite either.
+      layer whose gradient is zero, and where delta by the image and by the network agree by chance alone, as they do where
+      noise is all or the label is wrong, the image is `mean`. Of a gradient that is not finite it is not finite either.
     """
     scale, shift = (jnp.broadcast_to(jnp.asarray(a), mean.shape) for a in (leak.scale, leak.shift))
 
@@ -117,4 +124,7 @@ def rank_one_mean(
         return _State(x, owed), StepInfo(objective(x), std, x0_error(x, truth))
 
     state, trace = jax.lax.scan(step, _State(mean, jnp.zeros_like(leak.bias)), jnp.arange(steps))
-    return state.image, trace
+    network = delta(state.image)
+    measured, noise = _measured(leak, (scale * state.image + shift).ravel(), state.owed)
+    chance = jnp.vdot(measured, network) < CHANCE * jnp.sqrt(noise) * norm(network)
+    return jnp.where(chance, mean, state.image), trace
