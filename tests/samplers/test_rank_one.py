@@ -40,7 +40,7 @@ def reached(sigma, cosine=0.7, scale=1.0, shift=0.0, seed=0):
 
 @pytest.mark.parametrize("sigma", [0.1, 0.3, 0.5])
 def test_what_the_denoiser_is_told_of_the_error_is_right(sigma):
-    """Without the terms that take off what an estimate owes to the noise it is held against, the error is up to twice that."""
+    """Without the term that takes off what the last image owes to the noise, it is not where the noise is large."""
     x, found, trace = reached(sigma)
     std = float(trace.guidance_norm[-1])
     estimate = found * (S**2 + std**2) / S**2  # the denoiser is linear
