@@ -49,12 +49,12 @@ def short(method):
 def test_methods_are_listed_by_their_names():
     assert list(METHODS) == [
         *("dsg", "calibrated-dsg", "dsg-mean", "calibrated-mean", "dps"),
-        *("red-diff", "dlg", "inverting", "analytic", "analytic-dsg", "auto"),
+        *("red-diff", "dlg", "inverting", "analytic", "analytic-dsg", "analytic-mean", "auto"),
     ]
     assert all(method.name == name for name, method in METHODS.items())
     which = lambda what: {name for name, method in METHODS.items() if getattr(method, what)}
-    assert which("needs_first_dense") == {"analytic", "analytic-dsg"}
-    assert which("needs_noise") == {"calibrated-dsg", "calibrated-mean", "analytic-dsg"}
+    assert which("needs_first_dense") == {"analytic", "analytic-dsg", "analytic-mean"}
+    assert which("needs_noise") == {"calibrated-dsg", "calibrated-mean", "analytic-dsg", "analytic-mean"}
     assert which("calibrated") == {"calibrated-dsg", "calibrated-mean"}
 
 
@@ -140,7 +140,7 @@ def test_a_mean_of_chains_leans_on_the_expected_image(problem):
     assert info.outcome == Outcome.FINISHED
 
 
-@pytest.mark.parametrize("name", ["analytic", "analytic-dsg"])
+@pytest.mark.parametrize("name", ["analytic", "analytic-dsg", "analytic-mean"])
 def test_a_problem_without_a_first_dense_layer_is_refused(problem, name):
     method = METHODS[name]
     assert method.fits(VICTIM.first_dense, 1)

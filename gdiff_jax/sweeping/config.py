@@ -17,6 +17,7 @@ from gdiff_jax.methods import (
     METHODS,
     Analytic,
     AnalyticDSG,
+    AnalyticMean,
     Auto,
     CalibratedDSG,
     InvertingGradients,
@@ -214,6 +215,7 @@ class Attacks:
             InvertingGradients(self.tv, self.inverting_steps, self.restarts),
             Analytic(),
             AnalyticDSG(self.guidance_rate, self.interval, self.through_prior),
+            AnalyticMean(),
             Auto(self.search(by_noise if calibrated else dsg)),
         )
         by_name = {method.name: method for method in bound}

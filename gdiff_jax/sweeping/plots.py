@@ -33,6 +33,7 @@ COLOURS = {
     "inverting": "#2e8b57",
     "analytic": "0.15",
     "analytic-dsg": "#e377c2",
+    "analytic-mean": "#7f7f00",
     "auto": "#d62728",
 }
 
