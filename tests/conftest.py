@@ -51,6 +51,8 @@ if TYPE_CHECKING:
 
 # For jit(compiler_options=...): half the compile time, for tests of what is computed and not of how fast.
 QUICK_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+# For the few that draw thousands of samples, where it is running that takes time.
+QUICK_RUN = {"xla_backend_optimization_level": 2}
 
 
 @pytest.fixture
@@ -199,6 +201,14 @@ def prior(tiny_prior: Path) -> Prior:
     from gdiff_jax.priors import load_prior
 
     return load_prior(tiny_prior / "prior")
+
+
+@pytest.fixture(scope="module")
+def plain_prior(prior: Prior) -> Prior:
+    """Of the same shape, with a denoiser that compiles in no time."""
+    from tiny import plain
+
+    return plain(prior)
 
 
 @pytest.fixture(scope="module")

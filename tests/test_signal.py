@@ -25,16 +25,20 @@ def loss(w, x, y):
     return w @ (A @ x.ravel())
 
 
+@jax.jit
+def leak_of(x, mechanism, key):
+    return mechanism(key, gd.victim_gradient(loss, jnp.ones(P), x, 0))
+
+
 def matched(x, mechanism, key):
-    w = jnp.ones(P)
-    leak = mechanism(key, gd.victim_gradient(loss, w, x, 0))
-    return gd.GradientMatching(w, 0, leak, loss, mechanism=mechanism)
+    return gd.GradientMatching(jnp.ones(P), 0, leak_of(x, mechanism, key), loss, mechanism=mechanism)
 
 
 def image(seed):
     return jnp.asarray(np.random.default_rng(seed).uniform(-1, 1, SHAPE), jnp.float32)
 
 
+@jax.jit
 def share(match, x0, seed=5):
     distance, gradient = jax.value_and_grad(match)(x0)
     return gd.NoiseCalibration(match)(jax.random.key(seed), 0, jnp.nan, x0, distance, gradient)
@@ -62,9 +66,10 @@ def test_it_is_the_ratio_of_two_pulls():
 def test_the_pull_of_noise_has_the_energy_that_the_vulnerability_says():
     mechanism = GaussianNoise(0.3)
     match = matched(image(0), mechanism, jax.random.key(1))
-    pulls = jax.vmap(lambda k: gd.NoiseCalibration(match).noise_pull(k, image(1)))(jax.random.split(jax.random.key(2), 4000))
-    rv, _ = jacobian.frobenius_exact(loss, match.params, image(1), 0)
-    np.testing.assert_allclose(jnp.square(pulls).sum((1, 2, 3)).mean(), 0.3**2 * rv**2, rtol=0.05)
+    pulls = jax.jit(jax.vmap(lambda k: gd.NoiseCalibration(match).noise_pull(k, image(1))))
+    rv, _ = jax.jit(lambda params, x: jacobian.frobenius_exact(loss, params, x, 0))(match.params, image(1))
+    energy = np.square(np.asarray(pulls(jax.random.split(jax.random.key(2), 4000)))).sum((1, 2, 3))
+    np.testing.assert_allclose(energy.mean(), 0.3**2 * float(rv) ** 2, rtol=0.05)
 
 
 def test_it_is_one_for_a_clean_leak_and_falls_with_the_noise_and_near_the_truth():
@@ -135,9 +140,12 @@ def test_a_step_turns_by_the_root_of_the_share_and_no_further_than_the_distance_
     schedule = Schedule.create(num_steps=10)
     match = matched(image(0), GaussianNoise(0.5), jax.random.key(1))
     rest = (image(3), jnp.array(5), gaussian, match, schedule)
-    step = lambda rate, signal=None, curvature=1e-3: dsg_step(
-        jax.random.key(4), *rest, guidance_rate=rate, share=signal and functools.partial(Fixed(signal, curvature), None, 0, 0.0)
-    )
+
+    @functools.partial(jax.jit, static_argnums=(1, 2))
+    def step(rate, signal=None, curvature=1e-3):
+        judge = signal and functools.partial(Fixed(signal, curvature), None, 0, 0.0)
+        return dsg_step(jax.random.key(4), *rest, guidance_rate=rate, share=judge)
+
     plain, info = step(0.4)
     assert type(info) is StepInfo
     np.testing.assert_array_equal(step(0.4, 1.0)[0], plain)
