@@ -1,6 +1,7 @@
 """Strict JAX for every test, and the toy priors whose mathematics is known."""
 
 import atexit
+import gc
 import importlib.metadata
 import os
 import shutil
@@ -32,6 +33,9 @@ import pytest
 
 from gdiff_jax.pytrees import pytree
 
+# What JAX traced stays alive and is millions of objects: to look through them again and again is an eighth of the time.
+gc.set_threshold(100_000, 50, 1000)
+
 # Before the first array is made, in every xdist worker: the number of devices is fixed by then.
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -47,6 +51,8 @@ if TYPE_CHECKING:
 
 # For jit(compiler_options=...): half the compile time, for tests of what is computed and not of how fast.
 QUICK_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+# For the few that draw thousands of samples, where it is running that takes time.
+QUICK_RUN = {"xla_backend_optimization_level": 2}
 
 
 @pytest.fixture
@@ -195,6 +201,14 @@ def prior(tiny_prior: Path) -> Prior:
     from gdiff_jax.priors import load_prior
 
     return load_prior(tiny_prior / "prior")
+
+
+@pytest.fixture(scope="module")
+def plain_prior(prior: Prior) -> Prior:
+    """Of the same shape, with a denoiser that compiles in no time."""
+    from tiny import plain
+
+    return plain(prior)
 
 
 @pytest.fixture(scope="module")

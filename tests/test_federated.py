@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from test_matching import mlp_loss
 
-from gdiff_jax import GradientMatching, images, l2, victim_gradient
+from gdiff_jax import GradientMatching, images, victim_gradient
 from gdiff_jax.federated import LocalSGD, guess_learning_rate
 from gdiff_jax.matching import released
 from gdiff_jax.victims import cnn, lenet
@@ -33,22 +33,28 @@ def example(count=4):
 
 
 def largest(tree):
-    return max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(tree))
+    return max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(jax.device_get(tree)))
 
 
 def difference(a, b):
-    return largest(jax.tree.map(jnp.subtract, a, b))
+    return largest(jax.tree.map(np.subtract, jax.device_get(a), jax.device_get(b)))
+
+
+# Compiled whole: operation by operation each is a program of its own.
+release_of = quick_jit(lambda client, loss, *a: client(loss, *a), static_argnums=1)
+gradient_of = quick_jit(victim_gradient, static_argnums=0)
+value_of = quick_jit(lambda match, x: match(x))
 
 
 @pytest.mark.parametrize("single", [True, False])
-def test_one_step_is_the_gradient(single):
+def test_one_step_is_the_gradient(single, random_params):
     """Bit for bit but for compilation, also of a victim in float32, with a rate as array."""
     victim = lenet((8, 8, 1), 4, width=3)
-    params = victim.init(jax.random.key(0))
-    x, y = normal(2, 8, 8, 1).astype(jnp.float32), jnp.array([1, 3])
+    params = random_params(victim)
+    x, y = RNG.normal(size=(2, 8, 8, 1)).astype(np.float32), np.array([1, 3])
     x, y = (x[0], y[0]) if single else (x, y)
-    release = quick_jit(lambda c, *a: c(victim.loss, *a))(LocalSGD(jnp.asarray(0.3), 1), params, x, y)
-    gradient = quick_jit(functools.partial(victim_gradient, victim.loss))(params, x, y)
+    release = release_of(LocalSGD(jnp.asarray(0.3), 1), victim.loss, params, x, y)
+    gradient = gradient_of(victim.loss, params, x, y)
     assert difference(release, gradient) < 1e-6 * largest(gradient)
 
 
@@ -57,16 +63,16 @@ def test_one_step_is_the_gradient(single):
 @pytest.mark.parametrize("steps", [3, 5])
 def test_steps_are_those_of_a_loop(steps, batch_size):
     """Against W <- W - eta grad L(W; the images k b ..), cyclically, and (W_0 - W_K) / (eta K)."""
-    params, x, y = example()
+    params, x, y = jax.device_get(example())
     eta, size = 0.2, batch_size or 4
-    here, gradient = params, quick_jit(jax.grad(batch_loss))
+    here, gradient = params, lambda *a: jax.device_get(gradient_of(batch_loss, *a))
     for k in range(steps):
         chosen = np.arange(k * size, (k + 1) * size) % 4
         here = jax.tree.map(lambda w, g: w - eta * g, here, gradient(here, x[chosen], y[chosen]))
     expected = jax.tree.map(lambda a, b: (a - b) / (eta * steps), params, here)
-    release = LocalSGD(eta, steps, batch_size)(batch_loss, params, x, y)
+    release = release_of(LocalSGD(eta, steps, batch_size), batch_loss, params, x, y)
     assert difference(release, expected) < 1e-12
-    assert difference(release, jax.grad(batch_loss)(params, x, y)) > 1e-2  # the steps matter
+    assert difference(release, gradient(params, x, y)) > 1e-2  # the steps matter
 
 
 @pytest.mark.usefixtures("x64")
@@ -74,9 +80,10 @@ def test_labels_may_be_a_pytree():
     params, x, y = example()
     weights = normal(4)
     loss = lambda p, x, y: (y["w"] * jax.vmap(mlp_loss, in_axes=(None, 0, 0))(p, x, y["y"])).mean()
-    a = LocalSGD(0.1, 2, 2)(loss, params, x, {"y": y, "w": weights})
+    x, y, weights = jax.device_get((x, y, weights))
+    a = release_of(LocalSGD(0.1, 2, 2), loss, params, x, {"y": y, "w": weights})
     swap = np.array([1, 0, 3, 2])  # within a step the order is nothing
-    b = LocalSGD(0.1, 2, 2)(loss, params, x[swap], {"y": y[swap], "w": weights[swap]})
+    b = release_of(LocalSGD(0.1, 2, 2), loss, params, x[swap], {"y": y[swap], "w": weights[swap]})
     assert difference(a, b) < 1e-14
 
 
@@ -86,7 +93,7 @@ def test_gradient_of_the_objective_is_that_of_central_differences(batch_size):
     """All 64 pixels of four images; a step of 1e-4 leaves an error of order 1e-8 by truncation."""
     params, x, y = example()
     client = LocalSGD(jnp.asarray(0.3), 3, batch_size)
-    leak = released(client, batch_loss, params, x, y)
+    leak = quick_jit(lambda *a: released(client, batch_loss, *a))(params, x, y)
     match, there, h = GradientMatching(params, y, leak, batch_loss, client=client), x + 0.3 * normal(*x.shape), 1e-4
 
     @quick_jit
@@ -104,14 +111,14 @@ def test_only_the_right_rate_and_number_of_steps_explain_the_leak():
     """A leak divided by a guessed rate, as the docstring has it, is explained at the truth where the guess is right."""
     params, x, y = example()
     eta = 0.3
-    release = LocalSGD(eta, 3)(batch_loss, params, x, y)
+    release = jax.device_get(release_of(LocalSGD(eta, 3), batch_loss, params, x, y))
 
     def at_truth(guess, client):
         leak = jax.tree.map(lambda g: eta / guess * g, release)
-        return float(GradientMatching(params, y, leak, batch_loss, client=client)(x))
+        return float(value_of(GradientMatching(params, y, leak, batch_loss, client=client), x))
 
     assert at_truth(eta, LocalSGD(eta, 3)) == 0
-    size = float(l2(release, jax.tree.map(jnp.zeros_like, release)))
+    size = np.sqrt(sum(np.vdot(r, r) for r in release.values()))
     for guess, client in ((0.15, LocalSGD(0.15, 3)), (0.6, LocalSGD(0.6, 3)), (eta, LocalSGD(eta, 2)), (eta, None)):
         assert at_truth(guess, client) > 0.02 * size, (guess, client)
 

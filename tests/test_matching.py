@@ -1,6 +1,7 @@
 """One mixed partial is the derivative of every distance: against two reverse passes, and against differences, in float64."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -57,14 +58,19 @@ def plain_loss(params, x, y):
 SHAPES = {"mlp": {"w1": (5, 16), "b1": (5,), "w2": (3, 5)}, "convnet": {"kernel": (3, 3, 1, 4), "w": (3, 16)}}
 
 
-def make_match(victim: str, distance=l2) -> GradientMatching:
-    """The victim's objective for one private image of 4 x 4 pixels, with noise on the leak, in float64."""
+@functools.cache
+def private(victim: str):
+    """What an attacker of a private image of 4 x 4 pixels has, with noise on the leak, in float64."""
     rng = np.random.default_rng(4)
     loss = {"mlp": mlp_loss, "convnet": convnet_loss}[victim]
     params = {name: jnp.asarray(rng.uniform(-1, 1, s)) for name, s in SHAPES[victim].items()}
     image, label = jnp.asarray(rng.uniform(-1, 1, (4, 4, 1))), jnp.array(1)
     gradient = jax.jit(victim_gradient, static_argnums=0)(loss, params, image, label)
-    return GradientMatching(params, label, GaussianNoise(0.01)(jax.random.key(1), gradient), loss, distance)
+    return params, label, GaussianNoise(0.01)(jax.random.key(1), gradient), loss
+
+
+def make_match(victim: str, distance=l2) -> GradientMatching:
+    return GradientMatching(*private(victim), distance)
 
 
 def candidate() -> jax.Array:
@@ -75,12 +81,17 @@ def double_reverse(match: GradientMatching, x: jax.Array) -> jax.Array:
     return match.distance(jax.grad(match.loss)(match.params, x, match.label), match.leak)
 
 
+# Compiled whole: operation by operation each is a program of its own.
+value_of = jax.jit(lambda match, x: match(x))
+value_and_grad = jax.jit(lambda match, x: jax.value_and_grad(match)(x))
+
+
 @pytest.mark.usefixtures("x64")
 @each_distance
 @pytest.mark.parametrize("victim", SHAPES)
 def test_gradient_is_that_of_double_reverse(victim: str, distance) -> None:
     match, x = make_match(victim, distance), candidate()
-    value, grad = jax.jit(lambda m, x: jax.value_and_grad(m)(x))(match, x)
+    value, grad = value_and_grad(match, x)
     expected_value, expected = jax.jit(lambda m, x: jax.value_and_grad(double_reverse, argnums=1)(m, x))(match, x)
     assert np.linalg.norm(expected) > 1e-4  # a vanished gradient would agree with anything
     np.testing.assert_allclose(value, expected_value, rtol=1e-12)
@@ -120,8 +131,9 @@ def test_linear_victim_has_the_gradient_of_least_squares() -> None:
         (squared_l2, r @ r, 2 * m.T @ r),
     ):
         match = GradientMatching(jnp.zeros(5), jnp.asarray(m), jnp.asarray(leak), linear_loss, distance)
-        np.testing.assert_allclose(match(jnp.asarray(x)), value, rtol=1e-13)
-        np.testing.assert_allclose(jax.grad(match)(jnp.asarray(x)).ravel(), grad, rtol=1e-12)
+        found, slope = value_and_grad(match, x)
+        np.testing.assert_allclose(found, value, rtol=1e-13)
+        np.testing.assert_allclose(np.asarray(slope).ravel(), grad, rtol=1e-12)
 
 
 @pytest.mark.usefixtures("x64")
@@ -147,8 +159,8 @@ def test_weights_multiply_both_gradients(distance, kind: str) -> None:
     def by_hand(x):
         return distance(scaled(jax.grad(match.loss)(match.params, x, match.label)), scaled(match.leak))
 
-    value, grad = jax.value_and_grad(dataclasses.replace(match, weights=weights))(x)
-    expected, expected_grad = jax.value_and_grad(by_hand)(x)
+    value, grad = value_and_grad(dataclasses.replace(match, weights=weights), x)
+    expected, expected_grad = jax.jit(jax.value_and_grad(by_hand))(x)
     np.testing.assert_allclose(value, expected, rtol=1e-12)
     np.testing.assert_allclose(grad, expected_grad, rtol=0, atol=1e-11 * np.linalg.norm(expected_grad))
 
@@ -159,8 +171,9 @@ def test_what_has_weight_zero_cannot_be_seen() -> None:
     match, x = make_match("mlp"), candidate()
     masked = dataclasses.replace(match, weights={"w1": jnp.ones((5, 16)).at[2].set(0), "b1": jnp.zeros(()), "w2": jnp.ones(())})
     other = dataclasses.replace(masked, leak=match.leak | {"w1": match.leak["w1"].at[2].add(7.0), "b1": match.leak["b1"] - 3})
-    assert masked(x) == other(x) < match(x)
-    np.testing.assert_array_equal(jax.grad(masked)(x), jax.grad(other)(x))
+    (value, grad), (other_value, other_grad) = (value_and_grad(m, x) for m in (masked, other))
+    assert value == other_value < value_of(match, x)
+    np.testing.assert_array_equal(grad, other_grad)
 
 
 @pytest.mark.usefixtures("x64")
@@ -177,13 +190,15 @@ def test_equal_layers_gives_every_array_the_norm_one() -> None:
 def test_a_client_of_local_steps_is_differentiated_through_its_path(distance) -> None:
     """Against central differences, every pixel; one step of it is the gradient."""
     match, x, h = dataclasses.replace(make_match("mlp", distance), client=LocalSGD(0.3, 3)), candidate(), 1e-5
-    pixels = jnp.eye(x.size).reshape(x.size, *x.shape)
-    difference = jax.vmap(lambda e: (match(x + h * e) - match(x - h * e)) / (2 * h))(pixels)
-    np.testing.assert_allclose(jax.grad(match)(x).ravel(), difference, rtol=0, atol=1e-6 * np.linalg.norm(difference))
-    one, plain = dataclasses.replace(match, client=LocalSGD(0.3, 1)), make_match("mlp", distance)
-    assert abs(match(x) - plain(x)) > 1e-6
-    np.testing.assert_allclose(one(x), plain(x), rtol=1e-12)
-    np.testing.assert_allclose(jax.grad(one)(x), jax.grad(plain)(x), rtol=1e-10, atol=1e-13)
+    pixels = np.eye(x.size).reshape(x.size, *x.shape)
+    difference = jax.jit(jax.vmap(lambda e: (match(x + h * e) - match(x - h * e)) / (2 * h)))(pixels)
+    value, grad = value_and_grad(match, x)
+    np.testing.assert_allclose(grad.ravel(), difference, rtol=0, atol=1e-6 * np.linalg.norm(difference))
+    one, one_grad = value_and_grad(dataclasses.replace(match, client=LocalSGD(0.3, 1)), x)
+    plain, plain_grad = value_and_grad(make_match("mlp", distance), x)
+    assert abs(value - plain) > 1e-6
+    np.testing.assert_allclose(one, plain, rtol=1e-12)
+    np.testing.assert_allclose(one_grad, plain_grad, rtol=1e-10, atol=1e-13)
 
 
 def soft_label_loss(params, candidate, y):
@@ -198,8 +213,8 @@ def soft_label_loss(params, candidate, y):
 def test_a_candidate_may_be_a_pytree(distance) -> None:
     match = dataclasses.replace(make_match("mlp", distance), loss=soft_label_loss)
     z = (candidate(), jnp.array([0.3, -1.0, 0.5]))
-    expected = jax.grad(double_reverse, argnums=1)(match, z)
-    for a, b in zip(jax.grad(match)(z), expected, strict=True):
+    expected = jax.jit(lambda m, z: jax.grad(double_reverse, argnums=1)(m, z))(match, z)
+    for a, b in zip(value_and_grad(match, z)[1], expected, strict=True):
         assert np.linalg.norm(b) > 1e-5
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-11 * np.linalg.norm(b))
 
@@ -210,7 +225,7 @@ def test_exact_match_asks_for_no_change(distance) -> None:
     """Small integers, so that M x is exact."""
     m, x = jnp.array([[1.0, 2.0], [0.0, -3.0], [4.0, 1.0]]), jnp.array([[[2.0], [-1.0]]])
     match = GradientMatching(jnp.zeros(3), m, m @ x.ravel(), linear_loss, distance)
-    value, grad = jax.jit(lambda match, x: jax.value_and_grad(match)(x))(match, x)
+    value, grad = value_and_grad(match, x)
     assert value == 0
     assert np.all(np.asarray(grad) == 0)
 
@@ -229,7 +244,7 @@ def test_cosine_of_zero_is_one_without_nan() -> None:
 def test_cosine_ignores_the_scale_of_the_leak(scale: float) -> None:
     match, x = make_match("mlp", cosine), candidate()
     scaled = dataclasses.replace(match, leak=jax.tree.map(lambda g: scale * g, match.leak))
-    for a, b in zip(jax.value_and_grad(match)(x), jax.value_and_grad(scaled)(x), strict=True):
+    for a, b in zip(value_and_grad(match, x), value_and_grad(scaled, x), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-11)
 
 
@@ -252,7 +267,7 @@ def test_differentiating_in_anything_but_the_image_is_refused(field: str) -> Non
 @each_distance
 def test_vmap_over_leaks_equals_one_at_a_time(distance) -> None:
     match, x = make_match("mlp", distance), candidate()
-    leaks = jax.vmap(lambda k: GaussianNoise(0.1)(k, match.leak))(jax.random.split(jax.random.key(2), 3))
+    leaks = jax.jit(jax.vmap(lambda k: GaussianNoise(0.1)(k, match.leak)))(jax.random.split(jax.random.key(2), 3))
     run = jax.jit(lambda leak: jax.value_and_grad(dataclasses.replace(match, leak=leak))(x))
     values, grads = jax.vmap(run)(leaks)
     assert len(set(np.asarray(values))) == 3

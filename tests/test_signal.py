@@ -25,16 +25,20 @@ def loss(w, x, y):
     return w @ (A @ x.ravel())
 
 
+@jax.jit
+def leak_of(x, mechanism, key):
+    return mechanism(key, gd.victim_gradient(loss, jnp.ones(P), x, 0))
+
+
 def matched(x, mechanism, key):
-    w = jnp.ones(P)
-    leak = mechanism(key, gd.victim_gradient(loss, w, x, 0))
-    return gd.GradientMatching(w, 0, leak, loss, mechanism=mechanism)
+    return gd.GradientMatching(jnp.ones(P), 0, leak_of(x, mechanism, key), loss, mechanism=mechanism)
 
 
 def image(seed):
     return jnp.asarray(np.random.default_rng(seed).uniform(-1, 1, SHAPE), jnp.float32)
 
 
+@jax.jit
 def share(match, x0, seed=5):
     distance, gradient = jax.value_and_grad(match)(x0)
     return gd.NoiseCalibration(match)(jax.random.key(seed), 0, jnp.nan, x0, distance, gradient)
@@ -62,9 +66,10 @@ def test_it_is_the_ratio_of_two_pulls():
 def test_the_pull_of_noise_has_the_energy_that_the_vulnerability_says():
     mechanism = GaussianNoise(0.3)
     match = matched(image(0), mechanism, jax.random.key(1))
-    pulls = jax.vmap(lambda k: gd.NoiseCalibration(match).noise_pull(k, image(1)))(jax.random.split(jax.random.key(2), 4000))
-    rv, _ = jacobian.frobenius_exact(loss, match.params, image(1), 0)
-    np.testing.assert_allclose(jnp.square(pulls).sum((1, 2, 3)).mean(), 0.3**2 * rv**2, rtol=0.05)
+    pulls = jax.jit(jax.vmap(lambda k: gd.NoiseCalibration(match).noise_pull(k, image(1))))
+    rv, _ = jax.jit(lambda params, x: jacobian.frobenius_exact(loss, params, x, 0))(match.params, image(1))
+    energy = np.square(np.asarray(pulls(jax.random.split(jax.random.key(2), 4000)))).sum((1, 2, 3))
+    np.testing.assert_allclose(energy.mean(), 0.3**2 * float(rv) ** 2, rtol=0.05)
 
 
 def test_it_is_one_for_a_clean_leak_and_falls_with_the_noise_and_near_the_truth():
@@ -78,14 +83,15 @@ def test_it_is_one_for_a_clean_leak_and_falls_with_the_noise_and_near_the_truth(
 def test_what_happened_before_the_noise_is_passed_through(noise):
     mechanism = Chain((Clip(0.5), noise(0.1)))
     match, x0 = matched(image(0), mechanism, jax.random.key(1)), image(1)
-    found = gd.NoiseCalibration(match).noise_pull(jax.random.key(3), x0)
-    drawn = mechanism(jax.random.key(3), A @ x0.ravel()) - Clip(0.5)(jax.random.key(0), A @ x0.ravel())
+    found = jax.jit(lambda key, x: gd.NoiseCalibration(match).noise_pull(key, x))(jax.random.key(3), x0)
+    sent = jax.jit(lambda mechanism, key: mechanism(key, A @ x0.ravel()))
+    drawn = sent(mechanism, jax.random.key(3)) - sent(Clip(0.5), jax.random.key(0))
 
     def clipped(x):
         g = A @ x.ravel()
         return g * jnp.minimum(1.0, 0.5 / jnp.linalg.norm(g))
 
-    expected = jax.grad(lambda x: clipped(x) @ drawn)(x0)
+    expected = jax.jit(jax.grad(lambda x: clipped(x) @ drawn))(x0)
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5)
 
 
@@ -135,9 +141,12 @@ def test_a_step_turns_by_the_root_of_the_share_and_no_further_than_the_distance_
     schedule = Schedule.create(num_steps=10)
     match = matched(image(0), GaussianNoise(0.5), jax.random.key(1))
     rest = (image(3), jnp.array(5), gaussian, match, schedule)
-    step = lambda rate, signal=None, curvature=1e-3: dsg_step(
-        jax.random.key(4), *rest, guidance_rate=rate, share=signal and functools.partial(Fixed(signal, curvature), None, 0, 0.0)
-    )
+
+    @functools.partial(jax.jit, static_argnums=(1, 2))
+    def step(rate, signal=None, curvature=1e-3):
+        judge = signal and functools.partial(Fixed(signal, curvature), None, 0, 0.0)
+        return dsg_step(jax.random.key(4), *rest, guidance_rate=rate, share=judge)
+
     plain, info = step(0.4)
     assert type(info) is StepInfo
     np.testing.assert_array_equal(step(0.4, 1.0)[0], plain)
@@ -155,11 +164,22 @@ def test_where_each_pixel_has_a_deviation_of_its_own_the_length_is_that_of_the_s
     schedule = Schedule.create(num_steps=10, variance="learned_range")
     prior = dataclasses.replace(gaussian, v=jnp.linspace(-1.0, 1.0, 6).reshape(SHAPE))
     rest = (image(3), jnp.array(5), prior, matched(image(0), GaussianNoise(0.5), jax.random.key(1)), schedule)
-    p, grad, _, _ = guided_posterior(*rest[2:], *rest[:2])
-    away = 6**0.5 * p.std * grad / jnp.linalg.norm(grad)
-    turn = lambda rate, share=None: dsg_step(jax.random.key(4), *rest, guidance_rate=rate, share=share)[0]
-    length = 0.3 * jnp.linalg.norm(away)
-    limited = turn(1.0, functools.partial(Fixed(1.0, 1.0 / length), None, 0, 0.0))
+
+    @jax.jit
+    def guidance(x):
+        p, grad, _, _ = guided_posterior(*rest[2:], x, rest[1])
+        return p.std, grad
+
+    std, grad = jax.device_get(guidance(rest[0]))
+    away = 6**0.5 * std * grad / np.linalg.norm(grad)
+    length = float(0.3 * np.linalg.norm(away))
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def turn(rate, limit=False):
+        share = functools.partial(Fixed(1.0, 1.0 / length), None, 0, 0.0) if limit else None
+        return dsg_step(jax.random.key(4), *rest, guidance_rate=rate, share=share)[0]
+
+    limited = turn(1.0, True)
     np.testing.assert_allclose(limited, turn(0.3), rtol=1e-4, atol=1e-6)
     assert np.abs(limited - turn(0.35)).max() > 1e-3
 
@@ -213,8 +233,8 @@ def test_the_images_of_a_group_are_combined_each_with_itself():
     def chain(key):
         return jax.random.permutation(key, group), trace
 
-    found, _ = mean_of_chains(jax.random.key(0), chain, jnp.zeros(SHAPE), chains=6)
-    gap = jnp.abs(found[:, None] - group[None]).max((2, 3, 4))
+    run = jax.jit(lambda key: mean_of_chains(key, chain, jnp.zeros(SHAPE), chains=6)[0])
+    gap = np.abs(np.asarray(run(jax.random.key(0)))[:, None] - np.asarray(group)[None]).max((2, 3, 4))
     np.testing.assert_allclose(gap.min(1), 0, atol=1e-5)
     assert sorted(gap.argmin(1).tolist()) == [0, 1, 2]
 

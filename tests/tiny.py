@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import ClassVar
 
@@ -65,11 +66,14 @@ class Plain(Denoiser):
         return jnp.sqrt(1 - abar) / (0.25 * abar + 1 - abar) * x_t, None
 
 
-def with_plain_prior(plan):
+def plain(prior):
     """For what does not depend on the prior."""
-    abar = jnp.asarray(np.cumprod(1 - plan.prior.betas), jnp.float32)
-    denoise = Plain({"abar": abar}, plan.prior.denoise.config)
-    return dataclasses.replace(plan, prior=dataclasses.replace(plan.prior, denoise=denoise))
+    abar = jnp.asarray(np.cumprod(1 - prior.betas), jnp.float32)
+    return dataclasses.replace(prior, denoise=Plain({"abar": abar}, prior.denoise.config))
+
+
+def with_plain_prior(plan):
+    return dataclasses.replace(plan, prior=plain(plan.prior))
 
 
 def plain_plan(tiny_prior, **changes):
@@ -218,6 +222,16 @@ def ended(command, monkeypatch, *arguments):
     finally:
         for name in set(FLAGS) - before:
             delattr(FLAGS, name)
+
+
+def script(defaults, main):
+    """A command of these settings, for `ended`."""
+
+    def whole():
+        flags.define_flags(defaults)
+        flags.run(main)
+
+    return types.SimpleNamespace(__name__="script", main=whole)
 
 
 def once(tmp_path_factory, name, make):

@@ -1,20 +1,22 @@
 """What every command shares: flags made of its settings, errors of one line, an end at once on signals."""
 
+import dataclasses
+import errno
+import hashlib
+import inspect
 import signal
 import subprocess
 import sys
 
 import pytest
-from tiny import ROOT, parsed, run_command
+from tiny import ROOT, ended, parsed, run_command, script
 
-from gdiff_jax.sweeping.attackers import ATTACKERS
-from gdiff_jax.sweeping.config import DEFAULT_SIGMAS, SweepConfig
-
-SCRIPT = """
-import dataclasses, errno, hashlib
 from gdiff_jax.commands import flags
 from gdiff_jax.errors import ConfigError, RunError
 from gdiff_jax.options import option
+from gdiff_jax.sweeping.attackers import ATTACKERS
+from gdiff_jax.sweeping.config import DEFAULT_SIGMAS, SweepConfig
+
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
@@ -22,11 +24,12 @@ class Settings:
     steps: int = option(3, "how many")
     ends: str = option("", "how it ends")
 
+
 def main():
     settings = flags.read_flags(Settings())
     print(settings, flush=True)
     if settings.ends == "config":
-        raise ConfigError("--grid holds -1;\\n  give another")
+        raise ConfigError("--grid holds -1;\n  give another")
     if settings.ends == "run":
         raise RunError("the same command goes on")
     if settings.ends == "disk":
@@ -38,6 +41,15 @@ def main():
     if settings.ends == "busy":
         hashlib.pbkdf2_hmac("sha256", b"", b"", 2 * 10**9)  # as in XLA, Python's own handlers would wait for its end
 
+
+SCRIPT = f"""
+import dataclasses, errno, hashlib
+from gdiff_jax.commands import flags
+from gdiff_jax.errors import ConfigError, RunError
+from gdiff_jax.options import option
+
+{inspect.getsource(Settings)}
+{inspect.getsource(main)}
 flags.define_flags(Settings())
 flags.run(main)
 """
@@ -57,12 +69,16 @@ SCRIPTED = [sys.executable, "-c", SCRIPT]
         (["--ends=disk"], 1, "error: No space left on device at a.npz; what is finished is kept. Free space and give the same"),
     ],
 )
-def test_a_command_ends_with_one_line_and_its_code(arguments, code, line):
-    done = run_command([*SCRIPTED, *arguments], cwd=ROOT)
-    assert done.returncode == code
-    (said,) = done.stderr.strip().splitlines()
+def test_a_command_ends_with_one_line_and_its_code(arguments, code, line, monkeypatch, capsys):
+    assert ended(script(Settings(), main), monkeypatch, *arguments) == code
+    (said,) = capsys.readouterr().err.strip().splitlines()
     assert said.startswith("error: ")
     assert line in said
+
+
+def test_so_does_the_process():
+    done = run_command([*SCRIPTED, "--ends=run"], cwd=ROOT)
+    assert (done.returncode, done.stderr) == (1, "error: the same command goes on\n")
 
 
 def test_an_error_that_nobody_foresaw_is_not_hidden():

@@ -1,5 +1,6 @@
 """Mechanisms do what their papers say: moments, norms, masks; and what the attacker expects of them is their derivative."""
 
+import dataclasses
 import functools
 import math
 
@@ -40,7 +41,11 @@ def gradient(seed=0, scale=1.0):
 
 
 def flat(tree):
-    return np.concatenate([np.ravel(a) for a in jax.tree.leaves(tree)])
+    return np.concatenate([a.ravel() for a in jax.tree.leaves(jax.device_get(tree))])
+
+
+# Compiled whole: operation by operation each is a program of its own.
+send = jax.jit(lambda mechanism, key, g: mechanism(key, g))
 
 
 SIZE = flat(gradient()).size
@@ -49,7 +54,7 @@ SIZE = flat(gradient()).size
 @pytest.mark.parametrize("name", NOISES)
 def test_noise_has_its_distribution_and_standard_deviation(name):
     zeros = {"a": jnp.zeros((300, 100)), "b": jnp.zeros(10_000)}
-    noise = flat(NOISES[name](0.3)(jax.random.key(3), zeros))
+    noise = flat(send(NOISES[name](0.3), jax.random.key(3), zeros))
     assert noise.std() == pytest.approx(0.3, rel=0.02)
     assert scipy.stats.kstest(noise, DISTRIBUTIONS[name].cdf).pvalue > 0.01
     others = [DISTRIBUTIONS[other] for other in NOISES if other != name]
@@ -64,7 +69,7 @@ def test_noise_by_the_parameters_that_others_use():
 @pytest.mark.parametrize("name", NOISES)
 def test_noise_of_a_key_is_proportional_to_sigma(name):
     g = gradient()
-    leaks = [flat(NOISES[name](s)(jax.random.key(1), g)) - flat(g) for s in (0.1, 0.4)]
+    leaks = [flat(send(NOISES[name](s), jax.random.key(1), g)) - flat(g) for s in (0.1, 0.4)]
     np.testing.assert_allclose(leaks[1], 4 * leaks[0], atol=1e-5)
 
 
@@ -72,20 +77,22 @@ def test_clip_bounds_the_norm_and_keeps_the_direction():
     for scale, expected in ((1.0, 2.0), (1e-3, None)):
         g = gradient(scale=scale)
         norm = np.linalg.norm(flat(g))
-        clipped = flat(Clip(2.0)(jax.random.key(0), g))
+        clipped = flat(send(Clip(2.0), jax.random.key(0), g))
         assert np.linalg.norm(clipped) == pytest.approx(expected or norm, rel=1e-5)
         np.testing.assert_allclose(clipped / np.linalg.norm(clipped), flat(g) / norm, atol=1e-6)
-    assert np.all(np.isfinite(flat(jax.grad(lambda g: Clip(1.0).simulate(g, g)["fc.bias"].sum())(gradient(scale=0.0)))))
+    assert np.all(
+        np.isfinite(flat(jax.jit(jax.grad(lambda g: Clip(1.0).simulate(g, g)["fc.bias"].sum()))(gradient(scale=0.0))))
+    )
 
 
 def test_topk_keeps_the_largest():
     g = gradient()
-    kept = flat(TopK(0.1)(jax.random.key(0), g))
+    kept = flat(send(TopK(0.1), jax.random.key(0), g))
     count = round(0.1 * SIZE)
     order = np.argsort(-np.abs(flat(g)))
     assert set(np.flatnonzero(kept)) == set(order[:count])
     np.testing.assert_array_equal(kept[order[:count]], flat(g)[order[:count]])
-    np.testing.assert_array_equal(flat(TopK(1.0)(jax.random.key(0), g)), flat(g))
+    np.testing.assert_array_equal(flat(send(TopK(1.0), jax.random.key(0), g)), flat(g))
 
 
 UNBIASED = {"random": RandomSparsification(0.25), "qsgd": StochasticQuantisation(4)}
@@ -94,26 +101,26 @@ UNBIASED = {"random": RandomSparsification(0.25), "qsgd": StochasticQuantisation
 @pytest.mark.parametrize("name", UNBIASED)
 def test_random_compression_is_unbiased(name):
     g = gradient()
-    draws = jax.vmap(lambda k: UNBIASED[name](k, g))(jax.random.split(jax.random.key(5), 4000))
-    draws = np.concatenate([np.reshape(a, (4000, -1)) for a in jax.tree.leaves(draws)], axis=1)
+    draws = jax.jit(jax.vmap(lambda k: UNBIASED[name](k, g)))(jax.random.split(jax.random.key(5), 4000))
+    draws = np.concatenate([a.reshape(4000, -1) for a in jax.tree.leaves(jax.device_get(draws))], axis=1)
     error = (draws.mean(0) - flat(g)) / (draws.std(0) / 4000**0.5 + 1e-6)
     assert np.abs(error).max() < 5
 
 
 def test_qsgd_sends_whole_levels_of_the_norm():
-    g = gradient()
-    sent = StochasticQuantisation(4)(jax.random.key(0), g)
+    g = jax.device_get(gradient())
+    sent = jax.device_get(send(StochasticQuantisation(4), jax.random.key(0), g))
     for name, array in sent.items():
-        levels = np.asarray(array) / np.linalg.norm(g[name]) * 4
+        levels = array / np.linalg.norm(g[name]) * 4
         np.testing.assert_allclose(levels, np.round(levels), atol=1e-5)
         assert np.all(np.abs(np.abs(levels) - 4 * np.abs(g[name]) / np.linalg.norm(g[name])) < 1 + 1e-5)
-    zeros = jax.tree.map(jnp.zeros_like, g)
-    assert not flat(StochasticQuantisation(4)(jax.random.key(0), zeros)).any()
+    zeros = jax.tree.map(np.zeros_like, g)
+    assert not flat(send(StochasticQuantisation(4), jax.random.key(0), zeros)).any()
 
 
 def test_sign():
     g = gradient() | {"fc.bias": jnp.array([0.0, -2.0, 3.0, 0.5, -0.1, 1.0, 0.0])}
-    sent = Sign()(jax.random.key(0), g)
+    sent = send(Sign(), jax.random.key(0), g)
     np.testing.assert_array_equal(sent["fc.bias"], [0, -1, 1, 1, -1, 1, 0])
     assert set(np.unique(flat(sent))) <= {-1.0, 0.0, 1.0}
 
@@ -137,7 +144,7 @@ def test_norm_bound_holds(name):
     for seed in range(20):
         g = gradient(seed, 10.0 ** (seed % 5 - 2))
         norm = float(np.linalg.norm(flat(g)))
-        out = np.linalg.norm(flat(mechanism(jax.random.key(seed), g)))
+        out = np.linalg.norm(flat(send(mechanism, jax.random.key(seed), g)))
         bound = mechanism.norm_bound(norm, SIZE)
         assert out <= bound * (1 + 1e-5)
         closest = max(closest, out / bound)
@@ -147,18 +154,21 @@ def test_norm_bound_holds(name):
 
 def test_a_chain_applies_the_first_first():
     g = gradient()
-    clipped_last = Chain((GaussianNoise(5.0), Clip(1.0)))(jax.random.key(0), g)
-    clipped_first = Chain((Clip(1.0), GaussianNoise(5.0)))(jax.random.key(0), g)
+    clipped_last = send(Chain((GaussianNoise(5.0), Clip(1.0))), jax.random.key(0), g)
+    clipped_first = send(Chain((Clip(1.0), GaussianNoise(5.0))), jax.random.key(0), g)
     assert np.linalg.norm(flat(clipped_last)) == pytest.approx(1.0, rel=1e-5)
     assert np.linalg.norm(flat(clipped_first)) > 10
+
+
+simulated = jax.jit(lambda mechanism, g, leak: mechanism.simulate(g, leak))
 
 
 def test_what_declares_itself_differentiable_is_its_own_expectation():
     """`simulate` on the true gradient reproduces the leak, noise apart; of the others it is a stand-in."""
     g = gradient()
     for name, mechanism in MECHANISMS.items():
-        leak = mechanism(jax.random.key(2), g)
-        same = np.allclose(flat(mechanism.simulate(g, leak)), flat(leak), atol=1e-5)
+        leak = send(mechanism, jax.random.key(2), g)
+        same = np.allclose(flat(simulated(mechanism, g, leak)), flat(leak), atol=1e-5)
         assert same == (mechanism.differentiable or name == "sign"), name
     noisy = GaussianNoise(0.5)
     assert noisy.differentiable
@@ -170,14 +180,19 @@ def loss(params, x, y):
     return -jax.nn.log_softmax(params["w2"] @ h)[y]
 
 
-def matched(mechanism, aware=True):
+gradient_of = jax.jit(functools.partial(victim_gradient, loss))
+value = jax.jit(lambda match, x: match(x))
+pull_of = jax.jit(lambda match, x: jax.grad(lambda x: match(x))(x))
+
+
+def matched(mechanism):
     """A client's leak through the mechanism, and the attacker's objective, in float64."""
     rng = np.random.default_rng(4)
     shapes = {"w1": (5, 16), "b1": (5,), "w2": (3, 5)}
     params = {name: jnp.asarray(rng.uniform(-1, 1, s)) for name, s in shapes.items()}
     image = jnp.asarray(rng.uniform(-1, 1, (4, 4, 1)))
-    leak = mechanism(jax.random.key(1), victim_gradient(loss, params, image, jnp.array(1)))
-    return image, GradientMatching(params, jnp.array(1), leak, loss, l2, mechanism if aware else None)
+    leak = send(mechanism, jax.random.key(1), gradient_of(params, image, jnp.array(1)))
+    return image, GradientMatching(params, jnp.array(1), leak, loss, l2, mechanism)
 
 
 ADAPTIVE = {
@@ -193,27 +208,28 @@ ADAPTIVE = {
 def test_matching_through_a_mechanism_is_differentiated_exactly(x64, name):
     """The truth is at distance 0 for the attacker who knows, not for the other; derivatives agree with differences."""
     image, match = matched(ADAPTIVE[name])
-    assert float(match(image)) < 1e-12
-    assert float(matched(ADAPTIVE[name], aware=False)[1](image)) > 1e-3
-    candidate = jnp.asarray(np.random.default_rng(8).uniform(-1, 1, image.shape))
-    found = np.asarray(jax.jit(jax.grad(lambda x: match(x)))(candidate)).ravel()
-    value = jax.jit(lambda x: match(x))
+    assert float(value(match, image)) < 1e-12
+    assert float(value(dataclasses.replace(match, mechanism=None), image)) > 1e-3
+    candidate = np.random.default_rng(8).uniform(-1, 1, image.shape)
+    found = np.asarray(pull_of(match, candidate)).ravel()
     for i in range(16):
-        step = jnp.zeros(16).at[i].set(1e-6).reshape(image.shape)
-        difference = (float(value(candidate + step)) - float(value(candidate - step))) / 2e-6
+        step = 1e-6 * np.eye(16)[i].reshape(image.shape)
+        difference = (float(value(match, candidate + step)) - float(value(match, candidate - step))) / 2e-6
         assert found[i] == pytest.approx(difference, abs=1e-8)
 
 
 def test_signs_are_matched_straight_through(x64):
     """Where the signs agree the truth is at distance 0; elsewhere the pull is J^T of the differing signs, unit length."""
     image, match = matched(Sign())
-    assert float(match(image)) == 0
-    candidate = -image
-    g = victim_gradient(loss, match.params, candidate, match.label)
-    residual = jax.tree.map(lambda a, s: jnp.sign(a) - s, g, match.leak)
-    norm = jnp.sqrt(sum(jnp.vdot(r, r) for r in jax.tree.leaves(residual)))
-    _, pull = jax.vjp(lambda x: victim_gradient(loss, match.params, x, match.label), candidate)
-    np.testing.assert_allclose(jax.grad(lambda x: match(x))(candidate), pull(residual)[0] / norm, atol=1e-12)
+    assert float(value(match, image)) == 0
+
+    @jax.jit
+    def by_hand(candidate):
+        g, pull = jax.vjp(lambda x: victim_gradient(loss, match.params, x, match.label), candidate)
+        residual = jax.tree.map(lambda a, s: jnp.sign(a) - s, g, match.leak)
+        return pull(residual)[0] / jnp.sqrt(sum(jnp.vdot(r, r) for r in jax.tree.leaves(residual)))
+
+    np.testing.assert_allclose(pull_of(match, -image), by_hand(-image), atol=1e-12)
 
 
 def test_mechanisms_vmap_and_compile_once():
@@ -229,8 +245,8 @@ def test_mechanisms_vmap_and_compile_once():
     grid = [Chain((Clip(c), GaussianNoise(s))) for c, s in ((1.0, 0.1), (2.0, 0.3))]
     single = [leak(m, jax.random.key(0)) for m in grid]
     assert len(traces) == 1
-    stacked = jax.tree.map(lambda *a: jnp.stack(jax.tree.map(jnp.asarray, a)), *grid)
-    both = jax.vmap(lambda m: m(jax.random.key(0), g))(stacked)
+    stacked = jax.tree.map(lambda *a: np.stack(a).astype(np.float32), *grid)
+    both = jax.device_get(jax.jit(jax.vmap(lambda m: m(jax.random.key(0), g)))(stacked))
     for i in range(2):
         np.testing.assert_allclose(flat(jax.tree.map(lambda a, i=i: a[i], both)), flat(single[i]), atol=1e-6)
 
@@ -243,7 +259,7 @@ def test_soteria_prunes_what_tells_most():
     features = lambda x: weights @ x.ravel() + offset
     x = jnp.asarray(rng.normal(size=(3, 3, 1)) * 0.01, jnp.float32)
     score = np.abs(features(x)) / np.linalg.norm(weights, axis=1)
-    mask = np.asarray(soteria_mask(jax.random.key(0), features, x, 0.25, probes=512))
+    mask = np.asarray(jax.jit(lambda key, x: soteria_mask(key, features, x, 0.25, probes=512))(jax.random.key(0), x))
     assert set(np.flatnonzero(mask == 0)) == set(np.argsort(-score)[:3])
     assert soteria_mask(jax.random.key(0), features, x, 0.0).all()
 
@@ -252,19 +268,24 @@ def test_soteria_prunes_what_tells_most():
     "make",
     [victims.mlp, *(pytest.param(make, marks=pytest.mark.long) for make in (victims.lenet, victims.resnet, victims.vit_tiny))],
 )
-def test_soteria_zeroes_rows_of_a_victims_last_kernel(make):
+def test_soteria_zeroes_rows_of_a_victims_last_kernel(make, random_params):
     victim = make((16, 16, 3), 10)
-    params = victim.init(jax.random.key(0))
-    x = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, (16, 16, 3)), jnp.float32)
-    features = victim.features(params, x)
-    kernel = params[victim.last_kernel]
+    params = random_params(victim)
+    x = np.random.default_rng(0).uniform(-1, 1, (16, 16, 3)).astype(np.float32)
+
+    @jax.jit
+    def all_of(key, params, x):
+        mask = soteria_mask(key, functools.partial(victim.features, params), x, 0.25)
+        g = victim_gradient(victim.loss, params, x, jnp.array(3))
+        sent = PruneRepresentation(mask, victim.last_kernel)(jax.random.key(2), g)
+        return victim.features(params, x), victim.logits(params, x), mask, g, sent
+
+    features, logits, mask, g, sent = jax.device_get(all_of(jax.random.key(1), params, x))
+    kernel = np.asarray(params[victim.last_kernel])
     assert kernel.shape == (features.size, 10)
-    bias = params[victim.last_kernel.replace("kernel", "bias")]
-    np.testing.assert_allclose(features @ kernel + bias, victim.logits(params, x), atol=1e-5)
-    mask = soteria_mask(jax.random.key(1), functools.partial(victim.features, params), x, 0.25)
-    g = victim_gradient(victim.loss, params, x, jnp.array(3))
-    sent = PruneRepresentation(mask, victim.last_kernel)(jax.random.key(2), g)
-    pruned = np.asarray(mask) == 0
+    bias = np.asarray(params[victim.last_kernel.replace("kernel", "bias")])
+    np.testing.assert_allclose(features @ kernel + bias, logits, atol=1e-5)
+    pruned = mask == 0
     assert pruned.sum() == round(0.25 * features.size)
     np.testing.assert_array_equal(sent[victim.last_kernel][pruned], 0)
     np.testing.assert_array_equal(sent[victim.last_kernel][~pruned], g[victim.last_kernel][~pruned])
@@ -275,13 +296,14 @@ def test_dp_sgd_clips_each_example_not_their_sum():
     params = {k: jnp.asarray(rng.normal(size=s), jnp.float32) for k, s in (("w1", (5, 4)), ("b1", (5,)), ("w2", (3, 5)))}
     x, y = jnp.asarray(rng.normal(size=(6, 2, 2, 1)), jnp.float32), jnp.asarray(rng.integers(0, 3, 6))
     expected = 0
-    for image, label in zip(x, y, strict=True):
-        g = flat(jax.grad(loss)(params, image, label))
+    for image, label in zip(np.asarray(x), np.asarray(y), strict=True):
+        g = flat(gradient_of(params, image, label))
         expected = expected + g * min(1, 0.5 / np.linalg.norm(g)) / 6
-    quiet = dp_sgd_gradient(jax.random.key(0), loss, params, x, y, 0.5, 0.0)
+    sgd = lambda key, noise: dp_sgd_gradient(key, loss, params, x, y, 0.5, noise)
+    quiet = jax.jit(sgd)(jax.random.key(0), 0.0)
     np.testing.assert_allclose(flat(quiet), expected, atol=1e-6)
-    noisy = jax.vmap(lambda k: dp_sgd_gradient(k, loss, params, x, y, 0.5, 2.0))(jax.random.split(jax.random.key(1), 2000))
-    spread = np.concatenate([np.reshape(a, (2000, -1)).std(0) for a in jax.tree.leaves(noisy)])
+    noisy = jax.jit(jax.vmap(lambda k: sgd(k, 2.0)))(jax.random.split(jax.random.key(1), 2000))
+    spread = np.concatenate([a.reshape(2000, -1).std(0) for a in jax.tree.leaves(jax.device_get(noisy))])
     np.testing.assert_allclose(spread, 2.0 / 6, rtol=0.1)
 
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import QUICK_RUN
 
 from gdiff_jax import GradientMatching, Schedule, dps_sample, dsg_sample, l2, squared_l2, unguided_sample
 from gdiff_jax.samplers import base, dps_step
@@ -32,7 +33,8 @@ def matching(matrix: np.ndarray, leak: np.ndarray, distance=l2) -> GradientMatch
 def draw(sample: Callable[[jax.Array], jax.Array], seed: int = 0) -> np.ndarray:
     """(NUM_KEYS, n) images of as many keys, float64."""
     keys = jax.random.split(jax.random.key(seed), NUM_KEYS)
-    return np.asarray(jax.jit(jax.vmap(sample))(keys), np.float64).reshape(NUM_KEYS, -1)
+    fast = jax.jit(jax.vmap(sample), compiler_options=QUICK_RUN)
+    return np.asarray(fast(keys), np.float64).reshape(NUM_KEYS, -1)
 
 
 def assert_moments(samples: np.ndarray, mean: np.ndarray, cov: np.ndarray, bias: float = 0.0) -> None:

@@ -293,23 +293,23 @@ def reconstruct(name: str, key: jax.Array, denoise, params, image: jax.Array, la
     return SAMPLERS[name](key_sample, denoise, match, schedule, image.shape)
 
 
-@pytest.mark.parametrize(("name", "chunks"), [pytest.param("dps", (16, 1), marks=pytest.mark.long), ("dsg every 3rd", (1,))])
+@pytest.mark.parametrize(("name", "chunks"), [pytest.param("dps", (4, 1), marks=pytest.mark.long), ("dsg every 3rd", (1,))])
 def test_a_trial_does_not_depend_on_its_neighbours(tiny_unet, random_params, name: str, chunks: tuple[int, ...]) -> None:
-    """Alone or in chunks of 16 as among 64: equal to 1e-4 after ten steps with a U-Net (sums in another order, no more)."""
+    """Alone or in chunks of 4 as among 16: equal to 1e-4 after ten steps with a U-Net (sums in another order, no more)."""
     schedule, params = Schedule.create(num_steps=10), random_params(VICTIM)
-    images = jax.random.uniform(jax.random.key(1), (64, 8, 8, 1), minval=-1)
-    labels = jnp.arange(64) % 3
+    images = np.random.default_rng(1).uniform(-1, 1, (16, 8, 8, 1)).astype(np.float32)
+    labels = np.arange(16) % 3
     batch = jax.vmap(functools.partial(reconstruct, name), in_axes=(0, None, None, 0, 0, None))
     run = jax.jit(batch, compiler_options=QUICK_COMPILE)
 
     def trials(rows: slice):
-        keys = jax.random.split(jax.random.key(2), 64)[rows]
+        keys = jax.random.split(jax.random.key(2), 16)[rows]
         return jax.device_get(run(keys, tiny_unet, params, images[rows], labels[rows], schedule))
 
-    image, trace = trials(slice(64))
+    image, trace = trials(slice(16))
     assert np.all(np.std(image, axis=0) > 0.1)  # trials differ
     for chunk in chunks:
-        rows = slice(32, 32 + chunk)
+        rows = slice(8, 8 + chunk)
         other_image, other_trace = trials(rows)
         np.testing.assert_allclose(other_image, image[rows], atol=1e-4)
         np.testing.assert_allclose(other_trace.distance, trace.distance[rows], rtol=1e-4)

@@ -1,17 +1,22 @@
 """The three studies by their commands, on a tiny prior; their statistics by hand."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
+from tiny import command_of, ended, run_command, script
 
-from experiments import calibration_report, noise_study, vulnerability_outcomes, vulnerability_report
+from experiments import (
+    calibration_report,
+    calibration_study,
+    noise_study,
+    vulnerability,
+    vulnerability_outcomes,
+    vulnerability_report,
+)
 from experiments.calibration_study import CalibrationConfig, with_attacks
 from experiments.vulnerability_config import VulnerabilityConfig
 from experiments.vulnerability_theory import PriorKnowledge
@@ -21,20 +26,14 @@ from gdiff_jax.mechanisms.text import parse
 from gdiff_jax.sweeping import inputs
 from gdiff_jax.sweeping.records import Store
 
-ROOT = Path(__file__).parents[2]
+
+def flags_of(prior, out):
+    inputs = [f"--prior={prior}/prior", f"--images={prior}/images.npz"]
+    return [*inputs, "--steps=4", f"--out={out}", "--batch=2", "--num_images=2"]
 
 
 def run(script, prior, out, *flags):
-    common = [
-        f"--prior={prior}/prior",
-        f"--images={prior}/images.npz",
-        "--steps=4",
-        f"--out={out}",
-        "--batch=2",
-        "--num_images=2",
-    ]
-    command = [sys.executable, str(ROOT / "experiments" / script), *common, *flags]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    return run_command([*command_of(script), *flags_of(prior, out), *flags])
 
 
 VULNERABILITY = (
@@ -89,24 +88,25 @@ def test_the_study_of_noise(tiny_prior, tmp_path):
     assert (tmp_path / "out" / "noise_study.png").stat().st_size > 10_000
 
 
+VULNERABILITY_STUDY = script(VulnerabilityConfig(), vulnerability.main)
+NOISE_STUDY = script(noise_study.NoiseConfig(), noise_study.main)
 BAD = [
-    ("vulnerability.py", "--victims=mlp,lenet,cnn", "at least 4"),
-    ("vulnerability.py", "--probes=1", "--probes 1"),
-    ("vulnerability.py", "--trained=mlp", "train_victim.py"),
-    ("noise_study.py", "--defences=gaussian", "adds noise"),
-    ("noise_study.py", "--defences=topk:2", "--defences: mechanism 'topk:2'"),
-    ("noise_study.py", "--sigma_grid=", "--sigma_grid '' must be non-empty"),
-    ("noise_study.py", "--clients=0", "--clients 0"),
-    ("noise_study.py", "--clients=7", "7"),
+    (VULNERABILITY_STUDY, "--victims=mlp,lenet,cnn", "at least 4"),
+    (VULNERABILITY_STUDY, "--probes=1", "--probes 1"),
+    (VULNERABILITY_STUDY, "--trained=mlp", "train_victim.py"),
+    (NOISE_STUDY, "--defences=gaussian", "adds noise"),
+    (NOISE_STUDY, "--defences=topk:2", "--defences: mechanism 'topk:2'"),
+    (NOISE_STUDY, "--sigma_grid=", "--sigma_grid '' must be non-empty"),
+    (NOISE_STUDY, "--clients=0", "--clients 0"),
+    (NOISE_STUDY, "--clients=7", "7"),
 ]
 
 
-@pytest.mark.long
-@pytest.mark.parametrize(("script", "flag", "value"), BAD)
-def test_bad_input_ends_with_one_line(tiny_prior, tmp_path, script, flag, value):
-    result = run(script, tiny_prior, tmp_path / "out", flag)
-    assert (result.returncode, len(result.stderr.strip().splitlines())) == (2, 1)
-    assert value in result.stderr
+@pytest.mark.parametrize(("study", "flag", "value"), BAD)
+def test_bad_input_ends_with_one_line(tiny_prior, tmp_path, study, flag, value, monkeypatch, capsys):
+    assert ended(study, monkeypatch, *flags_of(tiny_prior, tmp_path / "out"), flag) == 2
+    (said,) = capsys.readouterr().err.strip().splitlines()
+    assert value in said
     assert not (tmp_path / "out").exists()
 
 
@@ -125,14 +125,15 @@ def test_rank_correlation_and_its_interval():
     assert np.isnan(vulnerability_outcomes.spearman(np.ones(9), x[:9])[0])
 
 
-def test_utility_by_hand():
+def test_utility_by_hand(random_params):
     """Of top-k over three clients, from single gradients."""
     victim = victims.mlp((16, 16, 3), 10, widths=(8,))
-    params = victim.init(jax.random.key(0))
+    params = random_params(victim)
     rng = np.random.default_rng(0)
     x, y = jnp.asarray(rng.uniform(-1, 1, (3, 16, 16, 3)), jnp.float32), jnp.array([1, 2, 3])
-    gradients = [jax.grad(victim.loss)(params, a, b) for a, b in zip(x, y, strict=True)]
-    vectors = np.stack([np.concatenate([np.ravel(v) for v in jax.tree.leaves(g)]) for g in gradients])
+    gradient = jax.jit(jax.grad(victim.loss))
+    gradients = [jax.device_get(gradient(params, a, b)) for a, b in zip(x, y, strict=True)]
+    vectors = np.stack([np.concatenate([v.ravel() for v in jax.tree.leaves(g)]) for g in gradients])
     kept = np.where(np.abs(vectors) >= np.sort(np.abs(vectors), axis=1)[:, [-round(0.1 * vectors.shape[1])]], vectors, 0)
     a, b = vectors.mean(0), kept.mean(0)
     at = noise_study.utility(jax.random.key(0), parse("topk:0.1"), victim, params, x, y)
@@ -209,8 +210,7 @@ def test_the_study_of_calibration(tiny_prior, tmp_path):
     summary = (tmp_path / "out" / "summary.md").read_text()
     assert "calibrated-mean at its worst is within" in summary
     again = ["--trials=" + str(tmp_path / "out" / "trials.csv"), f"--out={tmp_path}/again"]
-    command = [sys.executable, str(ROOT / "experiments" / "calibration_study.py"), *again]
-    assert subprocess.run(command, capture_output=True, check=False).returncode == 0
+    assert run_command([*command_of("calibration_study.py"), *again]).returncode == 0
     assert (tmp_path / "again" / "summary.md").read_text().split("\n\n", 1)[1] == summary.split("\n\n", 1)[1]
     for name in ("trials.csv", "calibration.png"):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
@@ -272,7 +272,6 @@ def test_trials_of_unlike_studies_are_refused():
             calibration_report.check_complete(found)
 
 
-@pytest.mark.long
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -283,8 +282,8 @@ def test_trials_of_unlike_studies_are_refused():
         (["--trials=nothing.csv"], "nothing.csv is no trials.csv"),
     ],
 )
-def test_what_the_study_of_calibration_refuses(tiny_prior, tmp_path, flags, message):
-    result = run("calibration_study.py", tiny_prior, tmp_path / "out", *flags)
-    assert result.returncode != 0
-    assert message in result.stderr
+def test_what_the_study_of_calibration_refuses(tiny_prior, tmp_path, flags, message, monkeypatch, capsys):
+    study = script(CalibrationConfig(), calibration_study.main)
+    assert ended(study, monkeypatch, *flags_of(tiny_prior, tmp_path / "out"), *flags) in (1, 2)
+    assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

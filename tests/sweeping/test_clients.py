@@ -7,11 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_trials import MECHANISMS, told_apart
-from tiny import attack_once, attacks_of, config, plain_plan, plan_of, run_in_memory, run_in_process, scores, to_folder
+from tiny import attack_once, attacks_of, config, plain_plan, run_in_memory, run_in_process, scores
 
 import gdiff_jax as gd
 from gdiff_jax.methods import DLG, METHODS, Method
-from gdiff_jax.options import replace
 from gdiff_jax.problem import Info
 from gdiff_jax.pytrees import pytree, static
 from gdiff_jax.sweeping import comparison
@@ -107,8 +106,8 @@ CLIENTS = [
 ]
 
 
-def client_plan(tiny_prior, changes, make=plan_of):
-    return make(tiny_prior, **(dict(methods=("dsg",), num_images=1, sigma_grid=(0.0,)) | SHORT | changes))
+def client_plan(tiny_prior, changes):
+    return plain_plan(tiny_prior, **(dict(methods=("dsg",), num_images=1, sigma_grid=(0.0,)) | SHORT | changes))
 
 
 def is_attacked(plan, rows):
@@ -121,7 +120,7 @@ def is_attacked(plan, rows):
 @pytest.mark.parametrize("changes", [changes for changes, _ in CLIENTS[1:3]], ids=lambda x: str(x)[:50])
 def test_clients_of_several_steps_are_attacked(tiny_prior, changes):
     """By one who guesses rate and labels, and by one who knows both of a group in batches."""
-    plan = client_plan(tiny_prior, changes, plain_plan)
+    plan = client_plan(tiny_prior, changes)
     is_attacked(plan, attack_once(plan)[0])
 
 
@@ -177,7 +176,9 @@ def test_the_distance_of_joint_labels_is_at_the_label_that_was_found(tiny_prior,
 
 @long
 def test_guidance_at_x0hat_runs(tiny_prior):
-    rows, _ = run_in_memory(plan_of(tiny_prior, through_prior=False, methods=("dsg", "dps"), num_images=1, sigma_grid=(0.0,)))
+    rows, _ = run_in_memory(
+        plain_plan(tiny_prior, through_prior=False, methods=("dsg", "dps"), num_images=1, sigma_grid=(0.0,))
+    )
     assert all(np.isfinite(row["psnr"]) for row in rows)
 
 
@@ -195,8 +196,11 @@ def test_calibrated_methods_take_groups_and_leave_their_own_trace(tiny_prior, me
 @long
 def test_every_mechanism_runs_and_is_told_in_the_summary(tiny_prior, tmp_path):
     """All in one sweep; those without noise once; the aware attacker is at distance 0 from the truth where there is none."""
-    c = config(tiny_prior, tmp_path / "a", mechanisms=MECHANISMS, methods=("dsg",), num_images=1, sigma_grid=(0.1,), steps=2)
-    rows = {r["mechanism"]: r for r in attacks_of(run_in_process(c))}
+    asked = dict(methods=("dsg",), num_images=1, sigma_grid=(0.1,), steps=2)
+    run = lambda folder, **c: run_in_process(
+        config(tiny_prior, tmp_path / folder, **asked, **c), plain_plan(tiny_prior, **asked, **c)
+    )
+    rows = {r["mechanism"]: r for r in attacks_of(run("a", mechanisms=MECHANISMS))}
     assert {k: r["sigma"] for k, r in rows.items()} == {t: 0.1 if "+" in t else 0.0 for t in MECHANISMS}
     told_apart(rows)
     assert all(r["adaptive"] for r in rows.values())
@@ -204,7 +208,6 @@ def test_every_mechanism_runs_and_is_told_in_the_summary(tiny_prior, tmp_path):
     assert "which it matches through" in summary
     for reason in ("none: no noise", "none: no clipping", "none: uniform noise"):
         assert reason in summary
-    unaware = replace(to_folder(c, tmp_path / "b"), mechanisms=("clip:0.1",), adaptive=False)
-    other = {r["mechanism"]: r for r in attacks_of(run_in_process(unaware))}
+    other = {r["mechanism"]: r for r in attacks_of(run("b", mechanisms=("clip:0.1",), adaptive=False))}
     assert other["clip:0.1"]["adaptive"] is False
     assert "The mechanism is not known: the leak is taken for the gradient" in (tmp_path / "b" / "summary.md").read_text()

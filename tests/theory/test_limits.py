@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import QUICK_RUN
 
 from gdiff_jax import GradientMatching, Schedule, dps_sample, dsg_sample, l2, squared_l2
 from gdiff_jax.samplers import base, dps_step
@@ -71,7 +72,7 @@ def attacks(gaussian, bed):
     leaks = jnp.asarray(leak[:TRIALS], jnp.float32)
     for name, sample in samplers.items():
         keys = jax.random.split(jax.random.key(3), TRIALS)
-        found = jax.jit(jax.vmap(lambda k, g, s=sample: s(k, g)[0]))(keys, leaks)
+        found = jax.jit(jax.vmap(lambda k, g, s=sample: s(k, g)[0]), compiler_options=QUICK_RUN)(keys, leaks)
         yield name, np.asarray(found, np.float64).reshape(TRIALS, 6)
 
 
@@ -104,7 +105,7 @@ def test_mean_of_exact_likelihood_samples_is_the_closed_form_and_reaches_the_lim
         return base.reverse(key, step, schedule, SHAPE)[0]
 
     few, draws = 6, 400
-    run = jax.jit(jax.vmap(jax.vmap(sample, (0, None)), (None, 0)))
+    run = jax.jit(jax.vmap(jax.vmap(sample, (0, None)), (None, 0)), compiler_options=QUICK_RUN)
     leaks = jnp.asarray(np.einsum("tij,nj->nti", w, leak[:few]), jnp.float32)
     samples = np.asarray(run(jax.random.split(jax.random.key(5), draws), leaks), np.float64).reshape(few, draws, 6)
     closed = posterior_mean(bed)[:few]
@@ -160,7 +161,8 @@ def test_jensen_gap_in_closed_form_and_between_its_bounds(gaussian, bed, i):
     x_t = np.sqrt(abar) * truth[0] + np.sqrt(1 - abar) * np.random.default_rng(2).normal(size=6)
     given = np.linalg.inv(np.linalg.inv(c) + abar / (1 - abar) * np.eye(6))
     f = Squared(jnp.asarray(matrix, jnp.float32), jnp.asarray(leak[0], jnp.float32))
-    draw = jax.jit(jensen.draw_given, static_argnames=("i", "samples", "clip", "batch"))
+    static = ("i", "samples", "clip", "batch")
+    draw = jax.jit(jensen.draw_given, static_argnames=static, compiler_options=QUICK_RUN)
     start, n = jnp.asarray(x_t, jnp.float32).reshape(SHAPE), 8000
     hat, x0 = draw(jax.random.key(1), gaussian, schedule, start, i=i, samples=n, clip=False, batch=n)
     expected = m + np.sqrt(abar) * c @ np.linalg.solve(abar * c + (1 - abar) * np.eye(6), x_t - np.sqrt(abar) * m)

@@ -30,12 +30,21 @@ def normal(*shape):
     return jnp.asarray(RNG.normal(size=shape))
 
 
+# Compiled whole, and once for the tests of one program.
+value_of = quick_jit(lambda match, x: match(x))
+value_and_grad = quick_jit(lambda match, x: jax.value_and_grad(match)(x))
+loss_and_gradient = quick_jit(lambda loss, *a: jax.value_and_grad(loss)(*a), static_argnums=0)
+gradient_of = quick_jit(victim_gradient, static_argnums=0)
+
+
 @functools.cache
 def example(name, single=False):
     """Parameters of which none is zero, three images and labels, and the statistics of those images; float64."""
     victim = VICTIMS[name]
     params = {
-        n: float(n.endswith("scale")) + normal(*s) / (max(1, np.prod(s[:-1])) ** 0.5 if n.endswith("kernel") else 5)
+        n: jnp.asarray(
+            n.endswith("scale") + RNG.normal(size=s) / (max(1, np.prod(s[:-1])) ** 0.5 if n.endswith("kernel") else 5)
+        )
         for n, s in modules.param_shapes(victim).items()
     }
     x, y = normal(3, 6, 6, 2), jnp.array([1, 3, 0])
@@ -47,16 +56,18 @@ def match_of(name, loss):
     """The objective of an attack with this loss on the client's own gradient, and a candidate."""
     victim, params, x, y, statistics = example(name)
     label = y if loss == "loss" else (y, statistics)
-    leak = quick_jit(functools.partial(victim_gradient, victim.loss))(params, x, y)
-    return GradientMatching(params, label, leak, getattr(victim, loss)), 0.7 * x + 0.3 * normal(*x.shape)
+    leak = gradient_of(victim.loss, params, x, y)
+    return GradientMatching(params, label, leak, getattr(victim, loss)), jnp.asarray(
+        0.7 * np.asarray(x) + 0.3 * RNG.normal(size=x.shape)
+    )
 
 
 def largest(tree):
-    return max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(tree))
+    return max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(jax.device_get(tree)))
 
 
 def difference(a, b):
-    return largest(jax.tree.map(jnp.subtract, a, b))
+    return largest(jax.tree.map(np.subtract, jax.device_get(a), jax.device_get(b)))
 
 
 # The layer
@@ -107,8 +118,9 @@ def test_group_norm_stays_what_it_was_and_has_the_weights_of_batch_norm():
         for name in inits[0]:
             np.testing.assert_array_equal(params[name], inits[0][name])
     x = normal(2, 6, 6, 2).astype(jnp.float32)
-    np.testing.assert_array_equal(true.logits(inits[1], x), group.logits(inits[1], x))
-    assert np.abs(batch.logits(inits[1], x) - group.logits(inits[1], x)).max() > 1e-3
+    of_true, of_group, of_batch = (np.asarray(quick_jit(v.logits)(inits[1], x)) for v in (true, group, batch))
+    np.testing.assert_array_equal(of_true, of_group)
+    assert np.abs(of_batch - of_group).max() > 1e-3
     assert modules.param_shapes(resnet(norm="batch")) == modules.param_shapes(resnet())
 
 
@@ -160,7 +172,7 @@ def test_statistics_are_those_of_the_layers_inputs():
 def test_known_statistics_give_the_clients_gradient_at_the_private_batch(name, single):
     """And at another batch with them not that batch's own."""
     victim, params, x, y, statistics = example(name, single)
-    run = quick_jit(lambda loss, *a: jax.value_and_grad(loss)(*a), static_argnums=0)
+    run = loss_and_gradient
     value, gradient = run(victim.loss, params, x, y)
     known_value, known = run(victim.loss_known_statistics, params, x, (y, statistics))
     np.testing.assert_allclose(known_value, value, rtol=1e-12)
@@ -175,7 +187,7 @@ def test_known_statistics_give_the_clients_gradient_at_the_private_batch(name, s
 @every
 def test_replaced_statistics_give_the_value_but_not_the_gradient(name):
     victim, params, x, y, statistics = example(name)
-    run = quick_jit(lambda loss, *a: jax.value_and_grad(loss)(*a), static_argnums=0)
+    run = loss_and_gradient
     value, gradient = run(victim.loss, params, x, y)
     replaced_value, replaced = run(victim.loss_replaced_statistics, params, x, (y, statistics))
     np.testing.assert_allclose(replaced_value, value, rtol=1e-12)
@@ -193,7 +205,7 @@ def test_values_of_both_follow_the_given_statistics_and_not_the_candidates(name)
     np.testing.assert_allclose(known, replaced(params, other, (y, statistics)), rtol=1e-12)
     singles = [replaced(params, other[i], (y[i], statistics)) for i in range(3)]
     np.testing.assert_allclose(known, np.mean(singles), rtol=1e-12)
-    assert abs(known - victim.loss(params, other, y)) > 1e-3
+    assert abs(known - quick_jit(victim.loss)(params, other, y)) > 1e-3
 
 
 @x64
@@ -202,7 +214,7 @@ def test_values_of_both_follow_the_given_statistics_and_not_the_candidates(name)
 def test_gradient_of_the_objective_is_that_of_double_reverse(name, loss):
     match, x = match_of(name, loss)
     double = lambda m, x: m.distance(jax.grad(m.loss)(m.params, x, m.label), m.leak)
-    value, grad = quick_jit(lambda m, x: jax.value_and_grad(m)(x))(match, x)
+    value, grad = value_and_grad(match, x)
     expected_value, expected = quick_jit(lambda m, x: jax.value_and_grad(double, argnums=1)(m, x))(match, x)
     assert np.linalg.norm(expected) > 1e-4
     np.testing.assert_allclose(value, expected_value, rtol=1e-11)
@@ -230,8 +242,8 @@ def test_gradient_of_the_objective_is_that_of_central_differences(loss):
 def test_the_objective_is_zero_at_the_truth_unless_statistics_are_replaced(name):
     for loss in LOSSES:
         match, candidate = match_of(name, loss)
-        at_truth = float(quick_jit(lambda m, x: m(x))(match, example(name)[2]))
-        elsewhere = float(quick_jit(lambda m, x: m(x))(match, candidate))
+        at_truth = float(value_of(match, example(name)[2]))
+        elsewhere = float(value_of(match, candidate))
         if loss == "loss_replaced_statistics":
             assert at_truth > 1e-2
         else:
@@ -244,9 +256,10 @@ def test_the_objective_is_zero_at_the_truth_unless_statistics_are_replaced(name)
 def test_vmap_over_trials_equals_one_at_a_time(loss):
     """Trials with leaks, statistics and candidates of their own; nothing of a trial is kept in the network."""
     match, x = match_of("cnn", loss)
-    two = jax.tree.map(lambda a: jnp.stack([a, 1.2 * a if jnp.issubdtype(a.dtype, jnp.floating) else a]), match)
-    starts = jnp.stack([x, 0.9 * x])
-    run = quick_jit(lambda m, x: jax.value_and_grad(m)(x))
+    match, x = jax.device_get((match, x))
+    two = jax.tree.map(lambda a: np.stack([a, 1.2 * a if a.dtype.kind == "f" else a]), match)
+    starts = np.stack([x, 0.9 * x])
+    run = value_and_grad
     values, grads = quick_jit(jax.vmap(lambda m, x: jax.value_and_grad(m)(x)))(two, starts)
     assert abs(values[0] - values[1]) > 1e-3
     for i in range(2):
@@ -259,8 +272,8 @@ def test_vmap_over_trials_equals_one_at_a_time(loss):
 def test_a_client_of_several_steps_takes_the_batchs_statistics_in_each():
     victim, params, x, y, _ = example("cnn")
     client = LocalSGD(0.1, 2)
-    match = GradientMatching(params, y, client(victim.loss, params, x, y), victim.loss, client=client)
-    run = quick_jit(lambda m, x: jax.value_and_grad(m)(x))
+    leak = quick_jit(lambda params, x, y: client(victim.loss, params, x, y))(params, x, y)
+    match, run = GradientMatching(params, y, leak, victim.loss, client=client), value_and_grad
     value, grad = run(match, x + 0.3 * normal(*x.shape))
     assert value > 1e-2
     assert 1e-3 < np.linalg.norm(grad) < np.inf
@@ -298,17 +311,16 @@ def test_probabilities_for_labels():
     loss = quick_jit(victim.loss)
     np.testing.assert_allclose(loss(params, x, onehot), loss(params, x, y), rtol=1e-12)
     soft = jnp.full_like(onehot, 0.25)
-    log_p = jax.nn.log_softmax(victim.logits(params, x))
+    log_p = quick_jit(lambda params, x: jax.nn.log_softmax(victim.logits(params, x)))(params, x)
     np.testing.assert_allclose(loss(params, x, soft), -log_p.mean(), rtol=1e-12)
     single = loss(params, x[0], onehot[0])
     np.testing.assert_allclose(single, loss(params, x[0], y[0]), rtol=1e-12)
 
     joint = lambda params, pair, _: victim.loss(params, pair[0], jax.nn.softmax(pair[1]))
-    leak = quick_jit(functools.partial(victim_gradient, victim.loss))(params, x, y)
-    match = GradientMatching(params, None, leak, joint)
+    match = GradientMatching(params, None, gradient_of(victim.loss, params, x, y), joint)
     pair, h = (x + 0.1, normal(3, 4)), 1e-5
     along = (normal(*x.shape), normal(3, 4))
-    run = quick_jit(lambda m, pair: jax.value_and_grad(m)(pair))
+    run = value_and_grad
     grad = run(match, pair)[1]
     ahead, behind = (run(match, jax.tree.map(lambda a, e, s=s: a + s * h * e, pair, along))[0] for s in (1, -1))
     expected = sum(jnp.vdot(g, e) for g, e in zip(grad, along, strict=True))
