@@ -189,7 +189,7 @@ def _not_solvable(problem: Problem) -> str:
     batch = len(problem.shape) != 3
     if batch and problem.first_dense is None:
         return "the leak is of several images, which only a first layer that is dense gives away"
-    if problem.match.client is not None:
+    if problem.match.client is not None and not batch:  # of a batch the first steps' deltas are nearly those of the last
         return "the leak is an update of several local steps"
     if (mechanism := problem.match.mechanism) is not None and (name := _compressed(mechanism)):
         return f"the mechanism changes more of the gradient than its length ({name})"
