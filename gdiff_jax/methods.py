@@ -14,10 +14,11 @@ import jax
 import jax.numpy as jnp
 
 from gdiff_jax import attacks, samplers
+from gdiff_jax.analytic_mean import AnalyticMean, first_dense_of
 from gdiff_jax.attacks.analytic import LayerInput
 from gdiff_jax.auto import Auto
-from gdiff_jax.first_dense import FirstDense
-from gdiff_jax.matching import as_compared, cosine, released, squared_l2
+from gdiff_jax.expected_masks import ExpectedMasks
+from gdiff_jax.matching import cosine, squared_l2
 from gdiff_jax.problem import Info, Method, Outcome, Problem
 from gdiff_jax.pytrees import pytree, static
 from gdiff_jax.samplers.base import Signal, Start
@@ -35,6 +36,7 @@ __all__ = [
     "AnalyticMean",
     "Auto",
     "CalibratedDSG",
+    "ExpectedMasks",
     "Info",
     "InvertingGradients",
     "MeanOfChains",
@@ -201,14 +203,8 @@ class InvertingGradients(Method):
         return image, Info(trace, problem.outcome(image))
 
 
-def _first_dense(problem: Problem) -> FirstDense:
-    if problem.first_dense is None:
-        raise ValueError("this problem's victim has no first dense layer that sees the whole image; take another method")
-    return problem.first_dense
-
-
 def _layer_input(problem: Problem) -> LayerInput:
-    return attacks.read_first_dense(_first_dense(problem), problem.match.leak, problem.shape)
+    return attacks.read_first_dense(first_dense_of(problem), problem.match.leak, problem.shape)
 
 
 @pytree
@@ -246,33 +242,6 @@ class AnalyticDSG(DSG):
         start = samplers.start_from(k_start, problem.schedule, layer_input.x, problem.sigma * layer_input.std)
         image, info = self.sample(k_sample, problem, start)
         return image, info._replace(outcome=problem.outcome(image, dead_layer=~jnp.isfinite(layer_input.std)))
-
-
-@pytree
-class AnalyticMean(Method):
-    """`samplers.rank_one_mean`: the image to be expected given a first dense layer's gradient, by a few calls of the prior."""
-
-    name: ClassVar[str] = "analytic-mean"
-    needs_first_dense: ClassVar[bool] = True
-    needs_noise: ClassVar[bool] = True
-
-    def describe(self) -> str:
-        return "the posterior mean of the analytic estimate"
-
-    def __call__(self, key: jax.Array, problem: Problem) -> tuple[jax.Array, Info]:
-        p, first = problem, _first_dense(problem)
-        match = dataclasses.replace(p.match, weights=None)
-
-        def delta(x: jax.Array) -> jax.Array:
-            gradient = released(match.client, match.loss, match.params, x, match.label)
-            return as_compared(match, gradient)[first.bias]
-
-        numbers = {k: jnp.asarray(v).reshape(1, 1, -1) for k in ("scale", "shift") if (v := getattr(first, k)) is not None}
-        leak = samplers.RankOne(match.leak[first.kernel], match.leak[first.bias], p.sigma, **numbers)
-        image, trace = samplers.rank_one_mean(
-            key, p.denoise, p.schedule, leak, delta, match.in_l2(), p.expected_image, clip=p.clip, truth=p.truth
-        )
-        return image, Info(trace, p.outcome(image))
 
 
 # The one list of them, with their default options, by name.

@@ -1,12 +1,14 @@
 """What is solved is not searched for, and what is searched for is kept only where it is closer."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import gdiff_jax as gd
-from gdiff_jax.auto import Auto
+from gdiff_jax.auto import Auto, _preferred
 from gdiff_jax.methods import DSG
 from gdiff_jax.problem import Outcome, Problem
 from gdiff_jax.pytrees import pytree
@@ -95,7 +97,8 @@ def test_the_prior_fills_what_is_open():
     ("changes", "words"),
     [
         (dict(mechanism=gd.mechanisms.TopK(0.1)), "changes more of the gradient than its length"),
-        (dict(mechanism=gd.GaussianNoise(jnp.float32(0.1)), sigma=0.1), "under noise"),
+        (dict(mechanism=gd.GaussianNoise(jnp.float32(0.1)), sigma=0.1), "estimated by expected masks"),
+        (dict(sigma=0.1), "under noise nothing"),  # to who does not know the mechanism
         (dict(shape=(2, *SHAPE)), "several images"),
     ],
 )
@@ -108,3 +111,34 @@ def test_what_the_algebra_does_not_speak_of_is_said(changes, words):
 def test_it_is_not_traced():
     with pytest.raises(ValueError, match="call it outside jit"):
         jax.jit(lambda key, problem: AUTO(key, problem)[0])(key(), problem_of(mlp(SHAPE, CLASSES, widths=(16,))))
+
+
+def test_more_than_noise_decides():
+    """The squared distance of two images differs by more, or less, than as many pixels as there are fit of the noise."""
+    victim = mlp(SHAPE, CLASSES, widths=(16,))
+    other = jnp.clip(IMAGE + 0.3, -1, 1)
+    plain = problem_of(victim)
+    gain = float(plain.match(other)) ** 2 - float(plain.match(IMAGE)) ** 2
+    edge = (gain / IMAGE.size) ** 0.5
+    for sigma, kept in [(0.0, IMAGE), (0.9 * edge, IMAGE), (1.1 * edge, other)]:
+        problem = problem_of(victim, mechanism=gd.GaussianNoise(jnp.float32(sigma)), sigma=jnp.float32(sigma))
+        np.testing.assert_array_equal(_preferred(problem, other, IMAGE), kept)
+        np.testing.assert_array_equal(_preferred(problem, IMAGE, other), IMAGE)
+    np.testing.assert_array_equal(_preferred(plain, jnp.full(SHAPE, jnp.nan), other), other)
+    np.testing.assert_array_equal(_preferred(plain, other, jnp.full(SHAPE, jnp.nan)), other)
+
+
+@pytest.mark.parametrize(
+    "victim", [mlp(SHAPE, CLASSES, widths=(16,)), cnn(SHAPE, CLASSES, channels=(12, 24))], ids=["mlp", "cnn"]
+)
+def test_under_noise_structure_finds_more_than_a_search(victim):
+    """Of an image that the prior knows nothing of."""
+    sigma = jnp.float32(1e-4)
+    problem = problem_of(victim, mechanism=gd.GaussianNoise(sigma), sigma=sigma)
+    leaves, tree = jax.tree.flatten(problem.match.leak)
+    keys = jax.random.split(jax.random.key(9), len(leaves))
+    noisy = [g + sigma * jax.random.normal(k, g.shape) for g, k in zip(leaves, keys, strict=True)]
+    problem = dataclasses.replace(problem, match=dataclasses.replace(problem.match, leak=jax.tree.unflatten(tree, noisy)))
+    image, _ = AUTO(key(), problem)
+    searched, _ = DSG()(key(), problem)
+    assert jnp.square(image - IMAGE).mean() < 0.2 * jnp.square(searched - IMAGE).mean()

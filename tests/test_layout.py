@@ -14,7 +14,10 @@ FLOORS = (
     },
     {"mechanisms", "matching", "modules", "parallel", "tensor_files", "metrics", "federated"},
     {"victims", "priors"},
-    {"samplers", "attacks", "signal", "problem", "methods", "theory", "algebra", "auto"},
+    {
+        *("samplers", "attacks", "signal", "problem", "methods", "theory", "algebra"),
+        *("auto", "analytic_mean", "expected_masks"),
+    },
     {"sweeping", "training"},
     {"auditing"},
     {"commands"},
