@@ -38,7 +38,7 @@ _INLINED = {
 }
 
 
-def _flatten(closed: Any) -> tuple[list[Equation], dict[int, Any], list[int], list[int]]:
+def flatten(closed: Any) -> tuple[list[Equation], dict[int, Any], list[int], list[int]]:
     """Equations with calls inlined, values of constants by variable, the inputs and the outputs."""
     equations: list[Equation] = []
     constants: dict[int, Any] = {}
@@ -182,7 +182,7 @@ def find_chain(loss: Callable[..., jax.Array], params: Any, x: Any, y: Any) -> l
         return loss(params, x, y)
 
     closed = jax.make_jaxpr(of_flat)(leaves, x)
-    equations, constants, inputs, (out,) = _flatten(closed)
+    equations, constants, inputs, (out,) = flatten(closed)
     leaf = {variable: k for k, variable in enumerate(inputs[:-1])}
     image = inputs[-1]
 

@@ -1,0 +1,174 @@
+"""Gauss-Newton passes lower distance and error, stop at the noise, and are known to fit by the loss alone."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import gdiff_jax as gd
+from gdiff_jax.gauss_newton import GaussNewton, residual_of, smooth
+from gdiff_jax.matching import equal_layers
+from gdiff_jax.mechanisms import Chain, Clip, GaussianNoise
+from gdiff_jax.problem import Outcome, Problem
+from gdiff_jax.pytrees import pytree
+from gdiff_jax.schedule import make_betas
+from gdiff_jax.victims import VICTIMS, make_victim, mlp
+
+SHAPE, CLASSES, SIGMA = (8, 8, 3), 4, 2e-4
+IMAGE = jnp.asarray(0.5 * np.random.default_rng(0).normal(size=SHAPE).clip(-1.5, 1.5), jnp.float32)
+LABEL = jnp.asarray(2)
+NEAR = IMAGE + 0.2 * jax.random.normal(jax.random.key(5), SHAPE)
+
+
+@pytree
+class Exact:
+    """eps of pixels drawn from N(0, 0.5^2)."""
+
+    abar: jax.Array
+
+    def __call__(self, x_t, t):
+        return jnp.sqrt(1 - self.abar[t]) / (0.25 * self.abar[t] + 1 - self.abar[t]) * x_t, None
+
+
+PRIOR = Exact(jnp.asarray(np.cumprod(1 - make_betas()), jnp.float32))
+SCHEDULE = gd.Schedule.create(make_betas(), 8)
+
+
+@functools.cache
+def problem_of(mechanism=None, sigma=SIGMA):
+    """Of a tanh network whose gradient determines the image."""
+    victim = mlp(SHAPE, CLASSES, widths=(32,), activation=jax.nn.tanh)
+    params = victim.init(jax.random.key(1))
+    gradient = gd.victim_gradient(victim.loss, params, IMAGE, LABEL)
+    gradient = gradient if mechanism is None else mechanism.simulate(gradient, None)
+    leak = GaussianNoise(sigma)(jax.random.key(2), gradient)
+    match = gd.GradientMatching(params, LABEL, leak, victim.loss, mechanism=mechanism)
+    return Problem(PRIOR, SCHEDULE, match, jnp.zeros(SHAPE), sigma=jnp.float32(sigma), shape=SHAPE, truth=IMAGE)
+
+
+@functools.partial(jax.jit, static_argnames="passes")
+def refined(key, problem, image, passes=1):
+    return GaussNewton(passes).refine(key, problem, image)
+
+
+def error(x):
+    return float(jnp.square(x - IMAGE).mean())
+
+
+@pytest.mark.parametrize("clipped", [False, True])
+def test_it_lowers_the_distance_and_the_error(clipped):
+    mechanism = Chain((Clip(0.5), GaussianNoise(SIGMA))) if clipped else None
+    problem = problem_of(mechanism)
+    x = refined(jax.random.key(3), problem, NEAR)
+    assert problem.match(x) < 0.1 * problem.match(NEAR)
+    assert error(x) < 0.1 * error(NEAR)
+
+
+def test_the_residual_is_the_distance_without_weights():
+    match = problem_of(Chain((Clip(0.5), GaussianNoise(SIGMA)))).match
+    weighted = dataclasses.replace(match, weights=equal_layers(match.leak))
+    r = jnp.concatenate([a.ravel() for a in jax.tree.leaves(residual_of(weighted)(NEAR))])
+    np.testing.assert_allclose(jnp.linalg.norm(r), match(NEAR), rtol=1e-5)
+
+
+@pytest.mark.parametrize("sigma", [0.0, 1.0, 100.0])
+def test_it_is_never_farther_from_the_leak(sigma):
+    """Of a start that is the truth, or far off, and with noise that hides everything."""
+    problem = problem_of(sigma=sigma)
+    for start in (IMAGE, 3 * NEAR[::-1]):
+        x = refined(jax.random.key(4), problem, start)
+        assert problem.match(x) <= problem.match(start)
+        assert jnp.isfinite(x).all()
+
+
+def test_at_the_floor_of_the_noise_it_stops():
+    """The truth's own distance is about the floor: it is left once sigma is said to be a little larger, and bit by bit."""
+    problem = problem_of()
+    np.testing.assert_array_equal(refined(jax.random.key(3), dataclasses.replace(problem, sigma=1.1 * SIGMA), IMAGE), IMAGE)
+    moved = refined(jax.random.key(3), dataclasses.replace(problem, sigma=jnp.float32(0.1 * SIGMA)), NEAR)
+    assert not np.array_equal(moved, NEAR)
+
+
+def test_a_start_that_is_not_finite_is_returned():
+    broken = NEAR.at[0, 0, 0].set(jnp.nan)
+    np.testing.assert_array_equal(refined(jax.random.key(3), problem_of(), broken), broken)
+
+
+def test_trials_under_vmap_are_those_alone():
+    """Over keys, images and sigmas; one of them stops at once."""
+    problem, keys = problem_of(), jax.random.split(jax.random.key(6), 2)
+    starts, sigmas = jnp.stack([NEAR, IMAGE]), jnp.asarray([SIGMA, 1.1 * SIGMA])
+    run = lambda key, start, sigma: GaussNewton(2).refine(key, dataclasses.replace(problem, sigma=sigma), start)
+    both = jax.jit(jax.vmap(run))(keys, starts, sigmas)
+    for k in range(2):
+        np.testing.assert_allclose(both[k], jax.jit(run)(keys[k], starts[k], sigmas[k]), atol=2e-3)
+    np.testing.assert_array_equal(both[1], IMAGE)
+
+
+def test_called_alone_it_starts_at_the_expected_image():
+    problem = dataclasses.replace(problem_of(), expected_image=NEAR)
+    x, info = jax.jit(lambda key, problem: GaussNewton(1)(key, problem))(jax.random.key(3), problem)
+    np.testing.assert_allclose(x, refined(jax.random.key(3), problem, NEAR), atol=2e-3)
+    assert Outcome(int(info.outcome)) is Outcome.FINISHED
+    assert info.trace.x0_error[-1] < 0.1 * error(NEAR)
+
+
+def test_it_is_lowered_for_tpu():
+    problem = problem_of()
+    traced = jax.jit(lambda key, problem, x: GaussNewton().refine(key, problem, x)).trace(jax.random.key(0), problem, NEAR)
+    text = traced.lower(lowering_platforms=("tpu",)).as_text()
+    assert "f64" not in text
+    assert "custom_call" not in text
+
+
+def of(loss, params, label=LABEL, shape=SHAPE):
+    match = gd.GradientMatching(params, label, jax.tree.map(jnp.zeros_like, params), loss)
+    return Problem(PRIOR, SCHEDULE, match, jnp.zeros(SHAPE), shape=shape)
+
+
+def abstract(name):
+    victim = make_victim(name, SHAPE, CLASSES)
+    return of(victim.loss, jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(victim.init, jax.random.key(0))))
+
+
+@pytest.mark.parametrize("name", VICTIMS)
+def test_which_victims_are_smooth(name):
+    smooths = ("sigmoid", "tanh", "gelu", "vit")
+    assert smooth(abstract(name)) == any(word in name for word in smooths)
+
+
+def test_a_problem_of_several_images_or_steps_is_not():
+    problem = abstract("mlp-tanh")
+    assert not smooth(dataclasses.replace(problem, shape=(2, *SHAPE)))
+    client = gd.LocalSGD(0.1, 2)
+    assert not smooth(dataclasses.replace(problem, match=dataclasses.replace(problem.match, client=client)))
+
+
+ACTIVATIONS = {
+    "softplus": (jax.nn.softplus, True), "silu": (jax.nn.silu, True), "log_sigmoid": (jax.nn.log_sigmoid, True),
+    "exact gelu": (functools.partial(jax.nn.gelu, approximate=False), True),
+    "relu6": (jax.nn.relu6, False), "leaky": (jax.nn.leaky_relu, False), "hard": (jax.nn.hard_tanh, False),
+    "abs": (jnp.abs, False), "clip": (lambda x: jnp.clip(x, -1, 1), False), "sorted": (jnp.sort, False),
+    "in a loop": (lambda x: jax.lax.scan(lambda a, _: (jax.nn.relu(a), None), x, None, 2)[0], False),
+    "remat": (jax.checkpoint(jax.nn.relu), False), "smooth remat": (jax.checkpoint(jnp.tanh), True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_which_activations_are_smooth(name):
+    activation, expected = ACTIVATIONS[name]
+    loss = lambda p, x, y: jnp.square(activation(x.ravel() @ p)).sum()
+    assert smooth(of(loss, jnp.zeros((192, 3)))) == expected
+
+
+def test_a_kink_in_the_loss_itself_counts():
+    assert not smooth(of(lambda p, x, y: jnp.abs(jnp.tanh(x.ravel() @ p)).sum(), jnp.zeros((192, 3))))
+    assert not smooth(of(lambda p, x, y: jnp.abs(jnp.tanh(x.ravel() @ p)), jnp.zeros(192)))
+
+
+def test_a_kink_that_the_image_does_not_reach_does_not_count():
+    loss = lambda p, x, y: jnp.square(jnp.tanh(x.ravel() @ jnp.maximum(p, 0.0))).sum()
+    assert smooth(of(loss, jnp.zeros((192, 3))))
