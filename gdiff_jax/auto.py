@@ -11,6 +11,7 @@ import numpy as np
 from gdiff_jax import algebra, samplers
 from gdiff_jax.analytic_mean import AnalyticMean
 from gdiff_jax.expected_masks import ExpectedMasks, chain_of
+from gdiff_jax.gauss_newton import GaussNewton, smooth
 from gdiff_jax.matching import l2
 from gdiff_jax.mechanisms import Chain, Clip, GaussianNoise, LaplaceNoise, Mechanism, UniformNoise
 from gdiff_jax.problem import Info, Method, Problem
@@ -92,12 +93,13 @@ class Auto(Method):
     def after(self, key: jax.Array, problem: Problem, image: jax.Array, exact: jax.Array) -> tuple[jax.Array, Info]:
         """The candidate where it is exact; else the search, or what explains the leak better than that by more than noise.
 
-        Under noise that the attacker knows a first dense layer and a chain of ReLUs have methods of their own.
+        Under known noise a first dense layer, a chain of ReLUs and a smooth network have methods of their own.
         """
         x, info = self.search(key, problem)
         special = _under_noise(problem)
         if special is not None:
-            found, _ = special(jax.random.fold_in(key, 2), problem)
+            key = jax.random.fold_in(key, 2)
+            found = special.refine(key, problem, x) if isinstance(special, GaussNewton) else special(key, problem)[0]
             # Of a first dense layer the mean is known to err less than a search; of ReLUs the search is what fails least.
             x = _preferred(problem, found, x) if special.needs_first_dense else _preferred(problem, x, found)
         x = jnp.where(exact, image, _preferred(problem, x, image))
@@ -112,7 +114,9 @@ def _under_noise(problem: Problem) -> Method | None:
         return None
     if problem.first_dense is not None:
         return AnalyticMean()
-    return ExpectedMasks() if chain_of(problem) is not None else None
+    if chain_of(problem) is not None:
+        return ExpectedMasks()
+    return GaussNewton() if smooth(problem) else None
 
 
 def _preferred(problem: Problem, x: jax.Array, other: jax.Array) -> jax.Array:

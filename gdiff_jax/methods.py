@@ -18,6 +18,7 @@ from gdiff_jax.analytic_mean import AnalyticMean, first_dense_of
 from gdiff_jax.attacks.analytic import LayerInput
 from gdiff_jax.auto import Auto
 from gdiff_jax.expected_masks import ExpectedMasks
+from gdiff_jax.gauss_newton import GaussNewton
 from gdiff_jax.matching import cosine, squared_l2
 from gdiff_jax.problem import Info, Method, Outcome, Problem
 from gdiff_jax.pytrees import pytree, static
@@ -37,6 +38,7 @@ __all__ = [
     "Auto",
     "CalibratedDSG",
     "ExpectedMasks",
+    "GaussNewton",
     "Info",
     "InvertingGradients",
     "MeanOfChains",
