@@ -64,12 +64,7 @@ class Auto(Method):
         if why:
             return Candidate(nothing, False, f"only searched for: {why}")
         if float(problem.sigma) > 0 and len(problem.shape) == 3:
-            special = _under_noise(problem)
-            if special is None:
-                return Candidate(nothing, False, "only searched for: under noise nothing of this network is solved")
-            kept = "of both what explains the leak better by more than noise, else"
-            first = "the estimate" if special.needs_first_dense else "the search"
-            return Candidate(nothing, False, f"estimated by {special.describe()} and searched for; kept was {kept} {first}")
+            return _estimate(problem)
         match = problem.match
         if len(problem.shape) == 4:
             return _batch(problem)
@@ -96,16 +91,40 @@ class Auto(Method):
         Under known noise a first dense layer, a chain of ReLUs and a smooth network have methods of their own.
         """
         x, info = self.search(key, problem)
+        x = _preferred(problem, x, image)
         special = _under_noise(problem)
         if special is not None:
             key = jax.random.fold_in(key, 2)
             found = special.refine(key, problem, x) if isinstance(special, GaussNewton) else special(key, problem)[0]
             # Of a first dense layer the mean is known to err less than a search; of ReLUs the search is what fails least.
             x = _preferred(problem, found, x) if special.needs_first_dense else _preferred(problem, x, found)
-        x = jnp.where(exact, image, _preferred(problem, x, image))
+        x = jnp.where(exact, image, x)
         trace = info.trace  # a measured signal's fields are left out: a solved trial's trace has none
         steps = StepInfo(trace.distance, trace.guidance_norm, trace.x0_error)
         return x, Info(steps, problem.outcome(x))
+
+
+def _estimate(problem: Problem) -> Candidate:
+    """What the host makes of a noisy leak of one image: its tokens, where it gives them away."""
+    special, match = _under_noise(problem), problem.match
+    nothing = np.full(problem.shape, np.nan, np.float32)
+    if special is None:
+        return Candidate(nothing, False, "only searched for: under noise nothing of this network is solved")
+    kept = "of both what explains the leak better by more than noise, else"
+    first = "the estimate" if special.needs_first_dense else "the search"
+    words = f"estimated by {special.describe()} and searched for; kept was {kept} {first}"
+    if not isinstance(special, GaussNewton):
+        return Candidate(nothing, False, words)
+    expected = np.broadcast_to(problem.expected_image, problem.shape)
+    try:
+        image = algebra.image_of_tokens(
+            match.loss, match.params, match.leak, problem.shape, match.label, float(problem.sigma), expected
+        )
+    except Exception as error:  # a singular system: it is searched for then
+        return Candidate(nothing, False, f"{words}; its tokens could not be solved ({type(error).__name__})")
+    if image is None:
+        return Candidate(nothing, False, words)
+    return Candidate(image.astype(np.float32), False, f"{words}; beginning with its tokens where these explain more")
 
 
 def _under_noise(problem: Problem) -> Method | None:

@@ -3,5 +3,17 @@
 from gdiff_jax.algebra.batch import Batch, solve_batch
 from gdiff_jax.algebra.solve import Solution, solve
 from gdiff_jax.algebra.structure import Structure, explain, infer_label, last_bias, structure_of
+from gdiff_jax.algebra.tokens import image_of_tokens
 
-__all__ = ["Batch", "Solution", "Structure", "explain", "infer_label", "last_bias", "solve", "solve_batch", "structure_of"]
+__all__ = [
+    "Batch",
+    "Solution",
+    "Structure",
+    "explain",
+    "image_of_tokens",
+    "infer_label",
+    "last_bias",
+    "solve",
+    "solve_batch",
+    "structure_of",
+]

@@ -6,9 +6,17 @@ enters as A^T N': as if dL/dK had noise of variance sigma^2 (1 + E|a|^2), a an i
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+
+from gdiff_jax.algebra.layers import input_before, split_of
+from gdiff_jax.algebra.structure import Loss, entry_of, on_host, structure_of, wide
+from gdiff_jax.algebra.system import Level, system_of
+
+VARIANCE = 0.1  # of a pixel about the mean image, as `tokens_under_noise` takes it
 
 
 class Tokens(NamedTuple):
@@ -36,3 +44,37 @@ def tokens_under_noise(
     covariance = np.linalg.inv(delta @ delta.T / noise + np.eye(len(delta)) / variance)
     away = covariance @ (delta @ (gradient - mean.T @ delta).T / noise)
     return Tokens(mean + away, np.sqrt(np.diag(covariance)))
+
+
+def image_of_tokens(
+    loss: Loss, params: Any, leak: Any, image_shape: tuple[int, ...], y: Any, sigma: float, expected: np.ndarray
+) -> np.ndarray | None:
+    """The image (H, W, C) whose tokens a first layer's gradient gives away under noise; None where it gives none.
+
+    Args:
+      loss: `loss(params, x, y)` of one image; the layer is found in its jaxpr.
+      params: any pytree of float arrays.
+      leak: its gradient, with noise of standard deviation sigma > 0 in every entry.
+      image_shape: (H, W, C).
+      y: the label.
+      sigma: of the noise.
+      expected: (H, W, C), the mean of images one may expect.
+    """
+    y = jax.tree.map(jnp.asarray, y)
+    structure = structure_of(loss, params, image_shape, y)
+    with on_host():
+        leaves, gradient = wide((params, y)), wide(leak)
+        index, leaf = entry_of(structure, leaves) or (None, 0)
+        if index != 0:
+            return None
+        layer = structure.layers[0]
+        d = np.asarray(gradient[leaf]).reshape(layer.out_shape)
+        split = split_of(layer, leaves, jnp.asarray(d), set(structure.own))
+        if split is None:
+            return None
+        nothing = np.zeros(d.shape, bool)
+        system = system_of(layer, leaves, gradient, Level(0, np.zeros(d.shape), nothing, nothing, d, 1.0), split)
+        inputs = np.asarray(layer.prepared(jnp.asarray(expected, jnp.float64)))
+        mean = np.moveaxis(inputs, split.u_axis, -1).reshape(system.rows, system.channels)
+        found = tokens_under_noise(system.right.T, system.matrix.T, sigma, mean, VARIANCE)
+        return input_before(layer, system.as_input(found.tokens))
