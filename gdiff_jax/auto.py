@@ -71,8 +71,7 @@ class Auto(Method):
         try:
             solution = algebra.solve(match.loss, match.params, match.leak, problem.shape, match.label)
         except Exception as error:  # a stranger's loss may have no forward derivative: it is searched for then
-            text = " ".join(str(error).split())[:200]
-            return Candidate(nothing, False, f"only searched for: the algebra failed ({type(error).__name__}: {text})")
+            return _failed(problem, error)
         if solution.image is None:
             return Candidate(nothing, False, f"only searched for: {solution.steps[-1]}")
         image, words = solution.image, f"solved: {'; '.join(solution.steps)}; residual {solution.residual:.1e}"
@@ -151,6 +150,12 @@ def _preferred(problem: Problem, x: jax.Array, other: jax.Array) -> jax.Array:
     return jnp.where(better & jnp.isfinite(other).all(), other, x)
 
 
+def _failed(problem: Problem, error: Exception) -> Candidate:
+    text = " ".join(str(error).split())[:200]
+    words = f"only searched for: the algebra failed ({type(error).__name__}: {text})"
+    return Candidate(np.full(problem.shape, np.nan, np.float32), False, words)
+
+
 def _batch(problem: Problem) -> Candidate:
     """The images of a batch, by the algebra of its first dense layer; under noise each has errors, and is no explanation."""
     match, layer = problem.match, problem.first_dense
@@ -160,9 +165,7 @@ def _batch(problem: Problem) -> Candidate:
             match.loss, match.params, match.leak, problem.shape, match.label, layer, float(problem.sigma)
         )
     except Exception as error:  # as in `candidate`
-        text = " ".join(str(error).split())[:200]
-        nothing = np.full(problem.shape, np.nan, np.float32)
-        return Candidate(nothing, False, f"only searched for: the algebra failed ({type(error).__name__}: {text})")
+        return _failed(problem, error)
     if found.images is None:
         return Candidate(np.full(problem.shape, np.nan, np.float32), False, f"only searched for: {'; '.join(found.steps)}")
     images, words = jnp.asarray(found.images, jnp.float32), f"{'; '.join(found.steps)}; residual {found.residual:.1e}"

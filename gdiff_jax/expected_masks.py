@@ -14,8 +14,6 @@ from gdiff_jax.problem import Info, Method, Problem
 from gdiff_jax.pytrees import pytree, static
 from gdiff_jax.samplers.proximal import Residual
 
-ROUNDING = 1e-6  # deviation of a leak without noise, relative to the rms of its gradient
-
 
 @pytree
 class ExpectedMasks(Method):
@@ -40,8 +38,8 @@ class ExpectedMasks(Method):
         p, chain = problem, chain_of(problem)
         if chain is None:
             raise ValueError("this problem's network is no chain of affine layers and ReLUs of one image; take another method")
-        match = p.match
-        measured = lambda x, variance: _measured(chain, match, jnp.asarray(p.sigma), x, variance)
+        match, noise = p.match, p.noise()
+        measured = lambda x, variance: _measured(chain, match, noise, x, variance)
 
         def sample(key: jax.Array) -> tuple[jax.Array, samplers.ProximalInfo]:
             return samplers.proximal_sample(
@@ -63,7 +61,7 @@ def chain_of(problem: Problem) -> ReluChain | None:
 
 
 @at_full_precision
-def _measured(chain: ReluChain, match: GradientMatching, sigma: jax.Array, x: jax.Array, variance: jax.Array) -> Residual:
+def _measured(chain: ReluChain, match: GradientMatching, noise: jax.Array, x: jax.Array, variance: jax.Array) -> Residual:
     """The equations at an estimate, of the gradient before it was clipped, as far as the estimate tells by how much."""
     share = jnp.ones(())
     if match.mechanism is not None:
@@ -73,8 +71,6 @@ def _measured(chain: ReluChain, match: GradientMatching, sigma: jax.Array, x: ja
         share = l2(match.mechanism.simulate(gradient, match.leak), zero) / jnp.where(length > 0, length, 1.0)
         share = jnp.where(share > 0, share, 1.0)
     leak = [g / share for g in jax.tree.leaves(match.leak)]
-    size = jnp.sqrt(sum(jnp.vdot(g, g) for g in leak) / sum(g.size for g in leak))
-    noise = jnp.maximum(sigma / share, ROUNDING * size)
     leaves = jax.tree.leaves((match.params, match.label))
-    equations = equations_at(chain, leaves, leak, noise, x, variance)
+    equations = equations_at(chain, leaves, leak, noise / share, x, variance)
     return at_full_precision(residual_of(chain, leaves, leak, equations))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -15,13 +16,12 @@ from gdiff_jax import samplers
 from gdiff_jax.algebra.chain import flatten
 from gdiff_jax.algebra.links import Equation
 from gdiff_jax.jaxprs import equations
-from gdiff_jax.matching import GradientMatching, as_compared, at_full_precision, squared_l2, victim_gradient
+from gdiff_jax.matching import GradientMatching, as_compared, at_full_precision, victim_gradient
 from gdiff_jax.problem import Info, Method, Problem
 from gdiff_jax.pytrees import pytree, static
 from gdiff_jax.trace import StepInfo, x0_error
 
 RENOISED = 0.3  # standard deviation of the noise from which a pass takes its image up again [our choice, measured]
-ROUNDING = 1e-6  # deviation of a leak without noise, relative to the rms of its gradient
 # Of a value where it is not differentiable, or constant by pieces.
 _KINKS = {
     *(
@@ -71,7 +71,8 @@ class GaussNewton(Method):
         noise alone leaves, sigma sqrt(p) of p coordinates: below that it is the noise that is fitted.
         """
         p, distance = problem, problem.match.in_l2()
-        sigma, floor = _noise(p)
+        sigma = p.noise()
+        floor = sigma * math.sqrt(sum(g.size for g in jax.tree.leaves(p.match.leak)))
 
         def one(state: tuple[Any, jax.Array, jax.Array]) -> tuple[Any, jax.Array, jax.Array]:
             i, x, before = state
@@ -100,27 +101,26 @@ def residual_of(match: GradientMatching) -> Callable[[jax.Array], Any]:
     return residual
 
 
-def _noise(problem: Problem) -> tuple[jax.Array, jax.Array]:
-    """The deviation of a coordinate, that of rounding at least, and the distance that so much noise leaves at the truth."""
-    leak = problem.match.leak
-    count = sum(g.size for g in jax.tree.leaves(leak))
-    rms = jnp.sqrt(squared_l2(leak, jax.tree.map(jnp.zeros_like, leak)) / count)
-    sigma = jnp.maximum(jnp.asarray(problem.sigma, rms.dtype), ROUNDING * rms)
-    return sigma, sigma * math.sqrt(count)
-
-
 def smooth(problem: Problem) -> bool:
     """Whether Gauss-Newton steps can be taken on a problem's gradient, found where the loss is traced: nothing is computed.
 
     It is of one image and one gradient, differentiable forwards, and nothing between the image and the loss has a kink: no
     ReLU, no maximum, no choice by a value. What passes through a stop_gradient, as softmax's maximum, does not count.
     """
-    match, image = problem.match, jax.ShapeDtypeStruct(problem.shape, jnp.float32)
+    match = problem.match
     if len(problem.shape) != 3 or match.client is not None:
         return False
-    if _has_kink(jax.make_jaxpr(match.loss)(match.params, image, match.label), len(jax.tree.leaves(match.params))):
+    leaves, tree = jax.tree.flatten((match.params, match.label))
+    return _is_smooth(match.loss, tree, tuple((jnp.shape(a), jnp.result_type(a)) for a in leaves), problem.shape)
+
+
+@functools.lru_cache(maxsize=16)  # the host asks for every leak
+def _is_smooth(loss: Any, tree: Any, shapes: tuple[Any, ...], image_shape: tuple[int, ...]) -> bool:
+    params, label = jax.tree.unflatten(tree, [jax.ShapeDtypeStruct(*shape) for shape in shapes])
+    image = jax.ShapeDtypeStruct(image_shape, jnp.float32)
+    if _has_kink(jax.make_jaxpr(loss)(params, image, label), len(jax.tree.leaves(params))):
         return False
-    traced = jax.make_jaxpr(residual_of(match))(image)
+    traced = jax.make_jaxpr(functools.partial(victim_gradient, loss))(params, image, label)
     return not any(e.primitive.name.startswith("custom_vjp_call") for e in equations(traced))
 
 

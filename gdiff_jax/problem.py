@@ -14,6 +14,8 @@ from gdiff_jax.pytrees import pytree, static
 from gdiff_jax.samplers.base import Denoise
 from gdiff_jax.schedule import Schedule
 
+ROUNDING = 1e-6  # deviation of a leak without noise, relative to the rms of its gradient
+
 
 class Outcome(enum.IntEnum):
     """Why a method ended."""
@@ -59,6 +61,12 @@ class Problem:
     first_dense: FirstDense | None = static(default=None)
     num_classes: int = static(default=10)
     truth: jax.Array | None = None
+
+    def noise(self) -> jax.Array:
+        """Standard deviation of a coordinate of the leak: the mechanism's, and that of rounding at least."""
+        leaves = jax.tree.leaves(self.match.leak)
+        rms = jnp.sqrt(jnp.stack([jnp.vdot(g, g) for g in leaves]).sum() / sum(g.size for g in leaves))
+        return jnp.maximum(jnp.asarray(self.sigma, rms.dtype), ROUNDING * rms)
 
     def outcome(self, image: jax.Array, dead_layer: jax.Array | bool = False) -> jax.Array:
         """Of a reconstruction of this problem."""

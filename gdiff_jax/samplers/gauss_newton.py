@@ -15,13 +15,13 @@ import jax.numpy as jnp
 
 from gdiff_jax.samplers import base
 from gdiff_jax.samplers.base import Denoise, Start
+from gdiff_jax.samplers.proximal import gauss_newton
 from gdiff_jax.schedule import Schedule
 from gdiff_jax.trace import StepInfo, norm, x0_error
 
 INNER = 2  # Gauss-Newton steps in a reverse step
 STEPS_OF_CG = 20
 SIZE = 0.5  # standard deviation of a pixel under the prior, about
-TRIES = (1.0, 0.5, 0.25, 0.1)  # of each step's length; the least cost is taken, none if none is less
 Residual = Callable[[jax.Array], Any]
 
 
@@ -30,20 +30,12 @@ def proximal(residual: Residual, x0: jax.Array, precision: jax.Array, sigma: jax
 
     While the residual is more than noise, it errs by its own size: J is of the wrong place.
     """
-    square = lambda tree: jnp.stack([jnp.vdot(a, a) for a in jax.tree.leaves(tree)]).sum()
 
     def step(x: jax.Array, _: None) -> tuple[jax.Array, None]:
-        r, tangent = jax.linearize(residual, x)
-        cotangent = jax.linear_transpose(tangent, x)
-        count = sum(a.size for a in jax.tree.leaves(r))
-        damping = precision * jnp.maximum(square(r) / count, jnp.square(sigma))
-        downhill = damping * (x0 - x) - cotangent(r)[0]
-        curvature = lambda v: cotangent(tangent(v))[0] + damping * v
-        move, _ = jax.scipy.sparse.linalg.cg(curvature, downhill, tol=1e-6, maxiter=STEPS_OF_CG)
-        cost = lambda x: square(residual(x)) + damping * square(x - x0)
-        lengths = jnp.asarray((0.0, *TRIES))
-        costs = jax.lax.map(lambda a: cost(x + a * move), lengths)
-        return x + lengths[jnp.nanargmin(costs)] * move, None
+        r = jax.tree.leaves(residual(x))
+        mean_square = jnp.stack([jnp.vdot(a, a) for a in r]).sum() / sum(a.size for a in r)
+        damping = precision * jnp.maximum(mean_square, jnp.square(sigma))
+        return gauss_newton(lambda x: jax.tree.leaves(residual(x)), x, x0, 1 / damping, STEPS_OF_CG), None
 
     return jax.lax.scan(step, x0, None, length=INNER)[0]
 

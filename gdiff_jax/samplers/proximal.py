@@ -76,7 +76,6 @@ def proximal_sample(
     levels: int = 25,
     inner: int = 2,
     iterations: int = 10,
-    start: tuple[jax.Array, int] | None = None,
     clip: bool = True,
     truth: jax.Array | None = None,
 ) -> tuple[jax.Array, ProximalInfo]:
@@ -92,7 +91,6 @@ def proximal_sample(
       levels: of the schedule's steps so many are taken, evenly; all, if there are no more.
       inner: Gauss-Newton steps a level.
       iterations: conjugate gradients in each of them.
-      start: an estimate (H, W, C), and the step from which it is taken up again with that step's noise; None is pure noise.
       clip: clip x0hat to [-1, 1].
       truth: (H, W, C); only fills `x0_error` of the trace.
 
@@ -100,13 +98,11 @@ def proximal_sample(
       image (H, W, C), about [-1, 1], and the trace: nan for steps that are not taken. guidance_norm is how far x0hat was moved;
       distance is nan.
     """
-    first = schedule.num_steps - 1 if start is None else start[1]
-    kept = np.unique(np.round(np.linspace(0, first, min(levels, first + 1))).astype(int))[::-1]
+    last = schedule.num_steps - 1
+    kept = np.unique(np.round(np.linspace(0, last, min(levels, last + 1))).astype(int))[::-1]
     after = jnp.append(schedule.abar[kept[1:]], 1.0)
     k_init, k_steps = jax.random.split(key)
     x = jax.random.normal(k_init, shape)
-    if start is not None:
-        x = schedule.add_noise(start[0], x, jnp.asarray(first))
 
     def step(state: tuple[jax.Array, jax.Array], at: tuple[jax.Array, jax.Array]) -> tuple[Any, ProximalInfo]:
         (x, sizes), (i, abar_after) = state, at
@@ -127,5 +123,5 @@ def proximal_sample(
 
     nothing = jnp.zeros(shape)
     (x, _), taken = jax.lax.scan(step, (x, _sizes(measured(nothing, jnp.ones(())), nothing)), (jnp.asarray(kept), after))
-    rows = schedule.num_steps - 1 - kept
+    rows = last - kept
     return x, jax.tree.map(lambda a: jnp.full(schedule.num_steps, jnp.nan).at[rows].set(a), taken)
