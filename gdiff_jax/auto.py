@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gdiff_jax import algebra, samplers
+from gdiff_jax import algebra, expected_masks, gauss_newton, samplers
 from gdiff_jax.analytic_mean import AnalyticMean
-from gdiff_jax.expected_masks import ExpectedMasks, chain_of
-from gdiff_jax.gauss_newton import GaussNewton, smooth
 from gdiff_jax.matching import l2
 from gdiff_jax.mechanisms import Chain, Clip, GaussianNoise, LaplaceNoise, Mechanism, UniformNoise
 from gdiff_jax.problem import Info, Method, Problem
@@ -87,16 +86,16 @@ class Auto(Method):
     def after(self, key: jax.Array, problem: Problem, image: jax.Array, exact: jax.Array) -> tuple[jax.Array, Info]:
         """The candidate where it is exact; else the search, or what explains the leak better than that by more than noise.
 
-        Under known noise a first dense layer, a chain of ReLUs and a smooth network have methods of their own.
+        Under known noise a first dense layer has a method of its own, which errs less than a search at every noise [measured]
+        and takes the place of it. What was found of a chain of ReLUs, or of a smooth network, is refined.
         """
+        if _known_noise(problem) and problem.first_dense is not None:
+            found, _ = AnalyticMean()(jax.random.fold_in(key, 2), problem)
+            return alone(problem, jnp.where(exact, image, _preferred(problem, found, image)))
         x, info = self.search(key, problem)
         x = _preferred(problem, x, image)
-        special = _under_noise(problem)
-        if special is not None:
-            key = jax.random.fold_in(key, 2)
-            found = special.refine(key, problem, x) if isinstance(special, GaussNewton) else special(key, problem)[0]
-            # Of a first dense layer the mean is known to err less than a search; of ReLUs the search is what fails least.
-            x = _preferred(problem, found, x) if special.needs_first_dense else _preferred(problem, x, found)
+        if (refinement := _refinement(problem)) is not None:
+            x = _preferred(problem, refinement.refine(problem, x), x)
         x = jnp.where(exact, image, x)
         trace = info.trace  # a measured signal's fields are left out: a solved trial's trace has none
         steps = StepInfo(trace.distance, trace.guidance_norm, trace.x0_error)
@@ -105,14 +104,14 @@ class Auto(Method):
 
 def _estimate(problem: Problem) -> Candidate:
     """What the host makes of a noisy leak of one image: its tokens, where it gives them away."""
-    special, match = _under_noise(problem), problem.match
+    match, refinement = problem.match, _refinement(problem)
     nothing = np.full(problem.shape, np.nan, np.float32)
-    if special is None:
+    if _known_noise(problem) and problem.first_dense is not None:
+        return Candidate(nothing, False, f"estimated by {AnalyticMean().describe()}")
+    if refinement is None:
         return Candidate(nothing, False, "only searched for: under noise nothing of this network is solved")
-    kept = "of both what explains the leak better by more than noise, else"
-    first = "the estimate" if special.needs_first_dense else "the search"
-    words = f"estimated by {special.describe()} and searched for; kept was {kept} {first}"
-    if not isinstance(special, GaussNewton):
+    words = f"searched for, then refined by {refinement.words}"
+    if refinement.refine is expected_masks.refine:
         return Candidate(nothing, False, words)
     expected = np.broadcast_to(problem.expected_image, problem.shape)
     try:
@@ -123,18 +122,29 @@ def _estimate(problem: Problem) -> Candidate:
         return Candidate(nothing, False, f"{words}; its tokens could not be solved ({type(error).__name__})")
     if image is None:
         return Candidate(nothing, False, words)
-    return Candidate(image.astype(np.float32), False, f"{words}; beginning with its tokens where these explain more")
+    return Candidate(image.astype(np.float32), False, f"{words}, beginning with its tokens where these explain more")
 
 
-def _under_noise(problem: Problem) -> Method | None:
-    """The method that knows the structure of a noisy leak of one image, if there is one."""
-    if len(problem.shape) != 3 or problem.match.mechanism is None or _compressed(problem.match.mechanism):
+class Refinement(NamedTuple):
+    """image = refine(problem, image), and how it is done."""
+
+    refine: Callable[[Problem, jax.Array], jax.Array]
+    words: str
+
+
+def _refinement(problem: Problem) -> Refinement | None:
+    """By the structure of the network, if there is one that knows it."""
+    if not _known_noise(problem):
         return None
-    if problem.first_dense is not None:
-        return AnalyticMean()
-    if chain_of(problem) is not None:
-        return ExpectedMasks()
-    return GaussNewton() if smooth(problem) else None
+    if expected_masks.chain_of(problem) is not None:
+        return Refinement(expected_masks.refine, "expectation over the masks of its ReLUs")
+    return Refinement(gauss_newton.refine, "Gauss-Newton steps") if gauss_newton.smooth(problem) else None
+
+
+def _known_noise(problem: Problem) -> bool:
+    """Whether the leak is of one image, and noise and clipping, which the attacker knows, are all that was done to it."""
+    mechanism = problem.match.mechanism
+    return len(problem.shape) == 3 and mechanism is not None and not _compressed(mechanism)
 
 
 def _preferred(problem: Problem, x: jax.Array, other: jax.Array) -> jax.Array:

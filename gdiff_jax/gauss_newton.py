@@ -1,12 +1,11 @@
-"""Gauss-Newton passes on a smooth network's gradient under noise: from an image near the private one closer to it."""
+"""Gauss-Newton steps on a smooth network's gradient under noise, with the prior: from a first estimate to the private image."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.extend.core as jex
@@ -17,11 +16,9 @@ from gdiff_jax.algebra.chain import flatten
 from gdiff_jax.algebra.links import Equation
 from gdiff_jax.jaxprs import equations
 from gdiff_jax.matching import GradientMatching, as_compared, at_full_precision, victim_gradient
-from gdiff_jax.problem import Info, Method, Problem
-from gdiff_jax.pytrees import pytree, static
-from gdiff_jax.trace import StepInfo, x0_error
+from gdiff_jax.problem import Problem
 
-RENOISED = 0.3  # standard deviation of the noise from which a pass takes its image up again [our choice, measured]
+FIRST, STEPS = 1.0, 40  # of `samplers.plug_and_play` [our choice, measured]
 # Of a value where it is not differentiable, or constant by pieces.
 _KINKS = {
     *(
@@ -44,49 +41,24 @@ _KINKS = {
 _SMOOTH_CALLS = {"logaddexp"}  # with a derivative of their own, though written with a maximum: softplus, log sigmoid
 
 
-@pytree
-class GaussNewton(Method):
-    """`samplers.gauss_newton_sample`, a few times over, each from the image that the last one left.
+def refine(problem: Problem, image: jax.Array) -> jax.Array:
+    """The image to be expected of a smooth network's gradient, from a first estimate on.
 
-    For networks without kinks (`smooth` says whether one is), of one image, under noise that the attacker knows. It refines
-    what another method found. Called alone it starts at the expected image, from where it seldom finds the way.
+    Args:
+      problem: of one image, whose loss has no kink (`smooth` says so), under noise that the attacker knows.
+      image: (H, W, C), the first estimate, which may be far off.
+
+    Returns:
+      (H, W, C); by `samplers.plug_and_play`.
     """
+    p, noise, residual = problem, problem.noise(), residual_of(problem.match)
 
-    passes: int = static(default=3)
-    name: ClassVar[str] = "gauss-newton"
-    needs_noise: ClassVar[bool] = True
+    def whole(x: jax.Array) -> list[jax.Array]:
+        # As one block: while the image is far off, a small layer that is fitted already must not outweigh the others.
+        return [jnp.concatenate([r.ravel() for r in jax.tree.leaves(residual(x))]) / noise]
 
-    def describe(self) -> str:
-        return f"Gauss-Newton, {self.passes} passes"
-
-    def __call__(self, key: jax.Array, problem: Problem) -> tuple[jax.Array, Info]:
-        x = self.refine(key, problem, jnp.broadcast_to(problem.expected_image, problem.shape))
-        step = StepInfo(problem.match.in_l2()(x), jnp.full((), jnp.nan), x0_error(jnp.clip(x, -1.0, 1.0), problem.truth))
-        return x, Info(jax.tree.map(lambda a: jnp.asarray(a)[None], step), problem.outcome(x))
-
-    def refine(self, key: jax.Array, problem: Problem, image: jax.Array) -> jax.Array:
-        """An image (H, W, C) of no greater distance to the leak than the one that is given; that one, where it is not finite.
-
-        A pass draws the image anew from `RENOISED`, and is kept where it is closer. There is none once the distance is what
-        noise alone leaves, sigma sqrt(p) of p coordinates: below that it is the noise that is fitted.
-        """
-        p, distance = problem, problem.match.in_l2()
-        sigma = p.noise()
-        floor = sigma * math.sqrt(sum(g.size for g in jax.tree.leaves(p.match.leak)))
-
-        def one(state: tuple[Any, jax.Array, jax.Array]) -> tuple[Any, jax.Array, jax.Array]:
-            i, x, before = state
-            k_start, k_sample = jax.random.split(jax.random.fold_in(key, i))
-            start = samplers.start_from(k_start, p.schedule, x, RENOISED)
-            found, _ = samplers.gauss_newton_sample(
-                k_sample, p.denoise, residual_of(p.match), p.schedule, p.shape, sigma, clip=p.clip, start=start
-            )
-            after = distance(found)
-            closer = after < before  # not where either is nan
-            return i + 1, jnp.where(closer, found, x), jnp.where(closer, after, before)
-
-        unfinished = lambda state: (state[0] < self.passes) & (state[2] > floor)
-        return jax.lax.while_loop(unfinished, one, (jnp.asarray(0), image, distance(image)))[1]
+    mean = jnp.broadcast_to(p.expected_image, p.shape)
+    return samplers.plug_and_play(image, p.denoise, p.schedule, lambda *_: whole, mean, first=FIRST, steps=STEPS, clip=p.clip)
 
 
 def residual_of(match: GradientMatching) -> Callable[[jax.Array], Any]:

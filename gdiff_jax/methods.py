@@ -17,8 +17,6 @@ from gdiff_jax import attacks, samplers
 from gdiff_jax.analytic_mean import AnalyticMean, first_dense_of
 from gdiff_jax.attacks.analytic import LayerInput
 from gdiff_jax.auto import Auto
-from gdiff_jax.expected_masks import ExpectedMasks
-from gdiff_jax.gauss_newton import GaussNewton
 from gdiff_jax.matching import cosine, squared_l2
 from gdiff_jax.problem import Info, Method, Outcome, Problem
 from gdiff_jax.pytrees import pytree, static
@@ -37,8 +35,6 @@ __all__ = [
     "AnalyticMean",
     "Auto",
     "CalibratedDSG",
-    "ExpectedMasks",
-    "GaussNewton",
     "Info",
     "InvertingGradients",
     "MeanOfChains",

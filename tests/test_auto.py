@@ -97,7 +97,7 @@ def test_the_prior_fills_what_is_open():
     ("changes", "words"),
     [
         (dict(mechanism=gd.mechanisms.TopK(0.1)), "changes more of the gradient than its length"),
-        (dict(mechanism=gd.GaussianNoise(jnp.float32(0.1)), sigma=0.1), "estimated by expected masks"),
+        (dict(mechanism=gd.GaussianNoise(jnp.float32(0.1)), sigma=0.1), "refined by expectation over the masks"),
         (dict(sigma=0.1), "under noise nothing"),  # to who does not know the mechanism
         (dict(shape=(2, *SHAPE)), "several images"),
     ],

@@ -21,7 +21,7 @@ from gdiff_jax.algebra.layers import Layer, Leaves
 from gdiff_jax.algebra.links import Kind
 from gdiff_jax.algebra.structure import Loss, Structure, structure_in_float32
 
-WIDEST, NARROWEST = 0.5, 0.02  # share of a layer's deviation by which its outputs are taken to err, at most and at least
+NARROWEST, WIDEST = 0.02, 0.5  # share of a layer's deviation by which its outputs are taken to err, at least and at most
 ROUNDING = 1e-6  # of a measured feature and of the gradient, relative to its size, where no noise is larger
 
 
@@ -120,7 +120,7 @@ class Equation(NamedTuple):
 
 
 def equations_at(
-    chain: ReluChain, leaves: Leaves, gradient: Leaves, sigma: jax.Array, x: jax.Array, variance: jax.Array
+    chain: ReluChain, leaves: Leaves, gradient: Leaves, sigma: jax.Array, x: jax.Array, level: jax.Array
 ) -> list[Equation]:
     """The equations of the image, their deltas those of x.
 
@@ -130,7 +130,7 @@ def equations_at(
       gradient: what leaked, by parameter.
       sigma: deviation of its noise, positive.
       x: (H, W, C), an estimate.
-      variance: of the estimate's error, in each pixel; it says how likely a unit is on the other side.
+      level: deviation of the estimate's error, in each pixel; it says how likely a unit is on the other side.
     """
     values = chain.forward(leaves, x)
     squares = [jnp.square(a) if jnp.issubdtype(a.dtype, jnp.floating) else a for a in leaves]
@@ -140,7 +140,7 @@ def equations_at(
         layer, value = chain.below[at], values[at]
         if chain.relu[at]:
             measured = _features(chain, leaves, gradient, above, sigma) if at == len(chain.below) - 2 else None
-            q = _active(value, variance, measured)
+            q = _active(value, level, measured)
             d, v = q * d, q * q * v + q * (1 - q) * (jnp.square(d) + v)  # of a product with a mask that is 1 as often as q
             continue
         u, above = layer.prepared(value), d
@@ -179,9 +179,9 @@ def _features(
     return features, jnp.maximum(sigma / jnp.sqrt(length), ROUNDING * jnp.sqrt(jnp.mean(jnp.square(features))) + 1e-30)
 
 
-def _active(z: jax.Array, variance: jax.Array, measured: tuple[jax.Array, jax.Array] | None) -> jax.Array:
+def _active(z: jax.Array, level: jax.Array, measured: tuple[jax.Array, jax.Array] | None) -> jax.Array:
     """How likely each unit is active: by its input at the estimate, and by its output where that is measured."""
-    w = jnp.std(z) * (jnp.minimum(jnp.sqrt(variance), WIDEST) + NARROWEST)
+    w = jnp.std(z) * jnp.clip(level, NARROWEST, WIDEST)
     if measured is None:
         return normal.cdf(z / w)
     h, s = measured

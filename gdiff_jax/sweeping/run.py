@@ -63,7 +63,7 @@ def compile_program(plan: Plan, mesh: Mesh, trial: Trial, most: int, memory_gib:
     own = lambda n: parallel.divide(trials.own_arguments(plan, [trial] * n * mesh.size), mesh)
     try:
         limit = memory.budget(memory_gib, mesh)
-        compile_for = lambda n: runner.lower(shared, own(n)).compile()
+        compile_for = lambda n: parallel.compiled(runner.lower(shared, own(n)), mesh)
         size, run = memory.fit(compile_for, -(-most // mesh.size), limit, group.title)
     except ConfigError:
         if not memory.is_shared(mesh) or mesh.size == 1:

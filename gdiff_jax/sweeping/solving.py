@@ -82,8 +82,8 @@ class Solver:
         """Candidates, all of which are exact, as results."""
         if self._scorer is None:
             known = lambda key, problem, image, exact: auto.alone(problem, image)
-            scoring = jax.jit(parallel.map_trials(self._trial(known), self.mesh))
-            self._scorer = self._noted(len(both[1]) // self.mesh.size, scoring.lower(shared, both).compile())
+            lowered = jax.jit(parallel.map_trials(self._trial(known), self.mesh)).lower(shared, both)
+            self._scorer = self._noted(len(both[1]) // self.mesh.size, parallel.compiled(lowered, self.mesh))
         return self._scorer(shared, both)
 
     @cached_property
@@ -93,7 +93,8 @@ class Solver:
 
     def _searched(self, shared: Shared, both: Any) -> Any:
         if self._searcher is None:
-            size, program = self.fit(lambda n: self.searching.lower(shared, self._rows(both, 0, n)).compile())
+            lower = lambda n: self.searching.lower(shared, self._rows(both, 0, n))
+            size, program = self.fit(lambda n: parallel.compiled(lower(n), self.mesh))
             self._searcher = size, self._noted(size, program)
         size, program = self._searcher
         count = len(both[1])

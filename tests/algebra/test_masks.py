@@ -57,15 +57,13 @@ def true_deltas(chain, leaves):
 def test_deviations_are_those_of_drawn_masks():
     """A kernel's gradient, over draws of masks as likely as the chain says, scatters as its equation says."""
     chain, leaves, gradient = of(cnn(SHAPE, CLASSES, channels=(6, 8)))
-    at_first = [
-        e for e in masks.equations_at(chain, leaves, gradient, jnp.float32(1e-9), IMAGE, jnp.float32(0.01)) if e.at == 0
-    ]
+    at_first = [e for e in masks.equations_at(chain, leaves, gradient, jnp.float32(1e-9), IMAGE, jnp.float32(0.1)) if e.at == 0]
     values = chain.forward(leaves, IMAGE)
     # The ReLU over the first layer alone is drawn: the one above is made sure by measured features without noise.
     z = values[1]
-    q = jax.scipy.stats.norm.cdf(z / (jnp.std(z) * (0.1 + masks.NARROWEST)))
+    q = jax.scipy.stats.norm.cdf(z / (jnp.std(z) * 0.1))
     above = next(
-        e for e in masks.equations_at(chain, leaves, gradient, jnp.float32(1e-9), IMAGE, jnp.float32(0.01)) if e.at == 2
+        e for e in masks.equations_at(chain, leaves, gradient, jnp.float32(1e-9), IMAGE, jnp.float32(0.1)) if e.at == 2
     )
     back = chain.below[2].pulled_back(leaves, values[2], above.d)
     drawn = jax.random.bernoulli(jax.random.key(0), jnp.broadcast_to(q, (400, *q.shape))).astype(jnp.float32)

@@ -1,0 +1,98 @@
+"""Plug-and-play restoration from a first estimate: the denoiser and Gauss-Newton steps in turns, at a falling noise level
+(DPIR, Zhang et al., IEEE TPAMI 2021, arXiv 2008.13751, with a residual that is not linear).
+
+The estimate's error is taken for white noise of a level; the denoiser says what image is to be expected then, and a step of
+Gauss-Newton goes from there to what was measured. No noise is added, so it ends near a mean and not in a sample. It needs a
+first estimate, such as a guided sampler's: from mid-grey or noise the steps end in local minima.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from gdiff_jax.samplers.base import Denoise
+from gdiff_jax.samplers.estimate import denoise_estimate
+from gdiff_jax.schedule import Schedule
+
+Residual = Callable[[jax.Array], list[jax.Array]]
+LAST = 0.015  # level of the last step: in images of [-1, 1], 48 dB [our choice, measured]
+ITERATIONS = 40  # conjugate gradients a step; with 20 a LeNet's image has 1 dB less [measured]
+LENGTHS = (1.0, 0.5, 0.25, 0.1, 0.0)  # of a Gauss-Newton step, of which the best is taken
+
+
+def gauss_newton(residual: Residual, x: jax.Array, x0: jax.Array, variance: jax.Array, iterations: int) -> jax.Array:
+    """One step from x towards the least || residual ||^2 + || x - x0 ||^2 / variance, by conjugate gradients.
+
+    Args:
+      residual: a list of arrays, each entry by its deviation.
+      x: (H, W, C).
+      x0: where the prior's Gaussian is centred.
+      variance: of it, in each pixel, scalar.
+      iterations: of the conjugate gradients, each one Jacobian-vector product and one of its transpose.
+    """
+
+    def cost(x: jax.Array) -> jax.Array:
+        return jnp.stack([jnp.vdot(r, r) for r in [*residual(x), (x - x0) / jnp.sqrt(variance)]]).sum()
+
+    r, along = jax.linearize(residual, x)
+    back = jax.linear_transpose(along, x)
+    downhill = -back(r)[0] - (x - x0) / variance
+    step, _ = jax.scipy.sparse.linalg.cg(lambda p: back(along(p))[0] + p / variance, downhill, tol=1e-6, maxiter=iterations)
+    lengths = jnp.asarray(LENGTHS)
+    costs = jax.lax.map(lambda length: cost(x + length * step), lengths)
+    best = jnp.argmin(jnp.where(jnp.isfinite(costs), costs, jnp.inf))
+    return jnp.where(jnp.isfinite(costs[best]), x + lengths[best] * step, x)
+
+
+def _sizes(residual: Residual, x: jax.Array) -> jax.Array:
+    """Of each block its rms, and 1 where that is less: by how much its deviations are too small."""
+    return jnp.stack([jnp.maximum(jnp.sqrt(jnp.mean(jnp.square(r))), 1.0) for r in residual(x)])
+
+
+def _tempered(residual: Residual, sizes: jax.Array) -> Residual:
+    return lambda x: [r / size for r, size in zip(residual(x), sizes, strict=True)]
+
+
+def plug_and_play(
+    image: jax.Array,
+    denoise: Denoise,
+    schedule: Schedule,
+    measured: Callable[[jax.Array, jax.Array], Residual],
+    mean: jax.Array,
+    *,
+    first: float,
+    steps: int,
+    iterations: int = ITERATIONS,
+    clip: bool = True,
+) -> jax.Array:
+    """The image to be expected of what was measured, near a first estimate.
+
+    Args:
+      image: (H, W, C), the first estimate.
+      denoise: `eps, v = denoise(x_t, t)`, a pytree (see `samplers.base`).
+      schedule: kept timesteps of the prior.
+      measured: `residual = measured(x, level)` at an estimate and the deviation of its error in each pixel; residual(x) is a
+        list of arrays, each entry by its deviation. It is asked anew in each step.
+      mean: (H, W, C) of the images that one may expect.
+      first: level of the first step, about the first estimate's error.
+      steps: levels down to `LAST`, evenly in their logarithm; in each the denoiser is called once.
+      iterations: conjugate gradients in each of them.
+      clip: clip what the denoiser says to [-1, 1].
+
+    Returns:
+      (H, W, C), about [-1, 1]; where the residual is nowhere finite, the first estimate.
+    """
+    levels = jnp.geomspace(first, LAST, steps, dtype=image.dtype)
+
+    def step(state: tuple[jax.Array, jax.Array], level: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
+        x, sizes = state
+        expected = denoise_estimate(denoise, schedule, x, level, mean, clip=clip)
+        residual = measured(x, level)
+        x = gauss_newton(_tempered(residual, sizes), x, expected, jnp.square(level), iterations)
+        return (x, _sizes(residual, x)), None
+
+    (image, _), _ = jax.lax.scan(step, (image, _sizes(measured(image, levels[0]), image)), levels)
+    return image

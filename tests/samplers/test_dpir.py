@@ -1,0 +1,77 @@
+"""Plug-and-play restoration: its steps in closed form, and that it ends in what was measured."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import gdiff_jax as gd
+from gdiff_jax.samplers.dpir import gauss_newton, plug_and_play
+
+N = 6
+SHAPE = (2, 3, 1)
+
+
+def linear():
+    rng = np.random.default_rng(0)
+    return jnp.asarray(rng.normal(size=(9, N)), jnp.float32), jnp.asarray(rng.normal(size=9), jnp.float32)
+
+
+def test_a_step_of_a_linear_residual_is_ridge_regression():
+    a, b = linear()
+    x0, variance = jnp.arange(N, dtype=jnp.float32), jnp.float32(0.3)
+    x = gauss_newton(lambda x: [a @ x - b], jnp.zeros(N), x0, variance, iterations=30)
+    expected = np.linalg.solve(a.T @ a + np.eye(N) / 0.3, a.T @ b + x0 / 0.3)
+    np.testing.assert_allclose(x, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("residual", [lambda x: [jnp.where(x > 0.5, jnp.nan, x)], lambda x: [jnp.full(N, jnp.nan)]])
+def test_a_step_never_leads_where_nothing_is_finite(residual):
+    x = gauss_newton(residual, jnp.full(N, 0.4), jnp.full(N, 3.0), jnp.float32(0.1), iterations=5)
+    assert (x <= 0.5).all()
+
+
+def test_a_step_shortens_until_it_descends():
+    """Of atan, whose full Gauss-Newton step from 2 overshoots."""
+    x = gauss_newton(lambda x: [10 * jnp.arctan(x)], jnp.full(N, 2.0), jnp.zeros(N), jnp.float32(1e6), iterations=5)
+    assert (jnp.abs(x) < 2.0).all()
+
+
+def restored(prior, start, measured, **options):
+    schedule, settings = gd.Schedule.create(num_steps=50), dict(first=0.5, steps=12, clip=False) | options
+    return jax.jit(lambda x: plug_and_play(x, prior, schedule, measured, jnp.zeros(SHAPE), **settings))(start)
+
+
+def test_it_ends_in_what_was_measured(gaussian):
+    """Of a curved residual, from far off."""
+    truth = jnp.asarray(np.random.default_rng(1).normal(size=SHAPE) * 0.3, jnp.float32)
+    measured = lambda x, level: lambda x: [(jnp.tanh(x) - jnp.tanh(truth)) / 1e-3]
+    x = restored(gaussian, truth + 0.5, measured)
+    np.testing.assert_allclose(x, truth, atol=2e-3)
+
+
+def test_what_is_measured_badly_is_nearer_to_what_the_prior_expects(gaussian):
+    """Between the prior's mean and the measurement, as the mean of a posterior is; and of all starts the same."""
+    truth = 2 * gaussian.mean.reshape(SHAPE)  # two means from zero
+    measured = lambda x, level: lambda x: [(x - truth) / 0.5]
+    ends = [restored(gaussian, start, measured, steps=40) for start in (truth, jnp.zeros(SHAPE))]
+    mean = gaussian.mean.reshape(SHAPE)
+    for x in ends:
+        assert jnp.linalg.norm(x - truth) < jnp.linalg.norm(mean - truth)
+        assert jnp.linalg.norm(x - mean) < jnp.linalg.norm(mean - truth)
+
+
+def test_blocks_that_contradict_each_other_count_by_their_sizes(gaussian):
+    """A block whose deviations are a thousand times too small does not outweigh one that is right."""
+    one, other = jnp.full(SHAPE, 0.2), jnp.full(SHAPE, -0.2)
+    measured = lambda x, level: lambda x: [(x - one) / 0.05, (x - other) / 1e-4]
+    x = restored(gaussian, jnp.zeros(SHAPE), measured)
+    tempered = jnp.abs(x - one).max()
+    assert tempered < 0.35
+
+
+@pytest.mark.parametrize("start", [0.1, jnp.nan])
+def test_without_a_finite_residual_the_start_is_returned(gaussian, start):
+    measured = lambda x, level: lambda x: [jnp.full(SHAPE, jnp.nan)]
+    x = restored(gaussian, jnp.full(SHAPE, start), measured)
+    np.testing.assert_array_equal(x, jnp.full(SHAPE, start))
