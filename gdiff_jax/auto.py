@@ -76,10 +76,10 @@ class Auto(Method):
         image, words = solution.image, f"solved: {'; '.join(solution.steps)}; residual {solution.residual:.1e}"
         if solution.open is None:
             return Candidate(image.astype(np.float32), solution.exact, words)
-        space = samplers.NullSpace(*(jnp.asarray(a, jnp.float32) for a in solution.open))
+        space = samplers.null_space_of(*solution.open)
         filled = _filled(jax.random.fold_in(key, 1), problem, jnp.asarray(image, jnp.float32), space)
         misfit = float(_misfit(problem, filled))
-        n, left = space.basis.shape
+        n, left = solution.open.null.shape
         words = f"solved: {'; '.join(solution.steps)}; {left} of {n} directions filled by the prior; residual {misfit:.1e}"
         return Candidate(np.asarray(filled), misfit < FILLED, words)
 

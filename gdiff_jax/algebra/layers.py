@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gdiff_jax.algebra.conjugate import conjugate_gradients
 from gdiff_jax.algebra.links import Kind, Link
 
 Leaves = Sequence[jax.Array]
@@ -72,8 +73,32 @@ class Layer:
         return jax.vjp(lambda v: self(leaves, v), v)[1](d)[0]
 
     @functools.partial(jax.jit, static_argnums=0)
-    def values(self, leaves: Leaves, u: jax.Array) -> jax.Array:
-        return self.apply(leaves, u)
+    def before(self, u: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """v of u where `pre` is a bijection, by conjugate gradients; and how far `prepared(v)` is from u."""
+        zero = jnp.zeros(self.shape)
+        offset = self.prepared(zero)
+        linear = lambda v: self.prepared(v) - offset
+        transposed = jax.linear_transpose(linear, zero)
+        v = conjugate_gradients(lambda v: transposed(linear(v))[0], transposed(u - offset)[0], 1e-14, 100)
+        return v, jnp.abs(self.prepared(v) - u).max()
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def curve(self, leaves: Leaves, grid: jax.Array) -> jax.Array:
+        """The first entry of an activation's output where all of its input are a number of the grid."""
+        return jax.lax.map(lambda t: self.apply(leaves, jnp.full(self.shape, t)).ravel()[0], grid)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def bisected(self, leaves: Leaves, h: jax.Array) -> jax.Array:
+        """z of h, of a non-decreasing activation; anything where h is a constant of it."""
+
+        def halve(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            low, high = bounds
+            middle = (low + high) / 2
+            short = self.apply(leaves, middle) < h
+            return jnp.where(short, middle, low), jnp.where(short, high, middle)
+
+        low, high = jax.lax.fori_loop(0, 80, halve, (jnp.full(h.shape, -1e4), jnp.full(h.shape, 1e4)))
+        return (low + high) / 2
 
     @functools.partial(jax.jit, static_argnums=0)
     def slopes(self, leaves: Leaves, z: jax.Array) -> jax.Array:
@@ -113,10 +138,17 @@ def direct_leaf(layer: Layer, leaves: Leaves, own: set[int]) -> int | None:
     d = np.random.default_rng(0).normal(size=layer.out_shape)
     for leaf in own.intersection(layer.leaves):
         if leaves[leaf].size == d.size:
-            gradient = layer.gradient(leaves, jnp.asarray(d), jnp.zeros(layer.input_shape), leaf)
+            gradient = layer.gradient(leaves, d, np.zeros(layer.input_shape), leaf)
             if np.array_equal(np.ravel(gradient), np.ravel(d)):
                 return leaf
     return None
+
+
+def _moved(a: Any, source: int, target: int) -> Any:
+    """The array, of NumPy or JAX, with one axis at another's place."""
+    order = [axis for axis in range(a.ndim) if axis != source]
+    order.insert(target, source)
+    return a.transpose(order)
 
 
 class Split(NamedTuple):
@@ -135,12 +167,13 @@ class Split(NamedTuple):
 
     def by_channel(self, gradient: Any) -> Any:
         """(equations, channels) of the parameter's gradient."""
-        return jnp.moveaxis(gradient.reshape(self.leaf_shape), self.leaf_axis, -1).reshape(-1, self.leaf_shape[self.leaf_axis])
+        moved = _moved(gradient.reshape(self.leaf_shape), self.leaf_axis, len(self.leaf_shape) - 1)
+        return moved.reshape(-1, self.leaf_shape[self.leaf_axis])
 
     def as_input(self, rows: Any, shape: tuple[int, ...]) -> Any:
         """u of (rows, channels)."""
         rest = [n for axis, n in enumerate(shape) if axis != self.u_axis]
-        return jnp.moveaxis(rows.reshape(*rest, shape[self.u_axis]), -1, self.u_axis)
+        return _moved(rows.reshape(*rest, shape[self.u_axis]), len(shape) - 1, self.u_axis)
 
 
 def _shapes(shape: tuple[int, ...]) -> list[tuple[int, ...]]:
@@ -152,16 +185,17 @@ def split_of(layer: Layer, leaves: Leaves, d: jax.Array, own: set[int]) -> Split
     """A split that holds for this layer, found by trying: of the kernel of a convolution or of a dense layer on tokens."""
     rng, shape = np.random.default_rng(1), layer.input_shape
     axes = dict.fromkeys((len(shape) - 1, min(1, len(shape) - 1)))
-    for leaf in sorted(own.intersection(layer.leaves)):
-        offset = layer.gradient(leaves, d, jnp.zeros(shape), leaf)
-        shapes = _shapes(offset.shape) if offset.ndim > 1 else []
+    for leaf in sorted(k for k in own.intersection(layer.leaves) if leaves[k].ndim > 1):
+        gradient = lambda u, leaf=leaf: np.asarray(layer.gradient(leaves, d, u, leaf))
+        offset = gradient(np.zeros(shape))
+        shapes = _shapes(offset.shape)
         for split in [Split(leaf, a, s, b) for a in axes for s in shapes for b, n in enumerate(s) if n == shape[a]]:
             rows, scales = (
                 rng.normal(size=(int(np.prod(shape)) // shape[split.u_axis], 1)),
                 rng.normal(size=shape[split.u_axis]),
             )
-            answer = lambda s, rows=rows, split=split, offset=offset: np.asarray(
-                split.by_channel(layer.gradient(leaves, d, split.as_input(rows * s, shape), split.leaf) - offset)
+            answer = lambda s, rows=rows, split=split, offset=offset, gradient=gradient: split.by_channel(
+                gradient(split.as_input(rows * s, shape)) - offset
             )
             of_first = answer(np.eye(1, len(scales))[0])[:, :1]
             expected = of_first * scales
@@ -176,15 +210,8 @@ def input_before(layer: Layer, u: np.ndarray) -> np.ndarray | None:
         return u
     if np.prod(layer.shape) != np.prod(layer.input_shape):
         return None
-    zero = jnp.zeros(layer.shape)
-    offset = layer.prepared(zero)
-    linear = lambda v: layer.prepared(v) - offset
-    transposed = jax.linear_transpose(linear, zero)
-    v, _ = jax.scipy.sparse.linalg.cg(
-        lambda v: transposed(linear(v))[0], transposed(jnp.asarray(u) - offset)[0], tol=1e-14, maxiter=100
-    )
-    off = np.abs(np.asarray(layer.prepared(v)) - u).max()
-    return np.asarray(v) if off <= 1e-9 * max(np.abs(u).max(), 1e-300) else None
+    v, off = layer.before(jnp.asarray(u))
+    return np.asarray(v) if float(off) <= 1e-9 * max(np.abs(u).max(), 1e-300) else None
 
 
 class Before(NamedTuple):
@@ -225,7 +252,7 @@ def activation_of(layer: Layer, leaves: Leaves) -> Activation | None:
     """What this pointwise layer is; None where it decreases somewhere, so that an output has two inputs (GELU, SiLU)."""
     small = np.geomspace(1e-6, FLAT, 200)
     grid = np.concatenate([-small[::-1], [0.0], small])
-    curve = np.asarray([np.ravel(layer.values(leaves, jnp.full(layer.shape, t)))[0] for t in grid])
+    curve = np.asarray(layer.curve(leaves, jnp.asarray(grid)))
     if (np.diff(curve) < -1e-12).any():
         return None
     flat = lambda part: np.ptp(part) == 0
@@ -239,12 +266,7 @@ def activation_of(layer: Layer, leaves: Leaves) -> Activation | None:
 def inverted(layer: Layer, activation: Activation, leaves: Leaves, h: np.ndarray, tolerance: float) -> Before:
     """The inputs of an activation by bisection; within `tolerance` of a constant the output is taken for it."""
     below, above = h <= activation.lower + tolerance, h >= activation.upper - tolerance
-    low, high = np.full(h.shape, -1e4), np.full(h.shape, 1e4)
-    for _ in range(80):
-        middle = (low + high) / 2
-        short = np.asarray(layer.values(leaves, jnp.asarray(middle))) < h
-        low, high = np.where(short, middle, low), np.where(short, high, middle)
     known = ~(below | above)
-    z = np.where(known, (low + high) / 2, 0.0)
+    z = np.where(known, np.asarray(layer.bisected(leaves, jnp.asarray(h))), 0.0)
     slope = np.where(known, np.asarray(layer.slopes(leaves, jnp.asarray(z))), 0.0)
     return Before(z, known, below, slope, activation.floor)

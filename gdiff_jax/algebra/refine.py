@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gdiff_jax.algebra.conjugate import conjugate_gradients
 from gdiff_jax.algebra.layers import Layer, Leaves, replaced
 from gdiff_jax.algebra.system import Level, rms
 
@@ -25,7 +26,7 @@ def _step(residual: Residual, data: Any, x: jax.Array, damping: jax.Array) -> tu
     r, tangent = jax.linearize(lambda x: residual(data, x), x)
     cotangent = jax.linear_transpose(tangent, x)
     downhill = jax.tree.map(jnp.negative, cotangent(r)[0])
-    step, _ = jax.scipy.sparse.linalg.cg(lambda v: cotangent(tangent(v))[0] + damping * v, downhill, tol=1e-10, maxiter=INNER)
+    step = conjugate_gradients(lambda v: cotangent(tangent(v))[0] + damping * v, downhill, 1e-10, INNER)
     tries = x + jnp.asarray(STEPS).reshape(-1, *(1,) * x.ndim) * step
     return tries, jax.lax.map(lambda x: cost(residual(data, x)), tries), cost(r)
 
@@ -58,6 +59,7 @@ def _size(g: jax.Array) -> jax.Array:
     return jnp.maximum(jnp.sqrt(jnp.mean(jnp.square(g))), 1e-300)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def gradients_below(
     layers: tuple[Layer, ...], own: tuple[int, ...], leaves: Leaves, d: jax.Array, x: jax.Array
 ) -> tuple[list[jax.Array], jax.Array]:

@@ -73,7 +73,7 @@ def solve(
     structure = structure_of(loss, params, image_shape, y)
     with on_host():
         leaves, gradient, tree = wide((params, y)), wide(leak), jax.tree.structure((params, y))
-        norm = np.sqrt(sum(float(jnp.vdot(g, g)) for g in gradient))
+        norm = np.sqrt(_dot(gradient, gradient))
         if not np.isfinite(norm) or norm == 0:
             return Solution(None, np.inf, False, None, ("the gradient is zero" if norm == 0 else "the gradient is not finite",))
         entry = entry_of(structure, leaves)
@@ -109,12 +109,15 @@ def _residual(descent: Descent, x: np.ndarray) -> tuple[float, float]:
     return min(whole, _misfit(slopes, [gradient[k] for k in own]))
 
 
+def _dot(a: list[jax.Array], b: list[jax.Array]) -> float:
+    return sum(float(np.vdot(p, q)) for p, q in zip(a, b, strict=True))
+
+
 def _misfit(a: list[jax.Array], b: list[jax.Array]) -> tuple[float, float]:
     """min over c of || c a - b || / || b ||, and c."""
-    dot = lambda a, b: sum(float(jnp.vdot(p, q)) for p, q in zip(a, b, strict=True))
-    scale = dot(a, b) / max(dot(a, a), 1e-300)
-    off = sum(float(jnp.sum(jnp.square(scale * p - q))) for p, q in zip(a, b, strict=True))
-    return float(np.sqrt(off / dot(b, b))), float(scale)
+    scale = _dot(a, b) / max(_dot(a, a), 1e-300)
+    off = [scale * np.asarray(p) - np.asarray(q) for p, q in zip(a, b, strict=True)]
+    return float(np.sqrt(_dot(off, off) / _dot(b, b))), scale
 
 
 def _finish(descent: Descent, seed: int) -> Solution:

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gdiff_jax.algebra.conjugate import conjugate_gradients
 from gdiff_jax.algebra.layers import Layer, Leaves, Split
 
 ROUNDING = 2e-7  # of float32 arrays that are sums: relative to their root mean square
@@ -105,8 +106,8 @@ class System:
     @functools.cached_property
     def output_precision(self) -> float:
         """Mean precision of an entry of u by the known outputs."""
-        w = jnp.asarray(np.random.default_rng(2).normal(size=(self.rows, self.channels)))
-        seen = np.where(self.level.known, self.linear(w), 0.0)
+        w = np.random.default_rng(2).normal(size=(self.rows, self.channels))
+        seen = np.where(self.level.known, _linear(self.layer, self.split, self.leaves, w), 0.0)
         return float(np.square(seen).sum() / w.size / self.level.error**2)
 
     @functools.cached_property
@@ -115,15 +116,13 @@ class System:
         strong = int((self.precision >= max(1e-2 * self.output_precision, 1.0)).sum())
         return strong * self.channels + int(self.level.known.sum())
 
-    def linear(self, rows: Any) -> jax.Array:
-        """Change of z by (rows, channels)."""
-        return _linear(self.layer, self.split, self.leaves, jnp.asarray(rows))
-
-    def as_input(self, rows: Any) -> np.ndarray:
-        return np.asarray(self.split.as_input(jnp.asarray(rows), self.layer.input_shape))
+    def as_input(self, rows: np.ndarray) -> np.ndarray:
+        return self.split.as_input(rows, self.layer.input_shape)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def _linear(layer: Layer, split: Split, leaves: Leaves, rows: jax.Array) -> jax.Array:
+    """Change of z by (rows, channels)."""
     u = split.as_input(rows, layer.input_shape)
     return layer.apply(leaves, u) - layer.apply(leaves, jnp.zeros_like(u))
 
@@ -160,10 +159,10 @@ def seen_by_output(layer: Layer, split: Split, leaves: Leaves, directions: jax.A
 def system_of(layer: Layer, leaves: Leaves, gradient: Leaves, level: Level, split: Split) -> System:
     """The equations of a layer whose output's level is known."""
     d = jnp.asarray(level.d)
-    offset = layer.gradient(leaves, d, jnp.zeros(layer.input_shape), split.leaf)
+    offset = layer.gradient(leaves, d, np.zeros(layer.input_shape), split.leaf)
     matrix = np.asarray(_matrix(layer, split, leaves, d, offset)).T
     rows = matrix.shape[1]
-    right = np.asarray(split.by_channel(gradient[split.leaf] - offset))
+    right = split.by_channel(np.asarray(gradient[split.leaf]) - np.asarray(offset))
     left, values, basis = np.linalg.svd(matrix, full_matrices=matrix.shape[0] < rows)
     singular = np.zeros(rows)
     singular[: len(values)] = values
@@ -211,8 +210,17 @@ def _improved(layer: Layer, split: Split, told: _Told, x: jax.Array, weights: ja
         return told.basis @ (strong * inner / (told.precision + told.tau)).at[told.weak].add(low)
 
     # For the correction: against the whole of b the part of a weak direction is lost in its rounding.
-    step, _ = jax.scipy.sparse.linalg.cg(curvature, told.right - curvature(x), M=precondition, tol=1e-10, maxiter=100)
-    return x + step
+    return x + conjugate_gradients(curvature, told.right - curvature(x), 1e-10, 100, precondition)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _right(layer: Layer, split: Split, leaves: Leaves, known: jax.Array, z: jax.Array, output: jax.Array) -> jax.Array:
+    """(rows, channels): what the known outputs ask for."""
+    shape = layer.input_shape
+    zero = jnp.zeros((int(np.prod(shape)) // shape[split.u_axis], shape[split.u_axis]))
+    z0 = layer.apply(leaves, split.as_input(zero, shape))
+    transposed = jax.linear_transpose(lambda rows: _linear(layer, split, leaves, rows), zero)
+    return transposed(jnp.where(known, z - z0, 0.0) * output)[0]
 
 
 class _Solver:
@@ -227,14 +235,11 @@ class _Solver:
         self.gram = seen @ seen.T
         self.gram[np.diag_indices(len(self.gram))] += np.repeat(s.precision[weak], s.channels)
         known, output = jnp.asarray(s.level.known), jnp.asarray(1 / s.level.error**2)
-        zero = jnp.zeros((s.rows, s.channels))
-        z0 = s.layer.apply(s.leaves, s.split.as_input(zero, s.layer.input_shape))
-        transposed = jax.linear_transpose(s.linear, zero)
-        right = jnp.asarray(s.matrix.T @ s.right / s.std**2)
-        right += transposed(jnp.where(known, jnp.asarray(s.level.z) - z0, 0.0) * output)[0]
+        right = s.matrix.T @ s.right / s.std**2
+        right += np.asarray(_right(s.layer, s.split, s.leaves, known, jnp.asarray(s.level.z), output))
         self.told = _Told(
-            list(s.leaves), jnp.asarray(s.basis), jnp.asarray(s.precision)[:, None], known, output,
-            jnp.asarray(max(s.output_precision, 1.0)), right, jnp.asarray(weak),
+            list(s.leaves), jnp.asarray(s.basis), jnp.asarray(s.precision[:, None]), known, output,
+            jnp.asarray(max(s.output_precision, 1.0)), jnp.asarray(right), jnp.asarray(weak),
         )  # fmt: skip
 
     def _factor(self, weights: np.ndarray) -> jax.Array:

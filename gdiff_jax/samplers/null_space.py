@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from gdiff_jax.samplers import base
 from gdiff_jax.samplers.base import Denoise
@@ -23,13 +24,24 @@ class NullSpace(NamedTuple):
     """What is open of an image: x = image + basis @ a, flat, with inequalities `matrix @ a <= bound`.
 
     Attributes:
-      basis: (H W C, k) orthonormal.
+      basis: (H W C, k) orthonormal; columns may be 0.
       matrix, bound: (m, k) and (m,); m may be 0.
     """
 
     basis: jax.Array
     matrix: jax.Array
     bound: jax.Array
+
+
+def null_space_of(basis: np.ndarray, matrix: np.ndarray, bound: np.ndarray, multiple: int = 512) -> NullSpace:
+    """The null space in float32, its sizes k and m raised to a multiple: one program serves the spaces of many images.
+
+    Directions and inequalities that are put in are zero, and so is what becomes of them: no sample is another for it.
+    """
+    more = lambda n: (0, -n % multiple)
+    (_, k), m = basis.shape, len(bound)
+    padded = (np.pad(basis, ((0, 0), more(k))), np.pad(matrix, (more(m), more(k))), np.pad(bound, more(m)))
+    return NullSpace(*(jnp.asarray(a, jnp.float32) for a in padded))
 
 
 def null_space_sample(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cached_property, partial
 from typing import Any
 
@@ -38,6 +38,7 @@ class Solver:
     mesh: Mesh
     fit: Fit
     bytes_per_trial: float = 0.0
+    _compiled: bool = False  # by the solution of a first leak
     _scorer: Any = None
     _searcher: tuple[int, Any] | None = None
     _exact: dict[str, Candidate] = dataclasses.field(default_factory=dict)  # by the leak
@@ -46,8 +47,13 @@ class Solver:
         method = self.plan.methods[self.group.method]
         assert isinstance(method, Auto)
         problems = self._problems(shared, own)
+        solve = numerics.carried(partial(self._candidate, method))
         with ThreadPoolExecutor(self.mesh.size) as pool:  # the algebra of one leak is one core's work
-            found = list(pool.map(numerics.carried(partial(self._candidate, method)), *zip(*problems, strict=True)))
+            first = [pool.submit(solve, *problem) for problem in problems[:1]]
+            if not self._compiled:  # threads that need a program at the same time each compile it
+                wait(first)
+                self._compiled = True
+            found = [one.result() for one in [*first, *(pool.submit(solve, *problem) for problem in problems[1:])]]
         images = np.stack([candidate.image for candidate in found])
         exact = np.array([candidate.exact for candidate in found])
         both = (own, *parallel.divide((images, exact), self.mesh))

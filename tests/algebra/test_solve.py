@@ -39,6 +39,26 @@ def test_the_image_is_solved(name):
     assert psnr(solution.image) > least, solution
 
 
+def solved(victim, seed):
+    """Of an image of that seed, with the programs that were compiled on the way."""
+    image = jnp.asarray(np.random.default_rng(seed).uniform(-1, 1, SHAPE), jnp.float32)
+    params, _ = leak_of(victim)
+    leak = jax.device_get(jax.jit(jax.grad(victim.loss))(params, image, LABEL))
+    compiled, note = [], lambda event, _, **of: compiled.append(of) if event.endswith("backend_compile_duration") else None
+    jax.monitoring.register_event_duration_secs_listener(note)
+    try:
+        algebra.solve(victim.loss, params, leak, SHAPE, LABEL)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(note)
+    return compiled
+
+
+def test_a_second_leak_of_a_network_compiles_nothing():
+    victim = victims.cnn(SHAPE, CLASSES, channels=(4, 12))  # of its own: nothing of it was compiled before
+    assert solved(victim, 1)
+    assert not solved(victim, 2)
+
+
 def test_a_clipped_gradient_is_solved_as_well():
     """Its length is all that clipping changes."""
     victim, _ = CASES["tokens"]
