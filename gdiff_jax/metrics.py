@@ -20,6 +20,7 @@ MIN_SSIM_SIZE = 11
 EXACT = 200.0  # dB
 
 
+@jax.jit
 def ssim(a: jax.Array, b: jax.Array) -> jax.Array:
     """Structural similarity, in [-1, 1].
 
@@ -34,6 +35,7 @@ def ssim(a: jax.Array, b: jax.Array) -> jax.Array:
         return dm_pix.ssim(a, b)
 
 
+@jax.jit
 def image_metrics(reconstruction: jax.Array, truth: jax.Array) -> dict[str, jax.Array]:
     """MSE (of pixels in [0, 1]), PSNR (dB) and, from 11 pixels on, SSIM of images in [-1, 1], which are clipped to it.
 
@@ -62,6 +64,7 @@ def match_images(reconstruction: jax.Array, truth: jax.Array) -> jax.Array:
     return jnp.zeros_like(columns).at[rows].set(columns)
 
 
+@jax.jit
 def psnr_from_error(error: jax.Array) -> jax.Array:
     """PSNR in dB from a mean squared error of images in [-1, 1] (the trace's `x0_error`), whose range is 2; it ends at 200."""
     return jnp.minimum(10 * jnp.log10(4.0 / jnp.maximum(error, 1e-21)), EXACT)
