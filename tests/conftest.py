@@ -18,7 +18,7 @@ os.environ["JAX_NUM_CPU_DEVICES"] = "1"  # for the commands that tests run: thei
 # Compiling is most of what these tests cost, and many compile the same program: workers and commands share one cache.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="gdiff-jax-tests-")
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"  # the smallest, too: there are thousands
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
     quick = "--xla_backend_optimization_level=0"
     if importlib.metadata.version("jaxlib").startswith("0.10."):  # a flag that it does not know ends the process
         quick += " --xla_cpu_use_fusion_emitters=false"  # half the time again, by the code generator of before

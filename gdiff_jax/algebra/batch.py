@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy.optimize import linear_sum_assignment
 
 from gdiff_jax.algebra import spear
 from gdiff_jax.algebra.structure import Loss, on_host, wide
@@ -132,6 +131,8 @@ def _by_label(loss: Loss, names: FirstDense, params: Any, images: np.ndarray, de
     expected = np.asarray(_deltas(loss, names, params, jnp.asarray(images), jnp.asarray(labels)))
     unit = lambda d: d / np.maximum(np.linalg.norm(d, axis=-1, keepdims=True), 1e-300)
     cosines = np.einsum("rkn,rn->rk", unit(expected), unit(deltas))[:, which.reshape(-1)]
+    from scipy.optimize import linear_sum_assignment  # half a second of every start, --help's too, for this one function
+
     order = cosines.argmax(0)
     rows, columns = linear_sum_assignment(-cosines)
     order[columns] = rows

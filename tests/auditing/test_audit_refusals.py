@@ -153,7 +153,8 @@ class Large:
     def lower(self, *_):
         return self
 
-    compile = lower
+    def compile(self, compiler_options=None):
+        return self
 
     def memory_analysis(self):
         return SimpleNamespace(argument_size_in_bytes=0, output_size_in_bytes=0, temp_size_in_bytes=2**60)
