@@ -84,7 +84,7 @@ def how(record: AuditRecord) -> list[str]:
         rows = [r["how"] for r in record.at(sigma) if r.get("how")]
         solved = [text for text in rows if text.startswith("solved: ")]
         others = [text for text in rows if text not in solved]
-        searched |= bool(others)
+        searched |= any("searched for" in text for text in others)
         if solved:
             lines[f"{len(solved)} of {len(rows)} leaks were {solved[0]}"].append(f"{sigma:.3g}")
         if others:
