@@ -16,7 +16,7 @@ from gdiff_jax import intervals
 from gdiff_jax.auditing import sheets, summary
 from gdiff_jax.auditing.record import AuditRecord, curve_key
 from gdiff_jax.intervals import Interval
-from gdiff_jax.sweeping.drawing import Drawing, house_style
+from gdiff_jax.sweeping.drawing import Drawing, house_style, logarithmic
 
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY, BLACK = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000"
 CYCLE = (BLUE, RED, GREEN, PURPLE, ORANGE, SKY, BLACK)
@@ -150,7 +150,7 @@ def epsilon(record: AuditRecord) -> Figure:
     axes[1].set_ylim(-0.03, 1.05)
     axes[1].set_ylabel("share of images")
     for ax in axes:
-        ax.set_xscale("log")
+        logarithmic(ax, "x")
         ax.set_xlabel(f"ε at δ = {record.about['delta']:g}, one release")
         ax.legend(fontsize=8)
     return figure
@@ -184,7 +184,7 @@ def steps(record: AuditRecord) -> Figure:
     figure, axes = _axes(9.2 if record.has_truth else 5.2, 3.6, 2 if record.has_truth else 1)
     for ax, name in zip(axes, ("distance", "psnr"), strict=False):
         _over_steps(ax, record, method, name)
-    axes[0].set_yscale("log")
+    logarithmic(axes[0], "y")
     axes[0].set_ylabel(f"{method}: distance of gradients\n(dotted: norm of the noise)")
     if record.has_truth:
         axes[1].set_ylabel("PSNR of x0hat, dB")
@@ -237,7 +237,7 @@ def spectrum(record: AuditRecord) -> Figure:
         ax.annotate(f"σ² at σ = {sigma:.3g}", (1, sigma**2), fontsize=7, ha="right", va="bottom", color="0.35")
     top = max(row["lambda_max"] for row in theory["spectra"])
     low = min(min(row["eigenvalues"]) for row in theory["spectra"])
-    ax.set_yscale("log")
+    logarithmic(ax, "y")
     ax.set_ylim(max(top * 1e-14, 0.1 * low, 1e-20), top * 5)
     ax.xaxis.set_major_formatter(lambda v, _: f"{v:.0%}")
     ax.set_xlabel("directions of the image, from the best seen to the worst")

@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import matplotlib
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 
 
 class Drawing(Figure):
@@ -31,3 +33,11 @@ def house_style(style: Any = None) -> Iterator[None]:
         matplotlib.rcParams.update(style or {})
         matplotlib.rcParams["text.parse_math"] = False
         yield
+
+
+def logarithmic(ax: Axes, which: str) -> None:
+    """Makes the x or y axis logarithmic, its ticks numbers: matplotlib's are formulas, which `house_style` shows as text."""
+    axis = ax.xaxis if which == "x" else ax.yaxis
+    ax.set(**{f"{which}scale": "log"})
+    axis.set_major_formatter(LogFormatter())
+    axis.set_minor_formatter(LogFormatter())

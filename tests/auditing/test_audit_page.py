@@ -39,6 +39,13 @@ def test_a_report_made_again_of_its_json_is_the_same_to_the_byte(small, tmp_path
         assert made[name] == again[name], name
 
 
+def test_no_formula_is_shown_as_its_source(small):
+    """Ticks of logarithmic axes are formulas to matplotlib; names with dollars in them are not to be, so none is read."""
+    drawn = sorted((small / "figures").glob("*.svg"))
+    assert "steps.svg" in {file.name for file in drawn}
+    assert not [file.name for file in drawn if "mathdefault" in file.read_text(encoding="utf-8")]
+
+
 def test_every_figure_answers_to_the_data(small):
     """Other numbers, another figure."""
     audit, drawn = gd.Audit.load(small / "audit.json"), figures_of(small)
