@@ -79,7 +79,7 @@ def _solver(plan: Plan, mesh: Mesh, group: Group, most: int, memory_gib: float) 
     """Of `Auto`, which compiles its search when a trial is first left unsolved; its memory is not known before."""
     most = -(-most // mesh.size)
     fit = lambda compile_for: memory.fit(compile_for, most, memory.budget(memory_gib, mesh), group.title)
-    return Program(Solver(plan, group, mesh, fit), most, 0, mesh)
+    return Program(Solver(plan, group, mesh, fit, most), most, 0, mesh)
 
 
 def _cut(tree: Any, part: slice) -> Any:
@@ -96,12 +96,15 @@ def compute(plan: Plan, program: Program, chunks: Chunks) -> Iterator[tuple[int,
     everything = [trial for chunk in chunks.values() for trial in chunk]
     width = program.at_a_time
     shared = parallel.replicate(trials.shared_arguments(plan, everything[0].group), program.mesh)
-    waiting, held, seconds = list(chunks), None, np.zeros(0)
-    for start in range(0, len(everything), width):
-        batch = everything[start : start + width]
+    waiting, held, seconds, start = list(chunks), None, np.zeros(0), 0
+    while start < len(everything):
         started = time.time()
-        full = batch + [batch[-1]] * (width - len(batch))
-        own = parallel.divide(trials.own_arguments(plan, full), program.mesh)
+        alone = start == 0 and isinstance(program.run, Solver) and program.run.solves(shared, everything[0])
+        batch = everything[start : start + (1 if alone else width)]
+        start += len(batch)
+        full = batch if isinstance(program.run, Solver) else batch + [batch[-1]] * (width - len(batch))
+        own = trials.own_arguments(plan, full)
+        own = own if isinstance(program.run, Solver) else parallel.divide(own, program.mesh)
         result = jax.device_get(program.run(shared, own))
         seconds = np.append(seconds, [(time.time() - started) / len(batch)] * len(batch))
         result = _cut(result, slice(0, len(batch)))
@@ -199,7 +202,8 @@ def run_trials(
       RunError: where another process ended before its share was done.
     """
     mesh, first = mesh or parallel.trial_mesh(), processes.is_first()
-    chunks = dict(enumerate(trials.chunks(trials.make_grid(plan), batch)))
+    solved = {name for name, method in plan.methods.items() if isinstance(method, Auto)}
+    chunks = dict(enumerate(trials.chunks(trials.make_grid(plan), batch, solved)))
     todo = [k for k in chunks if not store.is_done(k)]
     damaged = [k for k in todo if store.exists(k)]
     mine = processes.share(store, todo, hashlib.sha256(strict_json(store.identity).encode()).digest())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -18,7 +18,7 @@ from gdiff_jax.methods import Problem
 from gdiff_jax.modules import digest
 from gdiff_jax.sweeping import memory, trials
 from gdiff_jax.sweeping.plan import Plan
-from gdiff_jax.sweeping.trials import Group, Private, Shared
+from gdiff_jax.sweeping.trials import Group, Private, Shared, Trial
 
 Fit = Callable[[Callable[[int], Any]], tuple[int, Any]]
 
@@ -30,6 +30,7 @@ class Solver:
     Attributes:
       fit: `size, program = fit(compile_for)`, for as many trials a device as its memory holds; called when a trial is first
         left unsolved, as searching for one is by far what needs most.
+      most: trials a device at a time, as far as memory does not say fewer.
       bytes_per_trial: of the largest program that has been compiled so far.
     """
 
@@ -37,17 +38,16 @@ class Solver:
     group: Group
     mesh: Mesh
     fit: Fit
+    most: int
     bytes_per_trial: float = 0.0
     _compiled: bool = False  # by the solution of a first leak
-    _scorer: Any = None
+    _scorer: tuple[int, Any] | None = None
     _searcher: tuple[int, Any] | None = None
     _exact: dict[str, Candidate] = dataclasses.field(default_factory=dict)  # by the leak
 
     def __call__(self, shared: Shared, own: Private) -> dict[str, Any]:
-        method = self.plan.methods[self.group.method]
-        assert isinstance(method, Auto)
         problems = self._problems(shared, own)
-        solve = numerics.carried(partial(self._candidate, method))
+        solve = numerics.carried(self._candidate)
         with ThreadPoolExecutor(self.mesh.size) as pool:  # the algebra of one leak is one core's work
             first = [pool.submit(solve, *problem) for problem in problems[:1]]
             if not self._compiled:  # threads that need a program at the same time each compile it
@@ -56,12 +56,22 @@ class Solver:
             found = [one.result() for one in [*first, *(pool.submit(solve, *problem) for problem in problems[1:])]]
         images = np.stack([candidate.image for candidate in found])
         exact = np.array([candidate.exact for candidate in found])
-        both = (own, *parallel.divide((images, exact), self.mesh))
+        both = (own, images, exact)
         result = self._scored(shared, both) if exact.all() else self._searched(shared, both)
-        return {**jax.device_get(result), "how": np.array([candidate.words for candidate in found])}
+        return {**result, "how": np.array([candidate.words for candidate in found])}
 
-    def _candidate(self, method: Auto, key: jax.Array, problem: Problem) -> Candidate:
+    def solves(self, shared: Shared, trial: Trial) -> bool:
+        """Whether a trial's leak, without noise, is solved, so that its result can be had before others are looked at."""
+        if trial.sigma != 0:
+            return False
+        ((key, problem),) = self._problems(shared, trials.own_arguments(self.plan, [trial]))
+        self._compiled = True
+        return self._candidate(key, problem).exact
+
+    def _candidate(self, key: jax.Array, problem: Problem) -> Candidate:
         """As before where a leak is the same, as without noise it is for every seed."""
+        method = self.plan.methods[self.group.method]
+        assert isinstance(method, Auto)
         arrays = jax.tree.leaves((problem.match.leak, problem.match.label))
         leak = digest(dict(zip(map(str, range(len(arrays))), arrays, strict=True)))
         if leak not in self._exact:
@@ -88,9 +98,9 @@ class Solver:
         """Candidates, all of which are exact, as results."""
         if self._scorer is None:
             known = lambda key, problem, image, exact: auto.alone(problem, image)
-            lowered = jax.jit(parallel.map_trials(self._trial(known), self.mesh)).lower(shared, both)
-            self._scorer = self._noted(len(both[1]) // self.mesh.size, parallel.compiled(lowered, self.mesh))
-        return self._scorer(shared, both)
+            lowered = jax.jit(parallel.map_trials(self._trial(known), self.mesh)).lower(shared, self._rows(both, 0, self.most))
+            self._scorer = self.most, self._noted(self.most, parallel.compiled(lowered, self.mesh))
+        return self._in_parts(self._scorer, shared, both)
 
     @cached_property
     def searching(self) -> Any:
@@ -102,8 +112,11 @@ class Solver:
             lower = lambda n: self.searching.lower(shared, self._rows(both, 0, n))
             size, program = self.fit(lambda n: parallel.compiled(lower(n), self.mesh))
             self._searcher = size, self._noted(size, program)
-        size, program = self._searcher
-        count = len(both[1])
+        return self._in_parts(self._searcher, shared, both)
+
+    def _in_parts(self, sized: tuple[int, Any], shared: Shared, both: Any) -> Any:
+        """What a program of so many trials a device makes of any number of them."""
+        (size, program), count = sized, len(both[1])
         starts = range(0, count, size * self.mesh.size)
         parts = [jax.device_get(program(shared, self._rows(both, start, size))) for start in starts]
         return jax.tree.map(lambda *a: np.concatenate(a)[:count], *parts)

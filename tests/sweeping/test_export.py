@@ -30,7 +30,7 @@ def lowered(plan, group, *platforms):
     trial = trials.Trial(group, 0.1, 0, 0)
     shared, own = trials.shared_arguments(plan, group), trials.own_arguments(plan, [trial])
     if group.method == "auto":  # whose algebra is the host's; what the devices run is its search
-        runner = Solver(plan, group, ONE_DEVICE, memory.fit).searching
+        runner = Solver(plan, group, ONE_DEVICE, memory.fit, 1).searching
         own = own, own.images[:, 0], np.zeros(1, bool)
     else:
         runner = trials.make_runner(plan, group, ONE_DEVICE)

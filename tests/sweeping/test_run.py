@@ -23,6 +23,7 @@ from tiny import (
 
 import gdiff_jax as gd
 from gdiff_jax import parallel
+from gdiff_jax.auto import Auto
 from gdiff_jax.sweeping import records, run, tables, trials
 from gdiff_jax.sweeping.plan import PRIOR_ONLY, VictimState
 
@@ -90,6 +91,24 @@ def are_the_same(small, large):
 def test_a_result_depends_on_neither_chunk_nor_neighbours(finished, tiny_prior):
     _, _, rows = finished
     are_the_same(run_in_memory(plain_plan(tiny_prior, methods=("dsg",)), batch=5)[0], rows)
+
+
+@pytest.mark.parametrize("solvable", [True, False])
+def test_a_first_leak_that_is_solved_is_shown_before_others_are_looked_at(solvable, tiny_prior, monkeypatch):
+    plan = plain_plan(tiny_prior, methods=("auto",), num_images=4, sigma_grid=(0.0,))
+    looked_at = list[str]()
+    candidate = Auto.candidate
+
+    def noted(self, key, problem):
+        looked_at.append("a leak")
+        return candidate(self, key, problem)._replace(exact=solvable)
+
+    monkeypatch.setattr(Auto, "candidate", noted)
+    store, shown = records.MemoryStore(), list[tuple[int, int]]()
+    after = lambda done: shown.append((len(attacks_of(store.rows(done))), len(looked_at)))
+    rows = run.run_trials(plan, store, 4, mesh=ONE_DEVICE, progress=False, after=after)
+    assert shown[:2] == ([(0, 0), (1, 1)] if solvable else [(0, 0), (1, 5)])  # a search is for all of them at once
+    assert [row["image"] for row in attacks_of(rows)] == [0, 1, 2, 3]
 
 
 @long
