@@ -39,15 +39,18 @@ class Candidate(NamedTuple):
 class Auto(Method):
     """`algebra.solve`; the prior for directions that it leaves open; then `search`, unless the gradient is explained.
 
-    Of what they find the image of least distance to the leak is kept. It solves in float64 on the host, so it is called outside
-    jit; `after` is what runs on the device. It can be run whatever the attacker knows: the search must be one that can.
+    What will be refined is found by `start`, if there is one: it may be cheaper. Of what they find the image of least distance
+    to the leak is kept. It solves in float64 on the host, so it is called outside jit; `after` is what runs on the device. It
+    can be run whatever the attacker knows: the search must be one that can.
     """
 
     search: Method
+    start: Method | None = None
     name: ClassVar[str] = "auto"
 
     def describe(self) -> str:
-        return f"algebra, then {self.search.describe()} where it does not reach"
+        refined = f", or {self.start.describe()}, which is refined" if self.start else ""
+        return f"algebra, then {self.search.describe()}{refined}, where it does not reach"
 
     def __call__(self, key: jax.Array, problem: Problem) -> tuple[jax.Array, Info]:
         if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(problem)):
@@ -92,9 +95,11 @@ class Auto(Method):
         if _known_noise(problem) and problem.first_dense is not None:
             found, _ = AnalyticMean()(jax.random.fold_in(key, 2), problem)
             return alone(problem, jnp.where(exact, image, _preferred(problem, found, image)))
-        x, info = self.search(key, problem)
+        refinement = _refinement(problem)
+        search = self.search if refinement is None or self.start is None else self.start
+        x, info = search(key, problem)
         x = _preferred(problem, x, image)
-        if (refinement := _refinement(problem)) is not None:
+        if refinement is not None:
             x = _preferred(problem, refinement.refine(problem, x), x)
         x = jnp.where(exact, image, x)
         trace = info.trace  # a measured signal's fields are left out: a solved trial's trace has none

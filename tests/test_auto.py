@@ -129,6 +129,21 @@ def test_more_than_noise_decides():
 
 
 @pytest.mark.parametrize(
+    ("victim", "refined"), [(cnn(SHAPE, CLASSES, channels=(4, 4)), True), (resnet(SHAPE, CLASSES, channels=(8,)), False)]
+)
+def test_what_is_refined_is_found_by_a_method_of_its_own(victim, refined):
+    sigma = jnp.float32(1e-2)
+    problem = problem_of(victim, mechanism=gd.GaussianNoise(sigma), sigma=sigma)
+    nothing = jnp.full(SHAPE, jnp.nan)
+    distances = jax.jit(lambda auto: auto.after(key(), problem, nothing, jnp.asarray(False))[1].trace.distance)
+    search, start = DSG(guidance_rate=0.1), DSG(guidance_rate=0.9)
+    found, by_search, by_start = map(distances, (Auto(search, start), Auto(search), Auto(start)))
+    same, other = (by_start, by_search) if refined else (by_search, by_start)
+    np.testing.assert_allclose(found, same, rtol=1e-5)
+    assert np.abs(found - other).max() > 1e-3
+
+
+@pytest.mark.parametrize(
     "victim", [mlp(SHAPE, CLASSES, widths=(16,)), cnn(SHAPE, CLASSES, channels=(12, 24))], ids=["mlp", "cnn"]
 )
 def test_under_noise_structure_finds_more_than_a_search(victim):

@@ -15,10 +15,9 @@ import numpy as np
 
 from gdiff_jax import images as image_files
 from gdiff_jax import numerics
-from gdiff_jax.auditing.settings import AuditAttacks
 from gdiff_jax.errors import ConfigError, need
 from gdiff_jax.mechanisms import Chain, Clip, Mechanism
-from gdiff_jax.methods import DLG, DSG, METHODS, Auto, CalibratedDSG, Method
+from gdiff_jax.methods import DLG, DSG, METHODS, Auto, Method, strongest
 from gdiff_jax.priors import Prior, load_prior
 from gdiff_jax.sweeping.attackers import Attacker, Knowledge
 from gdiff_jax.sweeping.checks import hindrances
@@ -181,9 +180,8 @@ def methods_of(asked: Sequence[str | Method], attacker: Attacker, client: Client
             need(known, f"method {method!r} is not known; known: {', '.join(METHODS)}, or objects of gdiff_jax.methods")
             method = METHODS[method]
             method = dataclasses.replace(method, joint_labels=joint) if isinstance(method, DLG) else method
-            if isinstance(method, Auto):
-                dsg = DSG() if hindrances(method.search, attacker, client) else CalibratedDSG()
-                method = Auto(AuditAttacks().search(dsg))
+            if isinstance(method, Auto) and hindrances(method.search, attacker, client):
+                method = strongest(DSG())
         ok = not hindrances(method.search if isinstance(method, Auto) else method, attacker, client)
         need(ok, f"method {method.name} draws from the mechanism's noise, of one gradient: not with this attacker or client")
         alone = not getattr(method, "joint_labels", False)

@@ -8,7 +8,6 @@ import math
 from gdiff_jax import images as image_files
 from gdiff_jax.errors import need
 from gdiff_jax.mechanisms import text as mechanism_text
-from gdiff_jax.methods import DSG, MeanOfChains, Method
 from gdiff_jax.options import option
 from gdiff_jax.sweeping.config import Attacks, Common, Noise, PrivateImages, Run, SweepConfig, Victims
 from gdiff_jax.victims.zoo import VICTIMS
@@ -70,10 +69,6 @@ class AuditAttacks(Attacks):
         (),
         "attacks, as for the sweep, or all; without, auto, and, where a first layer is dense, analytic and analytic-dsg",
     )
-
-    def search(self, dsg: DSG) -> Method:
-        """The mean of several chains, which comes closer to the image than one."""
-        return MeanOfChains(dsg, self.chains)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,12 +18,12 @@ from gdiff_jax.methods import (
     Analytic,
     AnalyticDSG,
     AnalyticMean,
-    Auto,
     CalibratedDSG,
     InvertingGradients,
     MeanOfChains,
     Method,
     RedDiff,
+    strongest,
 )
 from gdiff_jax.options import option
 from gdiff_jax.priors import BUNDLED, Prior
@@ -192,10 +192,6 @@ class Attacks:
             value = getattr(self, name)
             need(math.isfinite(value) and value >= 0, f"--{name} {value} must be finite and >= 0")
 
-    def search(self, dsg: DSG) -> Method:
-        """What auto searches by, made of a DSG that the attacker can run."""
-        return dsg
-
     def make(self, joint_labels: bool = False, calibrated: bool = True) -> dict[str, Method]:
         """The methods with their options bound, by name.
 
@@ -216,7 +212,7 @@ class Attacks:
             Analytic(),
             AnalyticDSG(self.guidance_rate, self.interval, self.through_prior),
             AnalyticMean(),
-            Auto(self.search(by_noise if calibrated else dsg)),
+            strongest(by_noise if calibrated else dsg),
         )
         by_name = {method.name: method for method in bound}
         return {name: by_name[name] for name in self.methods}
