@@ -11,7 +11,7 @@ from gdiff_jax.matching import GradientMatching, at_full_precision, l2, victim_g
 from gdiff_jax.problem import Problem
 from gdiff_jax.samplers.dpir import Residual
 
-FIRST, STEPS = 0.3, 24  # of `samplers.plug_and_play` [our choice, measured]
+FIRST, RATIO = 0.3, 0.88  # of `samplers.plug_and_play` [our choice, measured]
 
 
 def refine(problem: Problem, image: jax.Array) -> jax.Array:
@@ -34,7 +34,10 @@ def refine(problem: Problem, image: jax.Array) -> jax.Array:
     match, noise = p.match, p.noise()
     measured = lambda x, level: _measured(chain, match, noise, x, level)
     mean = jnp.broadcast_to(p.expected_image, p.shape)
-    return samplers.plug_and_play(image, p.denoise, p.schedule, measured, mean, first=FIRST, steps=STEPS, clip=p.clip)
+    last = samplers.last_level(noise, match.leak)
+    return samplers.plug_and_play(
+        image, p.denoise, p.schedule, measured, mean, first=FIRST, last=last, ratio=RATIO, clip=p.clip
+    )
 
 
 def chain_of(problem: Problem) -> ReluChain | None:

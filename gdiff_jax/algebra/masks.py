@@ -21,7 +21,7 @@ from gdiff_jax.algebra.layers import Layer, Leaves
 from gdiff_jax.algebra.links import Kind
 from gdiff_jax.algebra.structure import Loss, Structure, structure_in_float32
 
-NARROWEST, WIDEST = 0.02, 0.5  # share of a layer's deviation by which its outputs are taken to err, at least and at most
+NARROWEST, WIDEST = 5e-4, 0.5  # share of a layer's deviation by which its outputs are taken to err, at least and at most
 ROUNDING = 1e-6  # of a measured feature and of the gradient, relative to its size, where no noise is larger
 
 

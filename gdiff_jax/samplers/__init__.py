@@ -1,7 +1,7 @@
 """Reverse diffusion, unguided or guided by an objective: one method, one file."""
 
 from gdiff_jax.samplers.base import Start, batched, start_from
-from gdiff_jax.samplers.dpir import plug_and_play
+from gdiff_jax.samplers.dpir import last_level, plug_and_play
 from gdiff_jax.samplers.dps import dps_sample, dps_step
 from gdiff_jax.samplers.dsg import SignalInfo, dsg_sample, dsg_step
 from gdiff_jax.samplers.ensemble import mean_of_chains, posterior_mean
@@ -24,6 +24,7 @@ __all__ = [
     "dps_step",
     "dsg_sample",
     "dsg_step",
+    "last_level",
     "mean_of_chains",
     "null_space_of",
     "null_space_sample",

@@ -9,6 +9,7 @@ first estimate, such as a guided sampler's: from mid-grey or noise the steps end
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,9 @@ from gdiff_jax.samplers.estimate import denoise_estimate
 from gdiff_jax.schedule import Schedule
 
 Residual = Callable[[jax.Array], list[jax.Array]]
-LAST = 0.015  # level of the last step: in images of [-1, 1], 48 dB [our choice, measured]
+# Level of the last step: it falls with the noise, as the image does that is found, between these [our choice, measured].
+LAST, LEAST = 0.015, 5e-4  # in images of [-1, 1] 48 dB, and 78
+PER_NOISE = 0.3
 ITERATIONS = 40  # conjugate gradients a step; with 20 a LeNet's image has 1 dB less [measured]
 LENGTHS = (1.0, 0.5, 0.25, 0.1, 0.0)  # of a Gauss-Newton step, of which the best is taken
 
@@ -47,6 +50,13 @@ def gauss_newton(residual: Residual, x: jax.Array, x0: jax.Array, variance: jax.
     return jnp.where(jnp.isfinite(costs[best]), x + lengths[best] * step, x)
 
 
+def last_level(noise: jax.Array, measured: Any) -> jax.Array:
+    """Of `plug_and_play`, for arrays with noise of that standard deviation in each entry."""
+    leaves = jax.tree.leaves(measured)
+    rms = jnp.sqrt(jnp.stack([jnp.vdot(a, a) for a in leaves]).sum() / sum(a.size for a in leaves))
+    return jnp.clip(PER_NOISE * noise / jnp.where(rms > 0, rms, 1.0), LEAST, LAST)
+
+
 def _sizes(residual: Residual, x: jax.Array) -> jax.Array:
     """Of each block its rms, and 1 where that is less: by how much its deviations are too small."""
     return jnp.stack([jnp.maximum(jnp.sqrt(jnp.mean(jnp.square(r))), 1.0) for r in residual(x)])
@@ -64,7 +74,8 @@ def plug_and_play(
     mean: jax.Array,
     *,
     first: float,
-    steps: int,
+    last: jax.Array | float = LAST,
+    ratio: float,
     iterations: int = ITERATIONS,
     clip: bool = True,
 ) -> jax.Array:
@@ -78,21 +89,24 @@ def plug_and_play(
         list of arrays, each entry by its deviation. It is asked anew in each step.
       mean: (H, W, C) of the images that one may expect.
       first: level of the first step, about the first estimate's error.
-      steps: levels down to `LAST`, evenly in their logarithm; in each the denoiser is called once.
+      last: level at which it ends, scalar in (0, first].
+      ratio: of a level to the one before, in (0, 1); in each the denoiser is called once.
       iterations: conjugate gradients in each of them.
       clip: clip what the denoiser says to [-1, 1].
 
     Returns:
       (H, W, C), about [-1, 1]; where the residual is nowhere finite, the first estimate.
     """
-    levels = jnp.geomspace(first, LAST, steps, dtype=image.dtype)
+    start = jnp.asarray(first, image.dtype)
+    State = tuple[jax.Array, jax.Array, jax.Array]
 
-    def step(state: tuple[jax.Array, jax.Array], level: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
-        x, sizes = state
+    def step(state: State) -> State:
+        x, sizes, level = state
         expected = denoise_estimate(denoise, schedule, x, level, mean, clip=clip)
         residual = measured(x, level)
         x = gauss_newton(_tempered(residual, sizes), x, expected, jnp.square(level), iterations)
-        return (x, _sizes(residual, x)), None
+        return x, _sizes(residual, x), level * ratio
 
-    (image, _), _ = jax.lax.scan(step, (image, _sizes(measured(image, levels[0]), image)), levels)
-    return image
+    # As many steps as the noise asks for: under vmap as many as the least of the trials' does.
+    going = lambda state: state[2] > last * (1 - 1e-3)
+    return jax.lax.while_loop(going, step, (image, _sizes(measured(image, start), image), start))[0]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import gdiff_jax as gd
-from gdiff_jax.samplers.dpir import gauss_newton, plug_and_play
+from gdiff_jax.samplers.dpir import LAST, LEAST, gauss_newton, last_level, plug_and_play
 
 N = 6
 SHAPE = (2, 3, 1)
@@ -38,7 +38,7 @@ def test_a_step_shortens_until_it_descends():
 
 
 def restored(prior, start, measured, **options):
-    schedule, settings = gd.Schedule.create(num_steps=50), dict(first=0.5, steps=12, clip=False) | options
+    schedule, settings = gd.Schedule.create(num_steps=50), dict(first=0.5, ratio=0.73, clip=False) | options
     return jax.jit(lambda x: plug_and_play(x, prior, schedule, measured, jnp.zeros(SHAPE), **settings))(start)
 
 
@@ -54,7 +54,7 @@ def test_what_is_measured_badly_is_nearer_to_what_the_prior_expects(gaussian):
     """Between the prior's mean and the measurement, as the mean of a posterior is; and of all starts the same."""
     truth = 2 * gaussian.mean.reshape(SHAPE)  # two means from zero
     measured = lambda x, level: lambda x: [(x - truth) / 0.5]
-    ends = [restored(gaussian, start, measured, steps=40) for start in (truth, jnp.zeros(SHAPE))]
+    ends = [restored(gaussian, start, measured, ratio=0.92) for start in (truth, jnp.zeros(SHAPE))]
     mean = gaussian.mean.reshape(SHAPE)
     for x in ends:
         assert jnp.linalg.norm(x - truth) < jnp.linalg.norm(mean - truth)
@@ -75,3 +75,21 @@ def test_without_a_finite_residual_the_start_is_returned(gaussian, start):
     measured = lambda x, level: lambda x: [jnp.full(SHAPE, jnp.nan)]
     x = restored(gaussian, jnp.full(SHAPE, start), measured)
     np.testing.assert_array_equal(x, jnp.full(SHAPE, start))
+
+
+def test_the_last_level_falls_with_the_noise_between_its_bounds():
+    leak = {"a": jnp.full(3, 2.0), "b": jnp.full((2, 2), -2.0)}  # of rms 2
+    levels = [float(last_level(jnp.float32(noise), leak)) for noise in (0.0, 1e-5, 0.02, 0.04, 1.0)]
+    np.testing.assert_allclose(levels, [LEAST, LEAST, 0.003, 0.006, LAST], rtol=1e-5)
+    assert float(last_level(jnp.float32(1.0), {"a": jnp.zeros(3)})) == pytest.approx(LAST)
+
+
+def test_under_less_noise_it_ends_closer_and_each_trial_by_its_own(gaussian):
+    """Of a quantity that is measured without error: what is left is the last level's, each lane of a vmap's its own."""
+    truth = jnp.asarray(np.random.default_rng(1).normal(size=SHAPE) * 0.3, jnp.float32)
+    asked = lambda last: restored(gaussian, truth + 0.5, lambda x, level: lambda x: [(x - truth) / 0.05], last=last)
+    lasts = jnp.array([0.2, 0.01])
+    ends = jax.vmap(asked)(lasts)
+    for end, last in zip(ends, lasts, strict=True):
+        np.testing.assert_allclose(end, asked(last), atol=1e-5)
+    assert jnp.abs(ends[0] - ends[1]).max() > 1e-3
