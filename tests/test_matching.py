@@ -412,8 +412,8 @@ def test_mixed_precision_keeps_small_derivatives():
     slope = lambda loss, leak: jax.device_get(value_and_grad(GradientMatching(params, 3, leak, loss, l2), x)[1])
     mixed, full = slope(of_mixed, leak), slope(of_full, leak)
     assert np.abs(mixed - full).max() < 0.02 * np.abs(full).max()
-    # A residual that float16 would round to zero.
-    off = lambda loss: slope(loss, jax.tree.map(lambda g, far: np.asarray(g) + far * 1e-6, gradient_of(loss, params, x, 3), leak))
+    tiny = jax.tree.map(lambda g: g * 1e-6, leak)  # a residual that float16 would round to zero
+    off = lambda loss: slope(loss, jax.tree.map(np.add, jax.device_get(gradient_of(loss, params, x, 3)), tiny))
     mixed, full = off(of_mixed), off(of_full)
     assert np.abs(mixed - full).max() < 0.05 * np.abs(full).max()
 
