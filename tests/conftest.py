@@ -15,6 +15,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["GDIFF_JAX_CACHE"] = tempfile.mkdtemp(prefix="gdiff-jax-priors-")
 atexit.register(shutil.rmtree, os.environ["GDIFF_JAX_CACHE"], ignore_errors=True)
 os.environ["JAX_NUM_CPU_DEVICES"] = "1"  # for the commands that tests run: their programs are those of the tests themselves
+# As many tests run at once as there are cores: OpenBLAS's threads would wait for each other, and that takes a core each.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # Compiling is most of what these tests cost, and many compile the same program: workers and commands share one cache.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="gdiff-jax-tests-")
