@@ -34,6 +34,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from objectives import float32
 
 from gdiff_jax.pytrees import pytree
 
@@ -91,7 +92,7 @@ def gaussian() -> GaussianDenoiser:
     cov = root @ root.T + 0.1 * np.eye(6)
     values, basis = np.linalg.eigh(cov)
     arrays = (rng.normal(size=6), cov, np.cumprod(1 - make_betas()), basis, values)
-    return GaussianDenoiser(*(jnp.asarray(a, jnp.float32) for a in arrays))
+    return GaussianDenoiser(*(float32(a) for a in arrays))
 
 
 @pytest.fixture(scope="session")
@@ -102,7 +103,7 @@ def random_params() -> Callable[[Spec], Params]:
         rng, params = np.random.default_rng(1), {}
         for name, shape in param_shapes(spec).items():
             scale = 1 / np.sqrt(np.prod(shape[:-1])) if name.endswith("kernel") else 0.05
-            params[name] = jnp.asarray(name.endswith("scale") + scale * rng.normal(size=shape), jnp.float32)
+            params[name] = float32(name.endswith("scale") + scale * rng.normal(size=shape))
         return params
 
     return draw

@@ -30,5 +30,10 @@ class Flat:
         return self.value + 0 * x0.sum()
 
 
+def float32(a: np.ndarray) -> jax.Array:
+    """On the device; `jnp.asarray` compiles a cast for each shape."""
+    return jax.device_put(np.asarray(a, np.float32))
+
+
 def normal(key: jax.Array) -> np.ndarray:
     return np.asarray(jax.random.normal(key, SHAPE), np.float64).ravel()

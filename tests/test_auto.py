@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from objectives import float32
 
 import gdiff_jax as gd
 from gdiff_jax.auto import Auto, _preferred
@@ -16,7 +17,7 @@ from gdiff_jax.schedule import make_betas
 from gdiff_jax.victims import cnn, mlp, resnet
 
 SHAPE, CLASSES = (8, 8, 3), 4
-IMAGE = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, SHAPE), jnp.float32)
+IMAGE = float32(np.random.default_rng(0).uniform(-1, 1, SHAPE))
 AUTO = Auto(DSG())
 
 
@@ -53,7 +54,7 @@ def test_what_is_solved_is_the_result():
 def test_a_batch_behind_a_first_dense_layer_is_solved_in_the_order_of_its_labels():
     victim, labels = mlp(SHAPE, CLASSES, widths=(64, 32)), jnp.array([3, 0, 2])
     params = victim.init(jax.random.key(1))
-    images = jnp.asarray(np.random.default_rng(1).uniform(-1, 1, (3, *SHAPE)), jnp.float32)
+    images = float32(np.random.default_rng(1).uniform(-1, 1, (3, *SHAPE)))
     leak = jax.jit(jax.grad(victim.loss))(params, images, labels)
     match = gd.GradientMatching(params, labels, leak, victim.loss)
     problem = Problem(

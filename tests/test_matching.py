@@ -63,8 +63,8 @@ def private(victim: str):
     """What an attacker of a private image of 4 x 4 pixels has, with noise on the leak, in float64."""
     rng = np.random.default_rng(4)
     loss = {"mlp": mlp_loss, "convnet": convnet_loss}[victim]
-    params = {name: jnp.asarray(rng.uniform(-1, 1, s)) for name, s in SHAPES[victim].items()}
-    image, label = jnp.asarray(rng.uniform(-1, 1, (4, 4, 1))), jnp.array(1)
+    params = {name: jax.device_put(rng.uniform(-1, 1, s)) for name, s in SHAPES[victim].items()}
+    image, label = jax.device_put(rng.uniform(-1, 1, (4, 4, 1))), jnp.array(1)
     return params, label, released(loss, params, image, label), loss
 
 
@@ -78,7 +78,7 @@ def make_match(victim: str, distance=l2) -> GradientMatching:
 
 
 def candidate() -> jax.Array:
-    return jnp.asarray(np.random.default_rng(5).uniform(-1, 1, (4, 4, 1)))
+    return jax.device_put(np.random.default_rng(5).uniform(-1, 1, (4, 4, 1)))
 
 
 def double_reverse(match: GradientMatching, x: jax.Array) -> jax.Array:
@@ -158,7 +158,7 @@ def test_weights_multiply_both_gradients(distance, kind: str) -> None:
     match, x = make_match("mlp", distance), candidate()
     rng = np.random.default_rng(9)
     shape = lambda a: () if kind == "one a layer" else a.shape
-    weights = jax.tree.map(lambda a: jnp.asarray(rng.uniform(0, 2, shape(a))), match.leak)
+    weights = jax.tree.map(lambda a: jax.device_put(rng.uniform(0, 2, shape(a))), match.leak)
     scaled = lambda g: jax.tree.map(jnp.multiply, g, weights)
 
     def by_hand(x):

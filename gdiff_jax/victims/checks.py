@@ -91,7 +91,7 @@ def check_gradients(loss: Loss, params: Any, x: Any, y: Any) -> None:
 def gradient_at(loss: Loss, params: Any, x: Any, y: Any) -> tuple[Any, jax.Array]:
     """The gradient of a user's loss, and whether all of it is finite; compiled once for all who ask."""
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        return _gradient_at(loss, params, jnp.asarray(x), jax.tree.map(jnp.asarray, y))
+        return _gradient_at(loss, params, x, jax.tree.map(np.asarray, y))
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -6,13 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from objectives import float32
 
 import gdiff_jax as gd
 from gdiff_jax.algebra import masks
 from gdiff_jax.victims import cnn, mlp, resnet
 
 SHAPE, CLASSES = (8, 8, 3), 4
-IMAGE = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, SHAPE), jnp.float32)
+IMAGE = float32(np.random.default_rng(0).uniform(-1, 1, SHAPE))
 LABEL = jnp.asarray(2)
 
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from objectives import float32
 
 from gdiff_jax import algebra, victims
 
@@ -41,7 +42,7 @@ def test_the_image_is_solved(name):
 
 def solved(victim, seed):
     """Of an image of that seed, with the programs that were compiled on the way."""
-    image = jnp.asarray(np.random.default_rng(seed).uniform(-1, 1, SHAPE), jnp.float32)
+    image = float32(np.random.default_rng(seed).uniform(-1, 1, SHAPE))
     params, _ = leak_of(victim)
     leak = jax.device_get(jax.jit(jax.grad(victim.loss))(params, image, LABEL))
     compiled, note = [], lambda event, _, **of: compiled.append(of) if event.endswith("backend_compile_duration") else None
@@ -73,7 +74,7 @@ def test_batch_norms_with_constant_statistics_are_affine():
     """As in evaluation: of public images, say, which are not the private one's own."""
     victim = victims.cnn(SHAPE, CLASSES, channels=(12, 24), norm="batch")
     params = victim.init(jax.random.key(1))
-    public = jnp.asarray(np.random.default_rng(1).uniform(-1, 1, (5, *SHAPE)), jnp.float32)
+    public = float32(np.random.default_rng(1).uniform(-1, 1, (5, *SHAPE)))
     y = (LABEL, victim.batch_statistics(params, public))
     leak = jax.device_get(jax.jit(jax.grad(victim.loss_replaced_statistics))(params, jnp.asarray(IMAGE), y))
     solution = algebra.solve(victim.loss_replaced_statistics, params, leak, SHAPE, y)
