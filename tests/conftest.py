@@ -34,7 +34,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from objectives import float32
+from objectives import float32, random_weights
 
 from gdiff_jax.pytrees import pytree
 
@@ -47,7 +47,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_debug_key_reuse", True)
 
-from gdiff_jax.modules import Params, Spec, init_params, param_shapes
+from gdiff_jax.modules import Params, Spec, init_params
 from gdiff_jax.priors import Denoiser, Prior, UNet2DConfig, save_prior
 from gdiff_jax.schedule import make_betas
 
@@ -97,16 +97,7 @@ def gaussian() -> GaussianDenoiser:
 
 @pytest.fixture(scope="session")
 def random_params() -> Callable[[Spec], Params]:
-    """Weights of a network by NumPy, which compiles nothing; none is zero, so every path carries signal."""
-
-    def draw(spec: Spec) -> Params:
-        rng, params = np.random.default_rng(1), {}
-        for name, shape in param_shapes(spec).items():
-            scale = 1 / np.sqrt(np.prod(shape[:-1])) if name.endswith("kernel") else 0.05
-            params[name] = float32(name.endswith("scale") + scale * rng.normal(size=shape))
-        return params
-
-    return draw
+    return random_weights
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from objectives import float32
+from objectives import float32, random_weights
 
 import gdiff_jax as gd
 from gdiff_jax.algebra import masks
@@ -19,7 +19,7 @@ LABEL = jnp.asarray(2)
 
 @functools.cache
 def of(victim):
-    params = jax.jit(victim.init)(jax.random.key(1))
+    params = random_weights(victim)
     chain = masks.relu_chain(victim.loss, params, SHAPE, LABEL)
     gradient = jax.tree.leaves(jax.jit(gd.victim_gradient, static_argnums=0)(victim.loss, params, IMAGE, LABEL))
     return chain, jax.tree.leaves((params, LABEL)), gradient
@@ -110,12 +110,12 @@ OTHERS = [resnet(SHAPE, CLASSES, channels=(8,)), cnn(SHAPE, CLASSES, channels=(6
 
 @pytest.mark.parametrize("victim", OTHERS, ids=["resnet", "sigmoid"])
 def test_what_is_no_relu_chain(victim):
-    assert masks.relu_chain(victim.loss, jax.jit(victim.init)(jax.random.key(1)), SHAPE, LABEL) is None
+    assert masks.relu_chain(victim.loss, random_weights(victim), SHAPE, LABEL) is None
 
 
 def test_the_chain_is_found_in_a_traced_function():
     victim = CHAINS[0]
-    params = jax.jit(victim.init)(jax.random.key(1))
+    params = random_weights(victim)
 
     @jax.jit
     def logits(params, x):
