@@ -146,10 +146,24 @@ class Spec(Protocol):
     def build(self, rngs: nnx.Rngs) -> nnx.Module: ...
 
 
+class _AnyKey(nnx.Rngs):
+    """For layers of which the shapes are asked: to count the draws in a traced function takes longer than all the rest."""
+
+    def params(self) -> jax.Array:
+        return jax.random.key(0)
+
+
 @functools.lru_cache(maxsize=64)
 def _abstract(spec: Spec) -> tuple[Any, dict[tuple[Any, ...], Any]]:
-    graph, state = nnx.split(nnx.eval_shape(lambda: spec.build(nnx.Rngs(0))))
-    return graph, dict(nnx.to_flat_state(state))
+    graphs = []
+
+    def build() -> dict[tuple[Any, ...], jax.Array]:
+        graph, state = nnx.split(spec.build(_AnyKey(0)))
+        graphs.append(graph)
+        return {path: leaf[...] for path, leaf in nnx.to_flat_state(state)}
+
+    shapes = jax.eval_shape(build)
+    return graphs[0], shapes
 
 
 def param_shapes(spec: Spec) -> dict[str, tuple[int, ...]]:
@@ -178,7 +192,7 @@ def digest(params: Params) -> str:
     return sha.hexdigest()
 
 
-def call(spec: Spec, use: Callable[[Any], Any], params: Params) -> Any:
+def call(spec: Spec, use: Callable[[Any], Any], params: dict[str, Any]) -> Any:
     """use(network with these parameters), pure where `use` is."""
     graph, flat = _abstract(spec)
     return use(nnx.merge(graph, nnx.from_flat_state({path: params[_name(path)] for path in flat})))

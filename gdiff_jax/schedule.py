@@ -98,9 +98,9 @@ class Schedule:
         beta = 1 - abar / abar_prev
         beta_tilde = beta * (1 - abar_prev) / (1 - abar)
         log_tilde = np.log(np.append(beta_tilde[1] if num_steps > 1 else beta[0], beta_tilde[1:]))
-        cast = lambda a: jnp.asarray(np.asarray(a), jnp.float32)
+        cast = lambda a: jnp.asarray(np.asarray(a, np.float32), jnp.float32)
         return cls(
-            t=jnp.asarray(t, jnp.int32),
+            t=jnp.asarray(np.asarray(t, np.int32), jnp.int32),
             abar=cast(abar),
             abar_prev=cast(abar_prev),
             mean_x0=cast(np.sqrt(abar_prev) * beta / (1 - abar)),

@@ -15,6 +15,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["GDIFF_JAX_CACHE"] = tempfile.mkdtemp(prefix="gdiff-jax-priors-")
 atexit.register(shutil.rmtree, os.environ["GDIFF_JAX_CACHE"], ignore_errors=True)
 os.environ["JAX_NUM_CPU_DEVICES"] = "1"  # for the commands that tests run: their programs are those of the tests themselves
+# As many tests run at once as there are cores: OpenBLAS's threads would wait for each other, and that takes a core each.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # Compiling is most of what these tests cost, and many compile the same program: workers and commands share one cache.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="gdiff-jax-tests-")
@@ -32,6 +34,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from objectives import float32, random_weights
 
 from gdiff_jax.pytrees import pytree
 
@@ -44,7 +47,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_debug_key_reuse", True)
 
-from gdiff_jax.modules import Params, Spec, init_params, param_shapes
+from gdiff_jax.modules import Params, Spec, init_params
 from gdiff_jax.priors import Denoiser, Prior, UNet2DConfig, save_prior
 from gdiff_jax.schedule import make_betas
 
@@ -89,21 +92,12 @@ def gaussian() -> GaussianDenoiser:
     cov = root @ root.T + 0.1 * np.eye(6)
     values, basis = np.linalg.eigh(cov)
     arrays = (rng.normal(size=6), cov, np.cumprod(1 - make_betas()), basis, values)
-    return GaussianDenoiser(*(jnp.asarray(a, jnp.float32) for a in arrays))
+    return GaussianDenoiser(*(float32(a) for a in arrays))
 
 
 @pytest.fixture(scope="session")
 def random_params() -> Callable[[Spec], Params]:
-    """Weights of a network by NumPy, which compiles nothing; none is zero, so every path carries signal."""
-
-    def draw(spec: Spec) -> Params:
-        rng, params = np.random.default_rng(1), {}
-        for name, shape in param_shapes(spec).items():
-            scale = 1 / np.sqrt(np.prod(shape[:-1])) if name.endswith("kernel") else 0.05
-            params[name] = jnp.asarray(name.endswith("scale") + scale * rng.normal(size=shape), jnp.float32)
-        return params
-
-    return draw
+    return random_weights
 
 
 @pytest.fixture(scope="session")

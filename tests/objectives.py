@@ -1,9 +1,10 @@
-"""Objectives whose derivatives are known, of images of six pixels."""
+"""Objectives whose derivatives are known, of images of six pixels; and weights and arrays that compile nothing."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gdiff_jax.modules import Params, Spec, param_shapes
 from gdiff_jax.pytrees import pytree
 
 SHAPE = (2, 3, 1)
@@ -28,6 +29,20 @@ class Flat:
 
     def __call__(self, x0: jax.Array) -> jax.Array:
         return self.value + 0 * x0.sum()
+
+
+def float32(a: np.ndarray) -> jax.Array:
+    """On the device; `jnp.asarray` compiles a cast for each shape."""
+    return jax.device_put(np.asarray(a, np.float32))
+
+
+def random_weights(spec: Spec) -> Params:
+    """Weights of a network by NumPy, which compiles nothing; none is zero, so every path carries signal."""
+    rng, params = np.random.default_rng(1), {}
+    for name, shape in param_shapes(spec).items():
+        scale = 1 / np.sqrt(np.prod(shape[:-1])) if name.endswith("kernel") else 0.05
+        params[name] = float32(name.endswith("scale") + scale * rng.normal(size=shape))
+    return params
 
 
 def normal(key: jax.Array) -> np.ndarray:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from objectives import float32, random_weights
 
 import gdiff_jax as gd
 from gdiff_jax.auto import Auto, _preferred
@@ -16,12 +17,18 @@ from gdiff_jax.schedule import make_betas
 from gdiff_jax.victims import cnn, mlp, resnet
 
 SHAPE, CLASSES = (8, 8, 3), 4
-IMAGE = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, SHAPE), jnp.float32)
+IMAGE = float32(np.random.default_rng(0).uniform(-1, 1, SHAPE))
 AUTO = Auto(DSG())
 
 
 def key():
     return jax.random.key(3)
+
+
+# Compiled whole: operation by operation each is a program of its own.
+distance = jax.jit(lambda match, image: match(image))
+search = jax.jit(lambda key, problem: DSG()(key, problem))
+release = jax.jit(lambda mechanism, key, leak: mechanism(key, leak))
 
 
 @pytree
@@ -35,7 +42,7 @@ class Plain:
 
 
 def problem_of(victim, mechanism=None, **options):
-    params, label = victim.init(jax.random.key(1)), jnp.asarray(2)
+    params, label = random_weights(victim), jnp.asarray(2)
     leak = jax.jit(jax.grad(victim.loss))(params, IMAGE, label)
     match = gd.GradientMatching(params, label, leak, victim.loss, mechanism=mechanism)
     schedule = gd.Schedule.create(make_betas(), 4)
@@ -52,8 +59,8 @@ def test_what_is_solved_is_the_result():
 
 def test_a_batch_behind_a_first_dense_layer_is_solved_in_the_order_of_its_labels():
     victim, labels = mlp(SHAPE, CLASSES, widths=(64, 32)), jnp.array([3, 0, 2])
-    params = victim.init(jax.random.key(1))
-    images = jnp.asarray(np.random.default_rng(1).uniform(-1, 1, (3, *SHAPE)), jnp.float32)
+    params = random_weights(victim)
+    images = float32(np.random.default_rng(1).uniform(-1, 1, (3, *SHAPE)))
     leak = jax.jit(jax.grad(victim.loss))(params, images, labels)
     match = gd.GradientMatching(params, labels, leak, victim.loss)
     problem = Problem(
@@ -63,13 +70,13 @@ def test_a_batch_behind_a_first_dense_layer_is_solved_in_the_order_of_its_labels
     image, info = AUTO(key(), problem)
     assert np.abs(image - images).max() < 1e-5
     assert Outcome(int(info.outcome)) is Outcome.FINISHED
-    assert info.trace.distance[-1] < 1e-4 * problem.match(jnp.zeros_like(images))
+    assert info.trace.distance[-1] < 1e-4 * distance(match, np.zeros_like(images))
 
 
 def test_what_cannot_be_solved_is_searched_for():
     problem = problem_of(resnet(SHAPE, CLASSES, channels=(8,)))
     image, info = AUTO(key(), problem)
-    searched, expected = DSG()(key(), problem)
+    searched, expected = search(key(), problem)
     np.testing.assert_allclose(image, searched, atol=1e-5)
     np.testing.assert_allclose(info.trace.distance, expected.trace.distance, rtol=1e-3)
     assert AUTO.candidate(key(), problem).words.startswith("only searched for: ")
@@ -77,8 +84,8 @@ def test_what_cannot_be_solved_is_searched_for():
 
 def test_the_closer_of_two_is_kept():
     problem, candidate = problem_of(mlp(SHAPE, CLASSES, widths=(16,))), jnp.full(SHAPE, 0.3)
-    searched, _ = DSG()(key(), problem)
-    closer = problem.match(candidate) < problem.match(searched)
+    searched, _ = search(key(), problem)
+    closer = distance(problem.match, candidate) < distance(problem.match, searched)
     kept, _ = AUTO.after(key(), problem, candidate, jnp.asarray(False))
     np.testing.assert_allclose(kept, candidate if closer else searched, atol=1e-5)
     np.testing.assert_array_equal(AUTO.after(key(), problem, candidate, jnp.asarray(True))[0], candidate)
@@ -90,7 +97,7 @@ def test_the_prior_fills_what_is_open():
     problem = problem_of(cnn(SHAPE, CLASSES, channels=(3, 12)))
     candidate = AUTO.candidate(key(), problem)
     assert "directions filled by the prior" in candidate.words
-    assert problem.match(jnp.asarray(candidate.image)) < 0.1 * problem.match(jnp.zeros(SHAPE))
+    assert distance(problem.match, float32(candidate.image)) < 0.1 * distance(problem.match, np.zeros(SHAPE, np.float32))
 
 
 @pytest.mark.parametrize(
@@ -118,7 +125,7 @@ def test_more_than_noise_decides():
     victim = mlp(SHAPE, CLASSES, widths=(16,))
     other = jnp.clip(IMAGE + 0.3, -1, 1)
     plain = problem_of(victim)
-    gain = float(plain.match(other)) ** 2 - float(plain.match(IMAGE)) ** 2
+    gain = float(distance(plain.match, other)) ** 2 - float(distance(plain.match, IMAGE)) ** 2
     edge = (gain / IMAGE.size) ** 0.5
     for sigma, kept in [(0.0, IMAGE), (0.9 * edge, IMAGE), (1.1 * edge, other)]:
         problem = problem_of(victim, mechanism=gd.GaussianNoise(jnp.float32(sigma)), sigma=jnp.float32(sigma))
@@ -150,10 +157,8 @@ def test_under_noise_structure_finds_more_than_a_search(victim):
     """Of an image that the prior knows nothing of."""
     sigma = jnp.float32(1e-4)
     problem = problem_of(victim, mechanism=gd.GaussianNoise(sigma), sigma=sigma)
-    leaves, tree = jax.tree.flatten(problem.match.leak)
-    keys = jax.random.split(jax.random.key(9), len(leaves))
-    noisy = [g + sigma * jax.random.normal(k, g.shape) for g, k in zip(leaves, keys, strict=True)]
-    problem = dataclasses.replace(problem, match=dataclasses.replace(problem.match, leak=jax.tree.unflatten(tree, noisy)))
+    noisy = release(gd.GaussianNoise(sigma), jax.random.key(9), problem.match.leak)
+    problem = dataclasses.replace(problem, match=dataclasses.replace(problem.match, leak=noisy))
     image, _ = AUTO(key(), problem)
-    searched, _ = DSG()(key(), problem)
+    searched, _ = search(key(), problem)
     assert jnp.square(image - IMAGE).mean() < 0.2 * jnp.square(searched - IMAGE).mean()

@@ -19,7 +19,7 @@ RNG = np.random.default_rng(11)
 
 
 def normal(*shape):
-    return jnp.asarray(RNG.normal(size=shape))
+    return jax.device_put(RNG.normal(size=shape))
 
 
 def batch_loss(params, x, y):

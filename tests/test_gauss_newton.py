@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from objectives import float32
 
 import gdiff_jax as gd
 from gdiff_jax.gauss_newton import refine, residual_of, smooth
@@ -18,7 +19,7 @@ from gdiff_jax.schedule import make_betas
 from gdiff_jax.victims import VICTIMS, make_victim, mlp
 
 SHAPE, CLASSES, SIGMA = (8, 8, 3), 4, 2e-4
-IMAGE = jnp.asarray(0.5 * np.random.default_rng(0).normal(size=SHAPE).clip(-1.5, 1.5), jnp.float32)
+IMAGE = float32(0.5 * np.random.default_rng(0).normal(size=SHAPE).clip(-1.5, 1.5))
 LABEL = jnp.asarray(2)
 NEAR = IMAGE + 0.2 * jax.random.normal(jax.random.key(5), SHAPE)
 
@@ -33,7 +34,7 @@ class Exact:
         return jnp.sqrt(1 - self.abar[t]) / (0.25 * self.abar[t] + 1 - self.abar[t]) * x_t, None
 
 
-PRIOR = Exact(jnp.asarray(np.cumprod(1 - make_betas()), jnp.float32))
+PRIOR = Exact(float32(np.cumprod(1 - make_betas())))
 SCHEDULE = gd.Schedule.create(make_betas(), 8)
 
 

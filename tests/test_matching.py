@@ -63,10 +63,14 @@ def private(victim: str):
     """What an attacker of a private image of 4 x 4 pixels has, with noise on the leak, in float64."""
     rng = np.random.default_rng(4)
     loss = {"mlp": mlp_loss, "convnet": convnet_loss}[victim]
-    params = {name: jnp.asarray(rng.uniform(-1, 1, s)) for name, s in SHAPES[victim].items()}
-    image, label = jnp.asarray(rng.uniform(-1, 1, (4, 4, 1))), jnp.array(1)
-    gradient = jax.jit(victim_gradient, static_argnums=0)(loss, params, image, label)
-    return params, label, GaussianNoise(0.01)(jax.random.key(1), gradient), loss
+    params = {name: jax.device_put(rng.uniform(-1, 1, s)) for name, s in SHAPES[victim].items()}
+    image, label = jax.device_put(rng.uniform(-1, 1, (4, 4, 1))), jnp.array(1)
+    return params, label, released(loss, params, image, label), loss
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def released(loss, *private):
+    return GaussianNoise(0.01)(jax.random.key(1), victim_gradient(loss, *private))
 
 
 def make_match(victim: str, distance=l2) -> GradientMatching:
@@ -74,7 +78,7 @@ def make_match(victim: str, distance=l2) -> GradientMatching:
 
 
 def candidate() -> jax.Array:
-    return jnp.asarray(np.random.default_rng(5).uniform(-1, 1, (4, 4, 1)))
+    return jax.device_put(np.random.default_rng(5).uniform(-1, 1, (4, 4, 1)))
 
 
 def double_reverse(match: GradientMatching, x: jax.Array) -> jax.Array:
@@ -84,6 +88,7 @@ def double_reverse(match: GradientMatching, x: jax.Array) -> jax.Array:
 # Compiled whole: operation by operation each is a program of its own.
 value_of = jax.jit(lambda match, x: match(x))
 value_and_grad = jax.jit(lambda match, x: jax.value_and_grad(match)(x))
+gradient_of = jax.jit(victim_gradient, static_argnums=0)
 
 
 @pytest.mark.usefixtures("x64")
@@ -153,7 +158,7 @@ def test_weights_multiply_both_gradients(distance, kind: str) -> None:
     match, x = make_match("mlp", distance), candidate()
     rng = np.random.default_rng(9)
     shape = lambda a: () if kind == "one a layer" else a.shape
-    weights = jax.tree.map(lambda a: jnp.asarray(rng.uniform(0, 2, shape(a))), match.leak)
+    weights = jax.tree.map(lambda a: jax.device_put(rng.uniform(0, 2, shape(a))), match.leak)
     scaled = lambda g: jax.tree.map(jnp.multiply, g, weights)
 
     def by_hand(x):
@@ -263,16 +268,21 @@ def test_differentiating_in_anything_but_the_image_is_refused(field: str) -> Non
         jax.grad(lambda value: dataclasses.replace(match, **{field: value})(x))(getattr(match, field))
 
 
+@jax.jit
+def three_leaks(gradient):
+    return jax.vmap(lambda k: GaussianNoise(0.1)(k, gradient))(jax.random.split(jax.random.key(2), 3))
+
+
 @pytest.mark.usefixtures("x64")
 @each_distance
 def test_vmap_over_leaks_equals_one_at_a_time(distance) -> None:
     match, x = make_match("mlp", distance), candidate()
-    leaks = jax.jit(jax.vmap(lambda k: GaussianNoise(0.1)(k, match.leak)))(jax.random.split(jax.random.key(2), 3))
+    leaks = three_leaks(match.leak)
     run = jax.jit(lambda leak: jax.value_and_grad(dataclasses.replace(match, leak=leak))(x))
-    values, grads = jax.vmap(run)(leaks)
+    values, grads = jax.jit(jax.vmap(run))(leaks)
     assert len(set(np.asarray(values))) == 3
     for i in range(3):
-        value, grad = run(jax.tree.map(lambda a, i=i: a[i], leaks))
+        value, grad = run(jax.tree.map(lambda a, i=i: a[i], jax.device_get(leaks)))
         np.testing.assert_allclose(values[i], value, rtol=1e-13)
         np.testing.assert_allclose(grads[i], grad, rtol=1e-11, atol=1e-13)
 
@@ -374,35 +384,38 @@ def dense_loss(scale=SMALL, dtype=None):
 def dense_params(dtype):
     rng = np.random.default_rng(5)
     shapes = {"w": (48, 8), "b": (8,), "v": (8, 10)}
-    return {name: jnp.asarray(0.2 * rng.normal(size=shape), dtype) for name, shape in shapes.items()}
+    return {name: jnp.asarray((0.2 * rng.normal(size=shape)).astype(dtype)) for name, shape in shapes.items()}
+
+
+DENSE_IMAGE = np.linspace(-1, 1, 48, dtype=np.float32).reshape(4, 4, 3)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
 @pytest.mark.parametrize("scale", [SMALL, 1024.0])
 def test_a_model_of_few_bits_is_matched_in_float32(dtype, scale):
     """The same numbers in float32 give the same distance and derivative, bit for bit; in fewer bits squares vanish."""
-    half, x = dense_params(dtype), jnp.linspace(-1, 1, 48).reshape(4, 4, 3)
+    half, x = dense_params(dtype), DENSE_IMAGE
     loss = dense_loss(scale)
-    leak = victim_gradient(loss, half, x[::-1], 3)
+    leak = gradient_of(loss, half, x[::-1], 3)
     assert leak["w"].dtype == dtype
-    full = jax.tree.map(lambda a: a.astype(jnp.float32), (half, leak))
-    of_half, of_full = (jax.value_and_grad(GradientMatching(p, 3, g, loss))(x) for p, g in ((half, leak), full))
+    full = jax.tree.map(lambda a: np.asarray(a, np.float32), (half, leak))
+    of_half, of_full = (value_and_grad(GradientMatching(p, 3, g, loss), x) for p, g in ((half, leak), full))
     jax.tree.map(np.testing.assert_array_equal, of_half, of_full)
     assert of_half[0] > 0
 
 
 def test_mixed_precision_keeps_small_derivatives():
     """Weights in float32 and layers in float16: the derivative in the image is that of float32 but for float16's rounding."""
-    params, x = dense_params(jnp.float32), jnp.linspace(-1, 1, 48).reshape(4, 4, 3)
-    leak = victim_gradient(dense_loss(1.0), params, x[::-1], 3)
-    mixed, full = (jax.grad(GradientMatching(params, 3, leak, dense_loss(1.0, dtype), l2))(x) for dtype in (jnp.float16, None))
-    assert jnp.abs(mixed - full).max() < 0.02 * jnp.abs(full).max()
+    params, x = dense_params(jnp.float32), DENSE_IMAGE
+    of_mixed, of_full = dense_loss(1.0, jnp.float16), dense_loss(1.0)
+    leak = jax.device_get(gradient_of(of_full, params, x[::-1], 3))
+    slope = lambda loss, leak: jax.device_get(value_and_grad(GradientMatching(params, 3, leak, loss, l2), x)[1])
+    mixed, full = slope(of_mixed, leak), slope(of_full, leak)
+    assert np.abs(mixed - full).max() < 0.02 * np.abs(full).max()
     tiny = jax.tree.map(lambda g: g * 1e-6, leak)  # a residual that float16 would round to zero
-    off = lambda loss: jax.grad(
-        GradientMatching(params, 3, jax.tree.map(jnp.add, victim_gradient(loss, params, x, 3), tiny), loss)
-    )(x)
-    mixed, full = off(dense_loss(1.0, jnp.float16)), off(dense_loss(1.0))
-    assert jnp.abs(mixed - full).max() < 0.05 * jnp.abs(full).max()
+    off = lambda loss: slope(loss, jax.tree.map(np.add, jax.device_get(gradient_of(loss, params, x, 3)), tiny))
+    mixed, full = off(of_mixed), off(of_full)
+    assert np.abs(mixed - full).max() < 0.05 * np.abs(full).max()
 
 
 def of_another_shape(leak):
@@ -418,13 +431,13 @@ def of_another_shape(leak):
 
 
 def test_a_leak_that_is_not_shaped_as_the_parameters_is_refused():
-    params, x = dense_params(jnp.float32), jnp.linspace(-1, 1, 48).reshape(4, 4, 3)
+    params, x = dense_params(jnp.float32), DENSE_IMAGE
     loss = dense_loss(1.0)
-    leak = victim_gradient(loss, params, x, 3)
+    leak = gradient_of(loss, params, x, 3)
     for words, other in of_another_shape(leak).items():
         with pytest.raises(ValueError, match=words):
             GradientMatching(params, 3, other, loss)(x)
     with pytest.raises(ValueError, match=r"weights\['w'\] is \(8,\)"):
         GradientMatching(params, 3, leak, loss, weights=leak | {"w": leak["b"]})(x)
     as_numpy = jax.tree.map(np.asarray, leak)
-    assert GradientMatching(params, 3, as_numpy, loss)(x) == GradientMatching(params, 3, leak, loss)(x)
+    assert value_of(GradientMatching(params, 3, as_numpy, loss), x) == value_of(GradientMatching(params, 3, leak, loss), x)

@@ -24,10 +24,10 @@ def four_devices():
 def test_gradients_on_four_devices_are_those_of_one_without_a_collective(derivative):
     """The derivative of each trial's own distance, with the victim's weights replicated."""
     rng = np.random.default_rng(0)
-    params = {"w": jnp.asarray(rng.normal(size=(5, 3))), "b": jnp.asarray(rng.normal(size=3))}
+    params = {"w": rng.normal(size=(5, 3)), "b": rng.normal(size=3)}
     loss = lambda p, x, y: jnp.square(jnp.tanh(x @ p["w"] + p["b"])[y]).sum()
-    x, y = jnp.asarray(rng.normal(size=(8, 5))), jnp.arange(8) % 3
-    leaks = jax.tree.map(lambda a: jnp.asarray(rng.normal(size=(8, *a.shape))), params)
+    x, y = rng.normal(size=(8, 5)), np.arange(8) % 3
+    leaks = jax.tree.map(lambda a: rng.normal(size=(8, *a.shape)), params)
 
     def distance(params, own):
         x, y, leak = own
@@ -36,7 +36,7 @@ def test_gradients_on_four_devices_are_those_of_one_without_a_collective(derivat
         return gd.l2(jax.grad(loss)(params, x, y), leak)
 
     gradient = lambda params, own: jax.grad(lambda x: distance(params, (x, *own[1:])))(own[0])
-    expected = jax.vmap(gradient, in_axes=(None, 0))(params, (x, y, leaks))
+    expected = jax.jit(jax.vmap(gradient, in_axes=(None, 0)))(params, (x, y, leaks))
     mesh = four_devices()
     args = parallel.replicate(params, mesh), parallel.divide((x, y, leaks), mesh)
     compiled = jax.jit(parallel.map_trials(gradient, mesh)).lower(*args).compile()

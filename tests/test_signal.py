@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from objectives import float32
 
 import gdiff_jax as gd
 from gdiff_jax.mechanisms import Chain, Clip, GaussianNoise, LaplaceNoise, RandomSparsification, Sign, TopK
@@ -17,7 +18,7 @@ from gdiff_jax.schedule import Schedule
 from gdiff_jax.theory import jacobian
 
 SHAPE, P = (2, 3, 1), 40
-A = jnp.asarray(np.random.default_rng(0).normal(size=(P, 6)), jnp.float32)
+A = float32(np.random.default_rng(0).normal(size=(P, 6)))
 
 
 def loss(w, x, y):
@@ -35,7 +36,7 @@ def matched(x, mechanism, key):
 
 
 def image(seed):
-    return jnp.asarray(np.random.default_rng(seed).uniform(-1, 1, SHAPE), jnp.float32)
+    return float32(np.random.default_rng(seed).uniform(-1, 1, SHAPE))
 
 
 @jax.jit

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl.flags import FLAGS
+from objectives import float32
 
 from gdiff_jax import parallel
 from gdiff_jax.auditing.settings import AuditConfig
@@ -68,7 +69,7 @@ class Plain(Denoiser):
 
 def plain(prior):
     """For what does not depend on the prior."""
-    abar = jnp.asarray(np.cumprod(1 - prior.betas), jnp.float32)
+    abar = float32(np.cumprod(1 - prior.betas))
     return dataclasses.replace(prior, denoise=Plain({"abar": abar}, prior.denoise.config))
 
 

@@ -57,7 +57,8 @@ def wide(tree: Any) -> list[jax.Array]:
     """Its arrays, those of floats in float64; within `on_host`."""
     floating = lambda a: jnp.issubdtype(a.dtype, jnp.floating)
     arrays = [np.asarray(a) for a in jax.tree.leaves(tree)]
-    return [jnp.asarray(a, jnp.float64 if floating(a) else a.dtype) for a in arrays]
+    arrays = [a.astype(np.float64) if floating(a) else a for a in arrays]  # by NumPy, which compiles nothing
+    return [jnp.asarray(a, a.dtype) for a in arrays]
 
 
 @functools.lru_cache(maxsize=16)

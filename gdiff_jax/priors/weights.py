@@ -72,7 +72,7 @@ def to_params(spec: modules.Spec, tensors: Tensors, source: str) -> Params:
             with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is named
                 value = np.ascontiguousarray(value, np.float32)
             if np.isfinite(value).all():
-                params[name] = jnp.asarray(value)
+                params[name] = jnp.asarray(value, jnp.float32)  # without the type it would compile a cast for each shape
             else:
                 problems["not finite"].append(key)
     problems["unexpected"] = sorted(found)

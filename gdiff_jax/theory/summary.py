@@ -165,7 +165,8 @@ def _label(y: Any, i: int) -> Any:
 def _wide(tree: Any) -> Any:
     """Floating arrays in float64."""
     widened = lambda a: a.astype(np.float64) if a.dtype.kind == "f" else a
-    return jax.tree.map(lambda a: jnp.asarray(widened(np.asarray(a))), tree)
+    on_device = lambda a: jnp.asarray(a, a.dtype)  # cast by NumPy: JAX would compile a program for each shape
+    return jax.tree.map(lambda a: on_device(widened(np.asarray(a))), tree)
 
 
 def _mean_share(part: np.ndarray, whole: np.ndarray) -> float:

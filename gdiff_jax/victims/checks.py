@@ -78,15 +78,26 @@ def check_gradients(loss: Loss, params: Any, x: Any, y: Any) -> None:
     Raises:
       ValueError: naming those that have none.
     """
-    finite = lambda a: jnp.stack([jnp.isfinite(g).all() for g in jax.tree.leaves(victim_gradient(loss, params, *a))]).all()
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        fine = jax.jit(lambda x, y: jax.lax.map(finite, (x, y)))(jnp.asarray(x), jax.tree.map(jnp.asarray, y))
-    lost = np.flatnonzero(~np.asarray(fine)).tolist()
+    x, y = np.asarray(x), jax.tree.map(np.asarray, y)
+    fine = [gradient_at(loss, params, image, jax.tree.map(lambda a, i=i: a[i], y))[1] for i, image in enumerate(x)]
+    lost = np.flatnonzero(~np.array(jax.device_get(fine))).tolist()
     if lost:
         raise ValueError(
             f"the loss has no finite gradient at {len(lost)} of {len(fine)} images ({', '.join(map(str, lost[:10]))}, counted "
             "from 0); leave them out, or mend the loss"
         )
+
+
+def gradient_at(loss: Loss, params: Any, x: Any, y: Any) -> tuple[Any, jax.Array]:
+    """The gradient of a user's loss, and whether all of it is finite; compiled once for all who ask."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        return _gradient_at(loss, params, x, jax.tree.map(np.asarray, y))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _gradient_at(loss: Loss, params: Any, x: jax.Array, y: Any) -> tuple[Any, jax.Array]:
+    gradient = victim_gradient(loss, params, x, y)
+    return gradient, jnp.stack([jnp.isfinite(g).all() for g in jax.tree.leaves(gradient)]).all()
 
 
 def _probe(loss: Loss, params: Any, x: jax.Array, y: Any) -> tuple[jax.Array, jax.Array]:

@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import re
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any
 
 import jax
@@ -15,10 +14,11 @@ import numpy as np
 from jax.extend import core
 
 from gdiff_jax.first_dense import FirstDense
-from gdiff_jax.matching import Loss, victim_gradient
+from gdiff_jax.matching import Loss
 from gdiff_jax.modules import Params
 from gdiff_jax.pytrees import at_least_float32
 from gdiff_jax.victims import user_files
+from gdiff_jax.victims.checks import gradient_at
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,14 +111,12 @@ def find_first_dense(victim: OwnVictim, params: Params, shape: tuple[int, ...], 
     held against an image of random pixels, or a batch of that image alone for a shape (B, H, W, C).
     """
     image = np.random.default_rng(0).uniform(-1, 1, shape[-3:]).astype(np.float32)
-    x = jnp.broadcast_to(image, shape)
-    gradient = jax.jit(partial(victim_gradient, victim.loss))(params, x, jax.tree.map(jnp.asarray, label))
     layer = lambda name: name.rpartition(".")[0]
-    for kernel, value in params.items():
-        biases = [name for name, v in params.items() if v.shape == value.shape[-1:] and layer(name) == layer(kernel)]
-        if value.ndim != 2 or len(value) != image.size or not biases:
-            continue
-        bias = biases[0]
+    biases = lambda kernel: [n for n, v in params.items() if v.shape == params[kernel].shape[-1:] and layer(n) == layer(kernel)]
+    kernels = [name for name, v in params.items() if v.ndim == 2 and len(v) == image.size and biases(name)]
+    gradient = gradient_at(victim.loss, params, np.broadcast_to(image, shape), label)[0] if kernels else {}
+    for kernel in kernels:
+        bias = biases(kernel)[0]
         delta = np.asarray(gradient[bias], np.float64)
         if not delta.any() or not np.isfinite(gradient[kernel]).all():
             continue

@@ -167,7 +167,7 @@ class Victim:
 
     @property
     def has_batch_norm(self) -> bool:
-        return bool(modules.batch_norms(nnx.eval_shape(lambda: self.build(nnx.Rngs(0)))))
+        return bool(modules.call(self, modules.batch_norms, modules.restore_target(self)))
 
 
 def mlp(image_shape: tuple[int, int, int] = (32, 32, 3), num_classes: int = 10, **options: Any) -> Victim:

@@ -20,7 +20,7 @@ LABELS = jnp.array([3, 1, 1, 0, 4, 2, 2, 0])
 
 @functools.cache
 def weights(victim=VICTIM):
-    return victim.init(jax.random.key(1))
+    return jax.jit(victim.init)(jax.random.key(1))
 
 
 def leak_of(images, labels, victim=VICTIM, params=None):

@@ -1,23 +1,27 @@
 """A ReLU network's gradient as equations of the image: right at the truth, and their deviations what they claim."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from objectives import float32, random_weights
 
 import gdiff_jax as gd
 from gdiff_jax.algebra import masks
 from gdiff_jax.victims import cnn, mlp, resnet
 
 SHAPE, CLASSES = (8, 8, 3), 4
-IMAGE = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, SHAPE), jnp.float32)
+IMAGE = float32(np.random.default_rng(0).uniform(-1, 1, SHAPE))
 LABEL = jnp.asarray(2)
 
 
+@functools.cache
 def of(victim):
-    params = victim.init(jax.random.key(1))
+    params = random_weights(victim)
     chain = masks.relu_chain(victim.loss, params, SHAPE, LABEL)
-    gradient = jax.tree.leaves(gd.victim_gradient(victim.loss, params, IMAGE, LABEL))
+    gradient = jax.tree.leaves(jax.jit(gd.victim_gradient, static_argnums=0)(victim.loss, params, IMAGE, LABEL))
     return chain, jax.tree.leaves((params, LABEL)), gradient
 
 
@@ -33,16 +37,21 @@ CHAINS = [
 def test_the_equations_hold_at_the_true_image(victim):
     """With no doubt about the masks they are the gradient itself, to rounding."""
     chain, leaves, gradient = of(victim)
-    equations = masks.equations_at(chain, leaves, gradient, jnp.float32(1e-5), IMAGE, jnp.float32(1e-12))
-    assert sorted(e.leaf for e in equations) == list(range(len(gradient)))
-    hard = [e._replace(d=d) for e, d in zip(equations, true_deltas(chain, leaves), strict=True)]
-    for r, e in zip(masks.residual_of(chain, leaves, gradient, hard)(IMAGE), hard, strict=True):
-        assert np.abs(r * e.std).max() < 1e-6
+
+    @jax.jit
+    def left(leaves, gradient, image):
+        equations = masks.equations_at(chain, leaves, gradient, jnp.float32(1e-5), image, jnp.float32(1e-12))
+        assert sorted(e.leaf for e in equations) == list(range(len(gradient)))
+        hard = [e._replace(d=d) for e, d in zip(equations, true_deltas(chain, leaves, image), strict=True)]
+        return [r * e.std for r, e in zip(masks.residual_of(chain, leaves, gradient, hard)(image), hard, strict=True)]
+
+    for r in left(leaves, gradient, IMAGE):
+        assert np.abs(r).max() < 1e-6
 
 
-def true_deltas(chain, leaves):
+def true_deltas(chain, leaves, image):
     """Of each equation, by automatic differentiation of what follows its layer."""
-    values = chain.forward(leaves, IMAGE)
+    values = chain.forward(leaves, image)
 
     def after(at, z):
         for layer in (*chain.below[at + 1 :], *chain.top):
@@ -56,33 +65,42 @@ def true_deltas(chain, leaves):
 
 def test_deviations_are_those_of_drawn_masks():
     """A kernel's gradient, over draws of masks as likely as the chain says, scatters as its equation says."""
-    chain, leaves, gradient = of(cnn(SHAPE, CLASSES, channels=(6, 8)))
-    at_first = [e for e in masks.equations_at(chain, leaves, gradient, jnp.float32(1e-9), IMAGE, jnp.float32(0.1)) if e.at == 0]
-    values = chain.forward(leaves, IMAGE)
-    # The ReLU over the first layer alone is drawn: the one above is made sure by measured features without noise.
-    z = values[1]
-    q = jax.scipy.stats.norm.cdf(z / (jnp.std(z) * 0.1))
-    above = next(
-        e for e in masks.equations_at(chain, leaves, gradient, jnp.float32(1e-9), IMAGE, jnp.float32(0.1)) if e.at == 2
-    )
-    back = chain.below[2].pulled_back(leaves, values[2], above.d)
-    drawn = jax.random.bernoulli(jax.random.key(0), jnp.broadcast_to(q, (400, *q.shape))).astype(jnp.float32)
-    layer, u = chain.below[0], chain.below[0].prepared(IMAGE)
-    for e in at_first:
-        gradients = jax.lax.map(lambda mask, e=e: layer.gradient(leaves, mask * back, u, e.leaf), drawn)
-        np.testing.assert_allclose(gradients.mean(0), layer.gradient(leaves, e.d, u, e.leaf), atol=4 * float(e.std.max()) / 20)
-        assert 0.85 < float(jnp.sqrt(jnp.mean(gradients.var(0)) / jnp.mean(jnp.square(e.std)))) < 1.15
+    chain, leaves, gradient = of(CHAINS[0])
+
+    @jax.jit
+    def drawn(leaves, gradient, image):
+        """Gradients of each equation of the first layer, the one that it says, and its deviation."""
+        equations = masks.equations_at(chain, leaves, gradient, jnp.float32(1e-9), image, jnp.float32(0.1))
+        values = chain.forward(leaves, image)
+        # The ReLU over the first layer alone is drawn: the one above is made sure by measured features without noise.
+        z = values[1]
+        q = jax.scipy.stats.norm.cdf(z / (jnp.std(z) * 0.1))
+        above = next(e for e in equations if e.at == 2)
+        back = chain.below[2].pulled_back(leaves, values[2], above.d)
+        active = jax.random.bernoulli(jax.random.key(0), jnp.broadcast_to(q, (400, *q.shape))).astype(jnp.float32)
+        layer, u = chain.below[0], chain.below[0].prepared(image)
+        of_mask = lambda mask: [layer.gradient(leaves, mask * back, u, e.leaf) for e in equations if e.at == 0]
+        said = [(layer.gradient(leaves, e.d, u, e.leaf), e.std) for e in equations if e.at == 0]
+        return list(zip(jax.lax.map(of_mask, active), said, strict=True))
+
+    for gradients, (expected, std) in jax.device_get(drawn(leaves, gradient, IMAGE)):
+        np.testing.assert_allclose(gradients.mean(0), expected, atol=4 * float(std.max()) / 20)
+        assert 0.85 < np.sqrt(np.mean(gradients.var(0)) / np.mean(np.square(std))) < 1.15
 
 
 def test_measured_features_settle_their_masks():
     """However wrong the estimate is, where the features are measured without noise."""
-    chain, leaves, gradient = of(cnn(SHAPE, CLASSES, channels=(6, 8)))
+    chain, leaves, gradient = of(CHAINS[0])
     assert chain.head is not None
-    d = chain.top_delta(leaves, chain.forward(leaves, IMAGE)[-1])
-    h, s = masks._features(chain, leaves, gradient, d, jnp.float32(1e-9))
-    true = chain.forward(leaves, IMAGE)[-2]
+
+    @jax.jit
+    def features(leaves, gradient, image):
+        values = chain.forward(leaves, image)
+        h, s = masks._features(chain, leaves, gradient, chain.top_delta(leaves, values[-1]), jnp.float32(1e-9))
+        return h, values[-2], masks._active(-values[-2] + 0.1, jnp.float32(1.0), (h, s))
+
+    h, true, sure = features(leaves, gradient, IMAGE)
     np.testing.assert_allclose(h, true, atol=1e-5)
-    sure = masks._active(-true + 0.1, jnp.float32(1.0), (h, s))
     assert (sure[true > 0.01] > 0.999).all()
     assert (sure[true == 0] < 0.6).all()
 
@@ -92,16 +110,17 @@ OTHERS = [resnet(SHAPE, CLASSES, channels=(8,)), cnn(SHAPE, CLASSES, channels=(6
 
 @pytest.mark.parametrize("victim", OTHERS, ids=["resnet", "sigmoid"])
 def test_what_is_no_relu_chain(victim):
-    assert masks.relu_chain(victim.loss, victim.init(jax.random.key(1)), SHAPE, LABEL) is None
+    assert masks.relu_chain(victim.loss, random_weights(victim), SHAPE, LABEL) is None
 
 
 def test_the_chain_is_found_in_a_traced_function():
     victim = CHAINS[0]
-    params = victim.init(jax.random.key(1))
+    params = random_weights(victim)
 
     @jax.jit
     def logits(params, x):
         chain = masks.relu_chain(victim.loss, params, SHAPE, LABEL)
-        return chain.forward(jax.tree.leaves((params, LABEL)), x)[-1]
+        return chain.forward(jax.tree.leaves((params, LABEL)), x)[-1], victim.logits(params, x)
 
-    np.testing.assert_allclose(logits(params, IMAGE).ravel(), victim.logits(params, IMAGE[None]).ravel(), atol=1e-5)
+    found, expected = logits(params, IMAGE)
+    np.testing.assert_allclose(found.ravel(), expected, atol=1e-5)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from objectives import random_weights
 
 import gdiff_jax as gd
 from gdiff_jax import algebra, victims
@@ -28,7 +29,7 @@ def test_its_error_is_what_it_says(sigma):
 def test_the_image_of_a_noisy_transformer_is_found_by_its_tokens():
     shape = (8, 8, 3)
     victim = victims.vit_tiny(shape, 4, dim=24, heads=2, depth=1)
-    params, y = victim.init(jax.random.key(1)), jnp.asarray(2)
+    params, y = random_weights(victim), jnp.asarray(2)
     image = np.random.default_rng(0).uniform(-0.5, 0.5, shape).astype(np.float32)
     leaves, tree = jax.tree.flatten(gd.victim_gradient(victim.loss, params, jnp.asarray(image), y))
     rng = np.random.default_rng(1)
@@ -45,6 +46,6 @@ def test_the_image_of_a_noisy_transformer_is_found_by_its_tokens():
 
 def test_other_first_layers_have_no_tokens():
     victim = victims.cnn((8, 8, 3), 4, channels=(4, 8))
-    params, y = victim.init(jax.random.key(1)), jnp.asarray(2)
+    params, y = random_weights(victim), jnp.asarray(2)
     leak = gd.victim_gradient(victim.loss, params, jnp.zeros((8, 8, 3)), y)
     assert algebra.image_of_tokens(victim.loss, params, leak, (8, 8, 3), y, 0.1, np.zeros((8, 8, 3))) is None

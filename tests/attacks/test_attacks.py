@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 from conftest import QUICK_COMPILE, QUICK_RUN
-from objectives import SHAPE, Flat, Residual, normal
+from objectives import SHAPE, Flat, Residual, float32, normal
 
 from gdiff_jax import GradientMatching, Schedule, cosine, dsg_sample, squared_l2, victim_gradient
 from gdiff_jax.attacks import JointLabels, base, dense_layer_input, dlg, invert_gradients, read_first_dense, total_variation
@@ -32,7 +32,7 @@ class LeastSquares(Residual):
 @pytest.fixture
 def least_squares() -> LeastSquares:
     rng = np.random.default_rng(2)
-    return LeastSquares(*(jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((9, 6), (9,))))
+    return LeastSquares(*(float32(rng.normal(size=s)) for s in ((9, 6), (9,))))
 
 
 def test_dlg_finds_the_solution_of_least_squares(least_squares) -> None:
@@ -197,7 +197,7 @@ def test_noise_on_the_first_dense_layer_is_averaged_out_as_promised() -> None:
     noise = sigma * rng.normal(size=(400, 301, 100))
     rows = np.concatenate([np.outer(x, delta), delta[None]])[None] + noise
     read = jax.jit(jax.vmap(dense_layer_input), compiler_options=QUICK_RUN)
-    found = read(jnp.asarray(rows[:, :-1], jnp.float32), jnp.asarray(rows[:, -1], jnp.float32))
+    found = read(float32(rows[:, :-1]), float32(rows[:, -1]))
     estimate = np.asarray(found.x)
     scale = estimate @ x / (x @ x)
     promised = sigma / np.linalg.norm(delta)
@@ -264,7 +264,7 @@ def test_red_diff_is_its_plain_loop(gaussian, weight: float) -> None:
     """In float64, by the exact denoiser's formula, with Adam written out."""
     rng = np.random.default_rng(8)
     a, b = rng.normal(size=(4, 6)), rng.normal(size=4)
-    objective, schedule = Residual(jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32)), Schedule.create(num_steps=STEPS)
+    objective, schedule = Residual(float32(a), float32(b)), Schedule.create(num_steps=STEPS)
     truth = jnp.linspace(-1, 1, 6).reshape(SHAPE)
     image, trace = jax.jit(
         lambda w: red_diff_sample(jax.random.key(0), gaussian, objective, schedule, SHAPE, weight=w, truth=truth)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from objectives import float32
 
 from gdiff_jax import GradientMatching, l2, squared_l2, victim_gradient
 from gdiff_jax.attacks.labels import JointLabels, counts_to_labels, infer_label, label_accuracy, label_counts
@@ -109,7 +110,7 @@ def test_exact_without_noise(activation, classes, confidence):
     np.testing.assert_array_equal(infer_all(kernel, bias), y)
     np.testing.assert_array_equal(infer_all(np.float32(1e-20) * kernel, np.float32(1e-20) * bias), y)  # squares would underflow
     if activation is relu:
-        np.testing.assert_array_equal(filter_all(kernel, bias, jnp.asarray(f.mean(0), jnp.float32)), y)
+        np.testing.assert_array_equal(filter_all(kernel, bias, float32(f.mean(0))), y)
 
 
 def test_exact_with_a_rounded_softmax():
@@ -119,7 +120,7 @@ def test_exact_with_a_rounded_softmax():
     y = rng.integers(0, 10, 50)
     delta[np.arange(50), y] = 0
     f = rng.normal(size=(50, 20))
-    kernel, bias = (jnp.asarray(g, jnp.float32) for g in (f[:, :, None] * delta[:, None], delta))
+    kernel, bias = (float32(g) for g in (f[:, :, None] * delta[:, None], delta))
     np.testing.assert_array_equal(infer_all(kernel, bias), y)
 
 
@@ -142,7 +143,7 @@ def test_better_than_the_bias_alone_by_far(classes, features, sigma, confidence,
     kernel, bias, y, f = simulate(3, 1000, classes, features, np.tanh, confidence, sigma)
     idlg, ours = share_right(np.asarray(bias).argmin(1), y), share_right(infer_all(kernel, bias), y)
     assert ours > idlg + gain
-    expected = jnp.asarray(f.mean(0), jnp.float32)
+    expected = float32(f.mean(0))
     assert share_right(filter_all(kernel, bias, expected), y) > ours
 
 
@@ -175,7 +176,7 @@ def mean_gradients(rng, trials, batch_size, classes, confidence):
     y = rng.integers(0, classes, (trials, batch_size))
     p = softmax(confidence * rng.normal(size=(trials, batch_size, classes))).mean(1)
     counts = np.eye(classes, dtype=int)[y].sum(1)
-    return jnp.asarray(p - counts / batch_size, jnp.float32), counts, p
+    return float32(p - counts / batch_size), counts, p
 
 
 @pytest.mark.parametrize("batch_size", range(1, 9))
@@ -185,7 +186,7 @@ def test_counts_are_exact_with_the_right_probabilities(batch_size, classes):
     rng = np.random.default_rng(batch_size)
     g, counts, p = mean_gradients(rng, 200, batch_size, classes, 3.0)
     for error in (0.0, 0.49 / batch_size):
-        wrong = jnp.asarray(p + rng.uniform(-error, error, p.shape), jnp.float32)
+        wrong = float32(p + rng.uniform(-error, error, p.shape))
         np.testing.assert_array_equal(count_all_known(g, batch_size, wrong), counts)
 
 
@@ -207,7 +208,7 @@ def test_counts_sum_to_the_batch_whatever_comes(batch_size):
         + [scale * rng.normal(size=5) for scale in (1e-30, 1e-3, 1.0, 1e3, 1e30)]
         + [[np.nan, -1, 1, -np.inf, np.inf]]
     )
-    g = jnp.asarray(hostile, jnp.float32)
+    g = float32(hostile)
     for counts in (count_all(g, batch_size), count_all_known(g, batch_size, g[::-1])):
         assert counts.dtype == jnp.int32
         assert np.all(np.asarray(counts) >= 0)
@@ -221,7 +222,7 @@ def test_counts_of_different_labels_are_exact_without_probabilities(batch_size):
     y = np.stack([rng.choice(10, batch_size, replace=False) for _ in range(200)])
     counts = np.eye(10, dtype=int)[y].sum(1)
     p = softmax(0.2 * rng.normal(size=(200, 10)))
-    g = jnp.asarray(p - counts / batch_size, jnp.float32)
+    g = float32(p - counts / batch_size)
     np.testing.assert_array_equal(count_all(g, batch_size), counts)
 
 
@@ -247,7 +248,7 @@ def test_most_batches_of_untrained_victims(name):
     for batch_size, least in ((4, 0.85), (8, 0.75)):
         y = rng.integers(0, 10, (200, batch_size))
         images = np.stack([rng.choice(32, batch_size, replace=False) for _ in range(200)])
-        g = jnp.asarray((p[images] - np.eye(10)[y]).mean(1), jnp.float32)
+        g = float32((p[images] - np.eye(10)[y]).mean(1))
         guess = labels_of_all(count_all(g, batch_size), batch_size)
         assert np.mean(accuracy_of_all(guess, y)) > least
 

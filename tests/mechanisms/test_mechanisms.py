@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
+from objectives import float32
 
 from gdiff_jax import GradientMatching, l2, mechanisms, victim_gradient, victims
 from gdiff_jax.mechanisms import (
@@ -37,7 +38,7 @@ DISTRIBUTIONS = {
 def gradient(seed=0, scale=1.0):
     rng = np.random.default_rng(seed)
     shapes = {"fc.bias": (7,), "fc.kernel": (20, 7), "conv.kernel": (3, 3, 2, 5)}
-    return {k: jnp.asarray(scale * rng.normal(size=s), jnp.float32) for k, s in shapes.items()}
+    return {k: float32(scale * rng.normal(size=s)) for k, s in shapes.items()}
 
 
 def flat(tree):
@@ -254,10 +255,10 @@ def test_mechanisms_vmap_and_compile_once():
 def test_soteria_prunes_what_tells_most():
     """Against the full Jacobian of the features, in a case where the scores are far apart."""
     rng = np.random.default_rng(0)
-    weights = jnp.asarray(rng.normal(size=(12, 9)) * np.geomspace(0.1, 10, 12)[:, None], jnp.float32)
-    offset = jnp.asarray(rng.uniform(1, 2, 12) * 3, jnp.float32)
+    weights = float32(rng.normal(size=(12, 9)) * np.geomspace(0.1, 10, 12)[:, None])
+    offset = float32(rng.uniform(1, 2, 12) * 3)
     features = lambda x: weights @ x.ravel() + offset
-    x = jnp.asarray(rng.normal(size=(3, 3, 1)) * 0.01, jnp.float32)
+    x = float32(rng.normal(size=(3, 3, 1)) * 0.01)
     score = np.abs(features(x)) / np.linalg.norm(weights, axis=1)
     mask = np.asarray(jax.jit(lambda key, x: soteria_mask(key, features, x, 0.25, probes=512))(jax.random.key(0), x))
     assert set(np.flatnonzero(mask == 0)) == set(np.argsort(-score)[:3])
@@ -293,8 +294,8 @@ def test_soteria_zeroes_rows_of_a_victims_last_kernel(make, random_params):
 
 def test_dp_sgd_clips_each_example_not_their_sum():
     rng = np.random.default_rng(1)
-    params = {k: jnp.asarray(rng.normal(size=s), jnp.float32) for k, s in (("w1", (5, 4)), ("b1", (5,)), ("w2", (3, 5)))}
-    x, y = jnp.asarray(rng.normal(size=(6, 2, 2, 1)), jnp.float32), jnp.asarray(rng.integers(0, 3, 6))
+    params = {k: float32(rng.normal(size=s)) for k, s in (("w1", (5, 4)), ("b1", (5,)), ("w2", (3, 5)))}
+    x, y = float32(rng.normal(size=(6, 2, 2, 1))), jnp.asarray(rng.integers(0, 3, 6))
     expected = 0
     for image, label in zip(np.asarray(x), np.asarray(y), strict=True):
         g = flat(gradient_of(params, image, label))

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from objectives import float32
 from parity_cases import CELEBAHQ, CIFAR10
 
 from gdiff_jax import modules
@@ -175,7 +176,7 @@ def error(a, b):
 
 
 def normal(*shape):
-    return jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
+    return float32(np.random.default_rng(0).normal(size=shape))
 
 
 def layer(make, **replaced):
@@ -252,7 +253,7 @@ def denoise() -> Denoiser:
     """Random weights, none of them zero, so that every path carries signal."""
     rng = np.random.default_rng(0)
     shapes = modules.param_shapes(SMALL)
-    return Denoiser({name: jnp.asarray(0.2 * rng.normal(size=s), jnp.float32) for name, s in shapes.items()}, SMALL)
+    return Denoiser({name: float32(0.2 * rng.normal(size=s)) for name, s in shapes.items()}, SMALL)
 
 
 @pytest.fixture(scope="module")

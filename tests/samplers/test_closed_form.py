@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import QUICK_RUN
+from objectives import float32
 
 from gdiff_jax import GradientMatching, Schedule, dps_sample, dsg_sample, l2, squared_l2, unguided_sample
 from gdiff_jax.samplers import base, dps_step
@@ -26,7 +27,7 @@ def linear_loss(params: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def matching(matrix: np.ndarray, leak: np.ndarray, distance=l2) -> GradientMatching:
-    matrix, leak = jnp.asarray(matrix, jnp.float32), jnp.asarray(leak, jnp.float32)
+    matrix, leak = float32(matrix), float32(leak)
     return GradientMatching(jnp.zeros_like(leak), matrix, leak, linear_loss, distance)
 
 
@@ -83,10 +84,10 @@ def test_dps_with_the_exact_likelihood_samples_the_posterior(gaussian, problem) 
         whitening.append(np.linalg.inv(np.linalg.cholesky(sigma**2 * np.eye(4) + matrix @ cov_x0 @ matrix.T)))
     matches = jax.vmap(functools.partial(GradientMatching, loss=linear_loss, distance=squared_l2))(
         jnp.zeros((1000, 4)),
-        jnp.asarray(np.stack([w @ matrix for w in whitening]), jnp.float32),
-        jnp.asarray(np.stack([w @ leak for w in whitening]), jnp.float32),
+        float32(np.stack([w @ matrix for w in whitening])),
+        float32(np.stack([w @ leak for w in whitening])),
     )
-    zeta = jnp.asarray(betas / np.sqrt(1 - betas) / 2, jnp.float32)
+    zeta = float32(betas / np.sqrt(1 - betas) / 2)
 
     def step(key: jax.Array, x: jax.Array, i: jax.Array):
         match = jax.tree.map(lambda a: a[i], matches)

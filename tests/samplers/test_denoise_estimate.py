@@ -4,13 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from objectives import float32
 
 from gdiff_jax.samplers import denoise_estimate
 from gdiff_jax.schedule import Schedule, make_betas
 
 SHAPE = (4, 5, 1)
 S = 0.5  # standard deviation of the pixels
-ABAR = jnp.asarray(np.cumprod(1 - make_betas()), jnp.float32)
+ABAR = float32(np.cumprod(1 - make_betas()))
 MEAN = jnp.full(SHAPE, 0.3)
 
 

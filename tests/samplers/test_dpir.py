@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from objectives import float32
 
 import gdiff_jax as gd
 from gdiff_jax.samplers.dpir import LAST, LEAST, gauss_newton, last_level, plug_and_play
@@ -14,7 +15,7 @@ SHAPE = (2, 3, 1)
 
 def linear():
     rng = np.random.default_rng(0)
-    return jnp.asarray(rng.normal(size=(9, N)), jnp.float32), jnp.asarray(rng.normal(size=9), jnp.float32)
+    return float32(rng.normal(size=(9, N))), float32(rng.normal(size=9))
 
 
 def test_a_step_of_a_linear_residual_is_ridge_regression():
@@ -44,7 +45,7 @@ def restored(prior, start, measured, **options):
 
 def test_it_ends_in_what_was_measured(gaussian):
     """Of a curved residual, from far off."""
-    truth = jnp.asarray(np.random.default_rng(1).normal(size=SHAPE) * 0.3, jnp.float32)
+    truth = float32(np.random.default_rng(1).normal(size=SHAPE) * 0.3)
     measured = lambda x, level: lambda x: [(jnp.tanh(x) - jnp.tanh(truth)) / 1e-3]
     x = restored(gaussian, truth + 0.5, measured)
     np.testing.assert_allclose(x, truth, atol=2e-3)

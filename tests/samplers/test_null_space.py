@@ -1,8 +1,8 @@
 """A null space that is filled: the system's part stays, inequalities hold, and zeros that round its sizes change nothing."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from objectives import float32
 
 from gdiff_jax import Schedule
 from gdiff_jax.samplers import NullSpace, null_space_of, null_space_sample
@@ -18,12 +18,12 @@ IMAGE = (np.eye(16) - BASIS @ BASIS.T) @ RNG.uniform(-1, 1, 16)
 def sampled(space):
     schedule = Schedule.create(make_betas(), 50)
     denoise = lambda x, t: (0.3 * x, None)
-    sample = lambda key: null_space_sample(key, denoise, schedule, jnp.asarray(IMAGE.reshape(SHAPE), jnp.float32), space)[0]
+    sample = lambda key: null_space_sample(key, denoise, schedule, float32(IMAGE.reshape(SHAPE)), space)[0]
     return np.asarray(jax.jit(sample)(jax.random.key(0))).ravel()
 
 
 def test_zeros_that_round_the_sizes_change_nothing():
-    plain = NullSpace(*(jnp.asarray(a, jnp.float32) for a in (BASIS, MATRIX, BOUND)))
+    plain = NullSpace(*(float32(a) for a in (BASIS, MATRIX, BOUND)))
     padded = null_space_of(BASIS, MATRIX, BOUND, multiple=8)
     assert padded.basis.shape == (16, 8)
     assert padded.matrix.shape == (8, 8)

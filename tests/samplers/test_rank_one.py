@@ -4,13 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from objectives import float32
 
 from gdiff_jax.samplers import RankOne, rank_one_mean
 from gdiff_jax.schedule import Schedule, make_betas
 
 SHAPE, NEURONS = (20, 20, 3), 200
 S = 0.5  # standard deviation of the pixels
-ABAR = jnp.asarray(np.cumprod(1 - make_betas()), jnp.float32)
+ABAR = float32(np.cumprod(1 - make_betas()))
 MEAN = jnp.zeros(SHAPE)
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import QUICK_COMPILE
-from objectives import SHAPE, Flat, Residual, normal
+from objectives import SHAPE, Flat, Residual, float32, normal
 
 from gdiff_jax import GaussianNoise, GradientMatching, Schedule, dps_sample, dsg_sample, unguided_sample, victim_gradient
 from gdiff_jax.samplers import StepInfo, base, dps_step, dsg_step, red_diff_sample, unguided_step
@@ -21,7 +21,7 @@ STEPS = 12
 @pytest.fixture
 def residual() -> Residual:
     rng = np.random.default_rng(8)
-    return Residual(*(jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((4, 6), (4,))))
+    return Residual(*(float32(rng.normal(size=s)) for s in ((4, 6), (4,))))
 
 
 def loop(

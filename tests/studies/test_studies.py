@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
+from objectives import float32
 from tiny import command_of, ended, run_command, script
 
 from experiments import (
@@ -130,7 +131,7 @@ def test_utility_by_hand(random_params):
     victim = victims.mlp((16, 16, 3), 10, widths=(8,))
     params = random_params(victim)
     rng = np.random.default_rng(0)
-    x, y = jnp.asarray(rng.uniform(-1, 1, (3, 16, 16, 3)), jnp.float32), jnp.array([1, 2, 3])
+    x, y = float32(rng.uniform(-1, 1, (3, 16, 16, 3))), jnp.array([1, 2, 3])
     gradient = jax.jit(jax.grad(victim.loss))
     gradients = [jax.device_get(gradient(params, a, b)) for a, b in zip(x, y, strict=True)]
     vectors = np.stack([np.concatenate([v.ravel() for v in jax.tree.leaves(g)]) for g in gradients])

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import QUICK_RUN
+from objectives import float32
 
 from gdiff_jax import GradientMatching, Schedule, dps_sample, dsg_sample, l2, squared_l2
 from gdiff_jax.samplers import base, dps_step
@@ -62,14 +63,14 @@ def attacks(gaussian, bed):
     """Every sampler on the first TRIALS leaks, as (TRIALS, 6)."""
     _, _, matrix, _, leak, _ = bed
     schedule = Schedule.create(num_steps=100)
-    make = functools.partial(GradientMatching, jnp.zeros(8), jnp.asarray(matrix, jnp.float32), loss=linear_loss)
+    make = functools.partial(GradientMatching, jnp.zeros(8), float32(matrix), loss=linear_loss)
     l2_of, squared_of = (functools.partial(make, distance=d) for d in (l2, squared_l2))
     samplers = {
         "dps l2": lambda k, g: dps_sample(k, gaussian, l2_of(leak=g), schedule, SHAPE, zeta=0.1, clip=False),
         "dps squared": lambda k, g: dps_sample(k, gaussian, squared_of(leak=g), schedule, SHAPE, zeta=0.05, clip=False),
         "dsg": lambda k, g: dsg_sample(k, gaussian, l2_of(leak=g), schedule, SHAPE, guidance_rate=0.2, clip=False),
     }
-    leaks = jnp.asarray(leak[:TRIALS], jnp.float32)
+    leaks = float32(leak[:TRIALS])
     for name, sample in samplers.items():
         keys = jax.random.split(jax.random.key(3), TRIALS)
         found = jax.jit(jax.vmap(lambda k, g, s=sample: s(k, g)[0]), compiler_options=QUICK_RUN)(keys, leaks)
@@ -94,8 +95,8 @@ def test_mean_of_exact_likelihood_samples_is_the_closed_form_and_reaches_the_lim
         cov_x0 = np.linalg.inv(np.linalg.inv(c) + abar / (1 - abar) * np.eye(6))
         whitening.append(np.linalg.inv(np.linalg.cholesky(SIGMA**2 * np.eye(8) + matrix @ cov_x0 @ matrix.T)))
     w = np.stack(whitening)
-    matrices = jnp.asarray(w @ matrix, jnp.float32)
-    zeta = jnp.asarray(betas / np.sqrt(1 - betas) / 2, jnp.float32)
+    matrices = float32(w @ matrix)
+    zeta = float32(betas / np.sqrt(1 - betas) / 2)
 
     def sample(key, leaks):
         def step(key, x, i):
@@ -106,7 +107,7 @@ def test_mean_of_exact_likelihood_samples_is_the_closed_form_and_reaches_the_lim
 
     few, draws = 6, 400
     run = jax.jit(jax.vmap(jax.vmap(sample, (0, None)), (None, 0)), compiler_options=QUICK_RUN)
-    leaks = jnp.asarray(np.einsum("tij,nj->nti", w, leak[:few]), jnp.float32)
+    leaks = float32(np.einsum("tij,nj->nti", w, leak[:few]))
     samples = np.asarray(run(jax.random.split(jax.random.key(5), draws), leaks), np.float64).reshape(few, draws, 6)
     closed = posterior_mean(bed)[:few]
     spread = samples.std(1) / draws**0.5
@@ -121,7 +122,7 @@ def test_cramer_rao_is_the_error_of_least_squares(bed):
     _, _, matrix, truth, leak, limit = bed
     mean, standard_error = error(leak @ np.linalg.pinv(matrix).T, truth)
     values = np.linalg.eigvalsh(matrix.T @ matrix)
-    bound = float(limits.cramer_rao(jnp.asarray(values, jnp.float32), SIGMA))
+    bound = float(limits.cramer_rao(float32(values), SIGMA))
     assert mean == pytest.approx(bound, abs=4 * standard_error)
     assert bound > limit
     assert np.isinf(limits.cramer_rao(jnp.array([0.0, 1.0, 2.0]), SIGMA))
@@ -130,7 +131,7 @@ def test_cramer_rao_is_the_error_of_least_squares(bed):
 
 def test_covariance_of_many_and_of_few_images():
     rng = np.random.default_rng(0)
-    images = jnp.asarray(rng.normal(size=(50, 2, 2, 1)), jnp.float32)
+    images = float32(rng.normal(size=(50, 2, 2, 1)))
     mean, covariance = limits.shrunk_covariance(images, 0.0)
     np.testing.assert_allclose(covariance, np.cov(np.reshape(images, (50, 4)).T), atol=1e-5)
     np.testing.assert_allclose(mean, np.reshape(images, (50, 4)).mean(0), atol=1e-6)
@@ -160,10 +161,10 @@ def test_jensen_gap_in_closed_form_and_between_its_bounds(gaussian, bed, i):
     abar = float(schedule.abar[i])
     x_t = np.sqrt(abar) * truth[0] + np.sqrt(1 - abar) * np.random.default_rng(2).normal(size=6)
     given = np.linalg.inv(np.linalg.inv(c) + abar / (1 - abar) * np.eye(6))
-    f = Squared(jnp.asarray(matrix, jnp.float32), jnp.asarray(leak[0], jnp.float32))
+    f = Squared(float32(matrix), float32(leak[0]))
     static = ("i", "samples", "clip", "batch")
     draw = jax.jit(jensen.draw_given, static_argnames=static, compiler_options=QUICK_RUN)
-    start, n = jnp.asarray(x_t, jnp.float32).reshape(SHAPE), 8000
+    start, n = float32(x_t).reshape(SHAPE), 8000
     hat, x0 = draw(jax.random.key(1), gaussian, schedule, start, i=i, samples=n, clip=False, batch=n)
     expected = m + np.sqrt(abar) * c @ np.linalg.solve(abar * c + (1 - abar) * np.eye(6), x_t - np.sqrt(abar) * m)
     np.testing.assert_allclose(np.ravel(hat), expected, atol=1e-4)
@@ -185,7 +186,7 @@ def test_prior_error_in_closed_form(gaussian, bed):
     """tr(Sigma) at each step is the trace of the covariance of x0 given x_t."""
     _, c, _, truth, _, _ = bed
     schedule = Schedule.create(num_steps=5)
-    images = jnp.asarray(truth[:1500], jnp.float32).reshape(-1, *SHAPE)
+    images = float32(truth[:1500]).reshape(-1, *SHAPE)
     m1, trace = jensen.prior_error(jax.random.key(0), gaussian, schedule, images, clip=False)
     for i in range(5):
         abar = float(schedule.abar[i])

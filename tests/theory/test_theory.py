@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import scipy.stats
 from conftest import QUICK_RUN
+from objectives import float32
 
 from gdiff_jax import modules, victim_gradient, victims
 from gdiff_jax.theory import jacobian, spectrum
@@ -92,7 +93,7 @@ def test_rv_is_the_largest_of_a_set(random_params):
     victim = SMALL["mlp, d = 192"]
     params = random_params(victim)
     rng = np.random.default_rng(2)
-    x = jnp.asarray(rng.uniform(-1, 1, (4, 8, 8, 3)), jnp.float32)
+    x = float32(rng.uniform(-1, 1, (4, 8, 8, 3)))
     y = jnp.array([1, 2, 3, 4])
     estimate = lambda key, params: jacobian.reconstruction_vulnerability(key, victim.loss, params, x, y, probes=128)
     rv = jax.device_get(jax.jit(estimate)(jax.random.key(0), params))

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from objectives import float32
 
 from gdiff_jax import GradientMatching, modules, victim_gradient
 from gdiff_jax.federated import LocalSGD
@@ -27,7 +28,7 @@ each_loss = pytest.mark.parametrize("loss", LOSSES)
 
 
 def normal(*shape):
-    return jnp.asarray(RNG.normal(size=shape))
+    return jax.device_put(RNG.normal(size=shape))
 
 
 # Compiled whole, and once for the tests of one program.
@@ -42,7 +43,7 @@ def example(name, single=False):
     """Parameters of which none is zero, three images and labels, and the statistics of those images; float64."""
     victim = VICTIMS[name]
     params = {
-        n: jnp.asarray(
+        n: jax.device_put(
             n.endswith("scale") + RNG.normal(size=s) / (max(1, np.prod(s[:-1])) ** 0.5 if n.endswith("kernel") else 5)
         )
         for n, s in modules.param_shapes(victim).items()
@@ -75,7 +76,7 @@ def difference(a, b):
 
 def test_output_has_mean_0_and_variance_1():
     """Also far from the origin, where one pass over E[x^2] - E[x]^2 would lose all digits of float32."""
-    x = jnp.asarray(1000 + RNG.normal(size=(4, 6, 5, 3)), jnp.float32)
+    x = float32(1000 + RNG.normal(size=(4, 6, 5, 3)))
     y = np.asarray(modules.BatchNorm(3)(x), np.float64)
     np.testing.assert_allclose(y.mean((0, 1, 2)), 0, atol=1e-3)
     np.testing.assert_allclose(y.var((0, 1, 2)), 1, rtol=1e-3)

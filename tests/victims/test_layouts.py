@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from objectives import float32
 
 from gdiff_jax.victims import saved_trees
 from gdiff_jax.victims.layouts import torch_axes
@@ -94,7 +95,7 @@ def test_a_convolution_of_equal_sizes_has_the_layout_of_its_equation(tmp_path):
     """HWIO and OIHW kernels of (3, 3, 3, 3): the same file makes the same of an image in both."""
     theirs = RNG.normal(size=(3, 3, 3, 3)).astype(np.float32)  # OIHW
     np.savez(tmp_path / "t.npz", **{"c.weight": theirs})
-    image, made = jnp.asarray(RNG.normal(size=(5, 5, 3)), jnp.float32), []
+    image, made = float32(RNG.normal(size=(5, 5, 3))), []
     for layout in ("HWIO", "OIHW"):
         conv = lambda x, w, layout=layout: jax.lax.conv_general_dilated(
             x[None], w, (1, 1), "SAME", dimension_numbers=("NHWC", layout, "NHWC")

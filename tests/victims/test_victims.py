@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax import lax
+from objectives import float32
 
 import gdiff_jax as gd
 from gdiff_jax import modules
@@ -35,7 +36,7 @@ def same_numbers_in_any_order():
 
 
 def normal(*shape):
-    return jnp.asarray(RNG.normal(size=shape), jnp.float32)
+    return float32(RNG.normal(size=shape))
 
 
 def example(name, batch=3, image_shape=(8, 8, 1), num_classes=4):
