@@ -58,7 +58,7 @@ def refine(problem: Problem, image: jax.Array) -> jax.Array:
         return [jnp.concatenate([r.ravel() for r in jax.tree.leaves(residual(x))]) / noise]
 
     mean = jnp.broadcast_to(p.expected_image, p.shape)
-    last = samplers.last_level(noise, p.match.leak)
+    last = samplers.last_level(noise, p.leak_rms())
     return samplers.plug_and_play(
         image, p.denoise, p.schedule, lambda *_: whole, mean, first=FIRST, last=last, ratio=RATIO, clip=p.clip
     )

@@ -64,9 +64,13 @@ class Problem:
 
     def noise(self) -> jax.Array:
         """Standard deviation of a coordinate of the leak: the mechanism's, and that of rounding at least."""
-        leaves = jax.tree.leaves(self.match.leak)
-        rms = jnp.sqrt(jnp.stack([jnp.vdot(g, g) for g in leaves]).sum() / sum(g.size for g in leaves))
+        rms = self.leak_rms()
         return jnp.maximum(jnp.asarray(self.sigma, rms.dtype), ROUNDING * rms)
+
+    def leak_rms(self) -> jax.Array:
+        """Root mean square of the leak's coordinates."""
+        leaves = jax.tree.leaves(self.match.leak)
+        return jnp.sqrt(jnp.stack([jnp.vdot(g, g) for g in leaves]).sum() / sum(g.size for g in leaves))
 
     def outcome(self, image: jax.Array, dead_layer: jax.Array | bool = False) -> jax.Array:
         """Of a reconstruction of this problem."""

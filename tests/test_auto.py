@@ -9,6 +9,7 @@ import pytest
 from objectives import float32, random_weights
 
 import gdiff_jax as gd
+from gdiff_jax import expected_masks
 from gdiff_jax.auto import Auto, _preferred
 from gdiff_jax.methods import DSG
 from gdiff_jax.problem import Outcome, Problem
@@ -162,3 +163,11 @@ def test_under_noise_structure_finds_more_than_a_search(victim):
     image, _ = AUTO(key(), problem)
     searched, _ = search(key(), problem)
     assert jnp.square(image - IMAGE).mean() < 0.2 * jnp.square(searched - IMAGE).mean()
+
+
+def test_what_pooling_hides_is_found_without_noise_from_a_first_estimate():
+    """A mean over windows does not say which units were active; the masks settle as the level falls."""
+    problem = problem_of(cnn(SHAPE, CLASSES, channels=(12, 24), pooling="mean"))
+    start = IMAGE + 0.1 * jax.random.normal(key(), SHAPE)
+    image = jax.jit(expected_masks.refine)(problem, start)
+    assert jnp.abs(image - IMAGE).max() < 1e-4

@@ -9,7 +9,6 @@ first estimate, such as a guided sampler's: from mid-grey or noise the steps end
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -50,10 +49,8 @@ def gauss_newton(residual: Residual, x: jax.Array, x0: jax.Array, variance: jax.
     return jnp.where(jnp.isfinite(costs[best]), x + lengths[best] * step, x)
 
 
-def last_level(noise: jax.Array, measured: Any) -> jax.Array:
-    """Of `plug_and_play`, for arrays with noise of that standard deviation in each entry."""
-    leaves = jax.tree.leaves(measured)
-    rms = jnp.sqrt(jnp.stack([jnp.vdot(a, a) for a in leaves]).sum() / sum(a.size for a in leaves))
+def last_level(noise: jax.Array, rms: jax.Array) -> jax.Array:
+    """Of `plug_and_play`, for what was measured with noise of that standard deviation and is of that root mean square."""
     return jnp.clip(PER_NOISE * noise / jnp.where(rms > 0, rms, 1.0), LEAST, LAST)
 
 
