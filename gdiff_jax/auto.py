@@ -75,7 +75,9 @@ class Auto(Method):
         except Exception as error:  # a stranger's loss may have no forward derivative: it is searched for then
             return _failed(problem, error)
         if solution.image is None:
-            return Candidate(nothing, False, f"only searched for: {solution.steps[-1]}")
+            refinement = _refinement(problem)
+            words = f"searched for, then refined by {refinement.words}" if refinement else "only searched for"
+            return Candidate(nothing, False, f"{words}: {solution.steps[-1]}")
         image, words = solution.image, f"solved: {'; '.join(solution.steps)}; residual {solution.residual:.1e}"
         if solution.open is None:
             return Candidate(image.astype(np.float32), solution.exact, words)

@@ -136,6 +136,12 @@ def test_more_than_noise_decides():
     np.testing.assert_array_equal(_preferred(plain, other, jnp.full(SHAPE, jnp.nan)), other)
 
 
+def test_it_is_said_that_what_could_not_be_solved_is_refined():
+    problem = problem_of(cnn(SHAPE, CLASSES, channels=(12, 24), pooling="mean"), mechanism=gd.GaussianNoise(jnp.float32(0.0)))
+    words = AUTO.candidate(key(), problem).words
+    assert words.startswith("searched for, then refined by expectation over the masks of its ReLUs: ")
+
+
 @pytest.mark.parametrize(
     ("victim", "refined"), [(cnn(SHAPE, CLASSES, channels=(4, 4)), True), (resnet(SHAPE, CLASSES, channels=(8,)), False)]
 )
