@@ -34,8 +34,8 @@ def refine(problem: Problem, image: jax.Array) -> jax.Array:
     match, noise, rms = p.match, p.noise(), p.leak_rms()
     # An estimate that errs by a level errs in what it makes of the masks, by about that share of the gradient: under noise
     # equations that are taken for better leave a LeNet where it is. Without, they settle more masks [our choice, measured].
-    share = jnp.where(p.sigma > 0, rms, 0.0)
-    measured = lambda x, level: _measured(chain, match, jnp.maximum(noise, level * share), x, level)
+    doubt = jnp.where(p.sigma > 0, rms, 0.0)
+    measured = lambda x, level: _measured(chain, match, jnp.maximum(noise, level * doubt), x, level)
     mean = jnp.broadcast_to(p.expected_image, p.shape)
     last = samplers.last_level(noise, rms)
     return samplers.plug_and_play(

@@ -164,7 +164,7 @@ def _search(descent: Descent, add: Callable[[np.ndarray | None], bool], seed: in
     assert descent.hidden is not None
     start = 0.05 * np.random.default_rng(seed).normal(size=layers[0].shape)
     done = False
-    for multiple in (4.0, 0.5, 16.0):  # the error is often estimated ten times too large [measured]
+    for multiple in (4.0, 0.5, 16.0):  # half an error: it is estimated up to ten times too large
         level = descent.level_below(multiple * descent.hidden[-1])
         x, cost = refine.below(residual, descent.leaves, descent.gradient, level, start)
         descent.steps.append(f"the image from the output of layer {level.at} and its gradient: sum of squares {cost:.1e}")

@@ -97,7 +97,7 @@ def audit(
       candidates: images (K, H, W, C) among which the truth is looked for; the bundled CIFAR-10 test images where they fit,
         together with `images`, if None.
       name: of the model, for the report.
-      batch: trials at a time on all devices; each of "calibrated-mean" takes the memory of four.
+      batch: trials at a time on all devices; each of "calibrated-mean", and of a search of "auto", takes the memory of four.
       folder: where the trials' records are kept; called again with the same arguments, an audit goes on from there. Of several
         processes each calls alike, with a folder that all see. None keeps nothing.
       progress: say what is done and show a bar.

@@ -157,7 +157,9 @@ class Attacks:
         CalibratedDSG().guidance_rate, "guidance rate of calibrated-dsg where all is signal, 0 to 1"
     )
     chains: int = option(
-        MeanOfChains().chains, "reconstructions of a leak that dsg-mean and calibrated-mean combine, 2 or more"
+        MeanOfChains().chains,
+        "reconstructions of a leak that dsg-mean, calibrated-mean and the search of auto combine, 2 or more; auto half as many "
+        "where it refines what they find",
     )
     interval: int = option(DSG().interval, "dsg guides every so many steps")
     through_prior: bool = option(
@@ -212,7 +214,7 @@ class Attacks:
             Analytic(),
             AnalyticDSG(self.guidance_rate, self.interval, self.through_prior),
             AnalyticMean(),
-            strongest(by_noise if calibrated else dsg),
+            strongest(by_noise if calibrated else dsg, self.chains),
         )
         by_name = {method.name: method for method in bound}
         return {name: by_name[name] for name in self.methods}

@@ -30,6 +30,9 @@ from gdiff_jax.provenance import this_run
 
 Row = dict[str, Any]
 
+# Raised with what a chunk holds, or what a method does: no run goes on from records that would not be its own.
+VERSION = 2
+
 
 def strict_json(value: Any) -> str:
     """Strict JSON: a number that is not finite becomes null, a byte of a path that is not UTF-8 is escaped."""
@@ -105,7 +108,7 @@ class Store:
         """
         need_folder(folder)
         self.folder = folder
-        self.identity = json.loads(strict_json({**identity, **numerics.unusual()}))
+        self.identity = json.loads(strict_json({"version of records": VERSION, **identity, **numerics.unusual()}))
         self.reading = {"images": reading} if reading else {}
         self.runs: list[dict[str, Any]] = []
         self._lock: TextIO | None = None

@@ -96,10 +96,11 @@ def compute(plan: Plan, program: Program, chunks: Chunks) -> Iterator[tuple[int,
     everything = [trial for chunk in chunks.values() for trial in chunk]
     width = program.at_a_time
     shared = parallel.replicate(trials.shared_arguments(plan, everything[0].group), program.mesh)
+    first_alone = isinstance(program.run, Solver) and len(chunks) > 1 and len(next(iter(chunks.values()))) == 1
     waiting, held, seconds, start = list(chunks), None, np.zeros(0), 0
     while start < len(everything):
         started = time.time()
-        alone = start == 0 and isinstance(program.run, Solver) and program.run.solves(shared, everything[0])
+        alone = start == 0 and first_alone and program.run.solves(shared, everything[0])
         batch = everything[start : start + (1 if alone else width)]
         start += len(batch)
         full = batch if isinstance(program.run, Solver) else batch + [batch[-1]] * (width - len(batch))

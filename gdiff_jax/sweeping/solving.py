@@ -23,6 +23,11 @@ from gdiff_jax.sweeping.trials import Group, Private, Shared, Trial
 Fit = Callable[[Callable[[int], Any]], tuple[int, Any]]
 
 
+def _digest(problem: Problem, *keys: jax.Array) -> str:
+    arrays = [*jax.tree.leaves((problem.match.leak, problem.match.label)), *map(jax.random.key_data, keys)]
+    return digest(dict(zip(map(str, range(len(arrays))), arrays, strict=True)))
+
+
 @dataclasses.dataclass(eq=False)
 class Solver:
     """run(shared, private) of many trials, in the place of a compiled program.
@@ -44,6 +49,7 @@ class Solver:
     _scorer: tuple[int, Any] | None = None
     _searcher: tuple[int, Any] | None = None
     _exact: dict[str, Candidate] = dataclasses.field(default_factory=dict)  # by the leak
+    _held: tuple[str, Candidate] | None = None  # by the leak and the trial's key
 
     def __call__(self, shared: Shared, own: Private) -> dict[str, Any]:
         problems = self._problems(shared, own)
@@ -56,8 +62,13 @@ class Solver:
             found = [one.result() for one in [*first, *(pool.submit(solve, *problem) for problem in problems[1:])]]
         images = np.stack([candidate.image for candidate in found])
         exact = np.array([candidate.exact for candidate in found])
-        both = (own, images, exact)
-        result = self._scored(shared, both) if exact.all() else self._searched(shared, both)
+        # Each by its own: what a trial's trace holds must not depend on its neighbours.
+        parts, order = list[Any](), list[int]()
+        for rows, run in ((np.flatnonzero(exact), self._scored), (np.flatnonzero(~exact), self._searched)):
+            if len(rows):
+                parts.append(run(shared, jax.tree.map(lambda a, rows=rows: a[rows], (own, images, exact))))
+                order.extend(rows)
+        result = jax.tree.map(lambda *a: np.concatenate(a)[np.argsort(order)], *parts)
         return {**result, "how": np.array([candidate.words for candidate in found])}
 
     def solves(self, shared: Shared, trial: Trial) -> bool:
@@ -66,14 +77,17 @@ class Solver:
             return False
         ((key, problem),) = self._problems(shared, trials.own_arguments(self.plan, [trial]))
         self._compiled = True
-        return self._candidate(key, problem).exact
+        candidate = self._candidate(key, problem)
+        self._held = (_digest(problem, key), candidate)  # it is asked for again, with the others, where it is not exact
+        return candidate.exact
 
     def _candidate(self, key: jax.Array, problem: Problem) -> Candidate:
         """As before where a leak is the same, as without noise it is for every seed."""
         method = self.plan.methods[self.group.method]
         assert isinstance(method, Auto)
-        arrays = jax.tree.leaves((problem.match.leak, problem.match.label))
-        leak = digest(dict(zip(map(str, range(len(arrays))), arrays, strict=True)))
+        if self._held is not None and self._held[0] == _digest(problem, key):
+            return self._held[1]
+        leak = _digest(problem)
         if leak not in self._exact:
             candidate = method.candidate(key, problem)
             if not candidate.exact:

@@ -85,11 +85,17 @@ def test_the_last_level_falls_with_the_noise_between_its_bounds():
 
 
 def test_under_less_noise_it_ends_closer_and_each_trial_by_its_own(gaussian):
-    """Of a quantity that is measured without error: what is left is the last level's, each lane of a vmap's its own."""
+    """Each lane of a vmap as many steps as its own last level asks for."""
     truth = jnp.asarray(np.random.default_rng(1).normal(size=SHAPE) * 0.3, jnp.float32)
     asked = lambda last: restored(gaussian, truth + 0.5, lambda x, level: lambda x: [(x - truth) / 0.05], last=last)
     lasts = jnp.array([0.2, 0.01])
     ends = jax.vmap(asked)(lasts)
     for end, last in zip(ends, lasts, strict=True):
         np.testing.assert_allclose(end, asked(last), atol=1e-5)
-    assert jnp.abs(ends[0] - ends[1]).max() > 1e-3
+    errors = [float(jnp.abs(end - truth).max()) for end in ends]
+    assert errors[1] < 0.3 * errors[0]
+
+
+def test_levels_that_do_not_fall_are_refused(gaussian):
+    with pytest.raises(ValueError, match=r"ratio 1\.0"):
+        restored(gaussian, jnp.zeros(SHAPE), lambda x, level: lambda x: [x], ratio=1.0)

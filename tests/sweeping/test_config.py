@@ -131,6 +131,12 @@ def test_methods_all_leaves_out_what_cannot_be_run():
     assert "calibrated-dsg" not in written_out(victims=("mlp",), group=2, num_images=4, chains=2, adaptive=False)
 
 
+@pytest.mark.parametrize(("chains", "refined"), [(2, 2), (4, 2), (8, 4)])
+def test_auto_searches_by_as_many_chains_as_asked_for_and_half_as_many_where_it_refines(chains, refined):
+    auto = replace(SweepConfig(), chains=chains).attacks.make()["auto"]
+    assert (auto.search.chains, auto.start.chains) == (chains, refined)
+
+
 def hindrances(method, **changes):
     c = replace(SweepConfig(), **changes)
     mechanisms = inputs.parse_mechanisms(c.mechanisms)

@@ -23,7 +23,7 @@ from tiny import (
 
 import gdiff_jax as gd
 from gdiff_jax import parallel
-from gdiff_jax.auto import Auto
+from gdiff_jax.auto import Auto, Candidate
 from gdiff_jax.sweeping import records, run, tables, trials
 from gdiff_jax.sweeping.plan import PRIOR_ONLY, VictimState
 
@@ -107,8 +107,23 @@ def test_a_first_leak_that_is_solved_is_shown_before_others_are_looked_at(solvab
     store, shown = records.MemoryStore(), list[tuple[int, int]]()
     after = lambda done: shown.append((len(attacks_of(store.rows(done))), len(looked_at)))
     rows = run.run_trials(plan, store, 4, mesh=ONE_DEVICE, progress=False, after=after)
-    assert shown[:2] == ([(0, 0), (1, 1)] if solvable else [(0, 0), (1, 5)])  # a search is for all of them at once
+    assert shown[:2] == ([(0, 0), (1, 1)] if solvable else [(0, 0), (1, 4)])  # a search is for all of them at once
     assert [row["image"] for row in attacks_of(rows)] == [0, 1, 2, 3]
+
+
+def test_a_solved_trial_is_the_same_beside_others_that_are_searched_for(tiny_prior, monkeypatch):
+    """And after a kill, which makes other neighbours: its trace is never a search's."""
+    plan = plain_plan(tiny_prior, methods=("auto",), num_images=4, sigma_grid=(0.0, 0.1), victims=("cnn-narrow",))
+    nothing = np.zeros(plan.prior.image_shape, np.float32)
+    monkeypatch.setattr(Auto, "candidate", lambda self, key, problem: Candidate(nothing, float(problem.sigma) == 0, "a word"))
+    whole, store = run_in_memory(plan, batch=3)
+    solved = [row for row in attacks_of(whole) if row["sigma"] == 0]
+    assert [row["psnr_of_best_step"] for row in solved] == pytest.approx([row["psnr"] for row in solved], abs=1e-3)
+    again = records.MemoryStore()
+    for k in range(3):  # the prior's two, and the first leak alone
+        rows = store.rows([k])
+        again.save(k, rows, store.arrays(k))
+    assert without_time(run.run_trials(plan, again, 3, mesh=ONE_DEVICE, progress=False)) == without_time(whole)
 
 
 @long
