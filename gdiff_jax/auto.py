@@ -75,9 +75,7 @@ class Auto(Method):
         except Exception as error:  # a stranger's loss may have no forward derivative: it is searched for then
             return _failed(problem, error)
         if solution.image is None:
-            refinement = _refinement(problem)
-            words = f"searched for, then refined by {refinement.words}" if refinement else "only searched for"
-            return Candidate(nothing, False, f"{words}: {solution.steps[-1]}")
+            return Candidate(nothing, False, f"{_searched(_refinement(problem))}: {solution.steps[-1]}")
         image, words = solution.image, f"solved: {'; '.join(solution.steps)}; residual {solution.residual:.1e}"
         if solution.open is None:
             return Candidate(image.astype(np.float32), solution.exact, words)
@@ -116,8 +114,8 @@ def _estimate(problem: Problem) -> Candidate:
     if _known_noise(problem) and problem.first_dense is not None:
         return Candidate(nothing, False, f"estimated by {AnalyticMean().describe()}")
     if refinement is None:
-        return Candidate(nothing, False, "only searched for: under noise nothing of this network is solved")
-    words = f"searched for, then refined by {refinement.words}"
+        return Candidate(nothing, False, f"{_searched(refinement)}: under noise nothing of this network is solved")
+    words = _searched(refinement)
     if refinement.refine is expected_masks.refine:
         return Candidate(nothing, False, words)
     expected = np.broadcast_to(problem.expected_image, problem.shape)
@@ -137,6 +135,10 @@ class Refinement(NamedTuple):
 
     refine: Callable[[Problem, jax.Array], jax.Array]
     words: str
+
+
+def _searched(refinement: Refinement | None) -> str:
+    return "only searched for" if refinement is None else f"searched for, then refined by {refinement.words}"
 
 
 def _refinement(problem: Problem) -> Refinement | None:

@@ -103,18 +103,23 @@ def compute(plan: Plan, program: Program, chunks: Chunks) -> Iterator[tuple[int,
         alone = start == 0 and first_alone and program.run.solves(shared, everything[0])
         batch = everything[start : start + (1 if alone else width)]
         start += len(batch)
-        full = batch if isinstance(program.run, Solver) else batch + [batch[-1]] * (width - len(batch))
-        own = trials.own_arguments(plan, full)
-        own = own if isinstance(program.run, Solver) else parallel.divide(own, program.mesh)
-        result = jax.device_get(program.run(shared, own))
+        result = _results(plan, program, shared, batch)
         seconds = np.append(seconds, [(time.time() - started) / len(batch)] * len(batch))
-        result = _cut(result, slice(0, len(batch)))
         held = result if held is None else jax.tree.map(lambda *a: np.concatenate(a), held, result)
         while waiting and len(chunks[waiting[0]]) <= len(seconds):
             k = waiting.pop(0)
             n = len(chunks[k])
             yield k, *describe(plan, program, chunks[k], _cut(held, slice(0, n)), seconds[:n])
             held, seconds = _cut(held, slice(n, None)), seconds[n:]
+
+
+def _results(plan: Plan, program: Program, shared: Any, batch: list[Trial]) -> dict[str, Any]:
+    """Of these trials: a `Solver` takes any number of them, a program as many as it was compiled for."""
+    if isinstance(program.run, Solver):
+        return program.run(shared, trials.own_arguments(plan, batch))
+    full = batch + [batch[-1]] * (program.at_a_time - len(batch))
+    own = parallel.divide(trials.own_arguments(plan, full), program.mesh)
+    return _cut(jax.device_get(program.run(shared, own)), slice(0, len(batch)))
 
 
 def describe(

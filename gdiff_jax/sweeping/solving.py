@@ -23,9 +23,11 @@ from gdiff_jax.sweeping.trials import Group, Private, Shared, Trial
 Fit = Callable[[Callable[[int], Any]], tuple[int, Any]]
 
 
-def _digest(problem: Problem, *keys: jax.Array) -> str:
-    arrays = [*jax.tree.leaves((problem.match.leak, problem.match.label)), *map(jax.random.key_data, keys)]
-    return digest(dict(zip(map(str, range(len(arrays))), arrays, strict=True)))
+def _of(key: jax.Array, problem: Problem) -> tuple[str, bytes]:
+    """What a trial's leak and label are known by, and its key."""
+    arrays = jax.tree.leaves((problem.match.leak, problem.match.label))
+    leak = digest(dict(zip(map(str, range(len(arrays))), arrays, strict=True)))
+    return leak, np.asarray(jax.random.key_data(key)).tobytes()
 
 
 @dataclasses.dataclass(eq=False)
@@ -49,7 +51,7 @@ class Solver:
     _scorer: tuple[int, Any] | None = None
     _searcher: tuple[int, Any] | None = None
     _exact: dict[str, Candidate] = dataclasses.field(default_factory=dict)  # by the leak
-    _held: tuple[str, Candidate] | None = None  # by the leak and the trial's key
+    _first: dict[tuple[str, bytes], Candidate] = dataclasses.field(default_factory=dict)  # that `solves` found, not exact
 
     def __call__(self, shared: Shared, own: Private) -> dict[str, Any]:
         problems = self._problems(shared, own)
@@ -78,16 +80,17 @@ class Solver:
         ((key, problem),) = self._problems(shared, trials.own_arguments(self.plan, [trial]))
         self._compiled = True
         candidate = self._candidate(key, problem)
-        self._held = (_digest(problem, key), candidate)  # it is asked for again, with the others, where it is not exact
+        if not candidate.exact:  # it is asked for again, with the others
+            self._first[_of(key, problem)] = candidate
         return candidate.exact
 
     def _candidate(self, key: jax.Array, problem: Problem) -> Candidate:
         """As before where a leak is the same, as without noise it is for every seed."""
         method = self.plan.methods[self.group.method]
         assert isinstance(method, Auto)
-        if self._held is not None and self._held[0] == _digest(problem, key):
-            return self._held[1]
-        leak = _digest(problem)
+        leak, _ = mine = _of(key, problem)
+        if mine in self._first:
+            return self._first.pop(mine)
         if leak not in self._exact:
             candidate = method.candidate(key, problem)
             if not candidate.exact:
