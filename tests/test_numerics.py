@@ -9,7 +9,7 @@ import pytest
 
 from gdiff_jax import numerics, parallel
 from gdiff_jax.errors import ConfigError
-from gdiff_jax.sweeping.records import Store
+from gdiff_jax.sweeping.records import VERSION, Store
 from gdiff_jax.victims import zoo
 
 
@@ -45,7 +45,7 @@ def test_keys_are_of_threefry_whatever_the_default_is():
 )
 def test_a_setting_that_touches_numbers_is_part_of_the_identity(tmp_path, settings, name, value):
     usual = Store(tmp_path / "out", {"steps": 3})
-    assert usual.identity == {"steps": 3}  # as before there was any such entry: folders of then go on
+    assert usual.identity == {"version of records": VERSION, "steps": 3}  # settings as usual leave no entry of their own
     usual.open()
     with settings():
         assert numerics.unusual() == {name: value}
