@@ -27,6 +27,11 @@ def recognised(record: AuditRecord) -> Figure:
     return _sheet(record, "recognised", lambda r: "recognised" if r["rank"] == 0 else f"place {r['rank'] + 1}", True)
 
 
+def deviation(record: AuditRecord) -> Figure:
+    """What each pixel of the chosen ones is expected to err by, without the truth; numbers are the PSNR that is expected."""
+    return _sheet(record, "deviation", lambda r: f"{r['expected_psnr']:.1f}" if "expected_psnr" in r else "not told", False)
+
+
 def _sheet(record: AuditRecord, kind: str, note: Callable[[Row], str], recognise: bool) -> Figure:
     shown = [i for i in range(SHOWN) if f"truth/{i}" in record.pictures]
     heads = ["truth", *[f"σ = {s:.3g}" for s in record.sigmas], "prior only"]
@@ -53,7 +58,9 @@ def _picture(ax: Axes, picture: str | None, note: str) -> None:
     ax.set_frame_on(False)
     ax.grid(False)
     ax.set_xlabel(note, fontsize=8, labelpad=1)
-    if picture is not None:
+    if picture is None:
+        ax.set_box_aspect(1)  # as wide as the others of its column
+    else:
         ax.imshow(pictures.decode(picture), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
 
 
