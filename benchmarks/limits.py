@@ -89,8 +89,8 @@ def limits_of(config: LimitConfig, plan: Plan, information: np.ndarray, folder: 
     """Van Trees' limit of each victim in each state, local to each of the first images; a file each."""
     folder.mkdir(parents=True, exist_ok=True)
     noisy, found = [s for s in sorted(config.sigma_grid) if s > 0], {}
-    for state in tqdm(plan.params, unit="victim", desc="limits"):
-        path = folder / f"{state.name}-{state.training_steps}.json"
+    for k, state in enumerate(tqdm(plan.params, unit="victim", desc="limits")):
+        path = folder / f"{k}.json"  # of this study's configuration, as its store has seen to
         if not path.is_file():
             some = plan.images[: config.limit_images], plan.labels[: config.limit_images]
             spectra = exact_spectra(plan.victims[state.name].loss, plan.params[state], *some, noisy, information)
@@ -108,7 +108,7 @@ def distance_table(config: LimitConfig, rows: list[Row], limits: Limits) -> str:
     sigmas, cells, body = sorted(config.sigma_grid), tables.by_cell(rows), []
     for state, limit in limits.items():
         who = [state.name, str(state.training_steps or "no")]
-        of = lambda method, sigma, state=state: cells[state.name, state.training_steps, "gaussian", method, sigma]
+        of = lambda method, sigma, state=state: _cell(cells, state, method, sigma)
         for method in config.methods:
             medians = [tables.quartiles(of(method, sigma), "psnr")[0] for sigma in sigmas]
             body.append([*who, method, *[_number(median) for median in medians]])
@@ -117,10 +117,16 @@ def distance_table(config: LimitConfig, rows: list[Row], limits: Limits) -> str:
         body.append([*who, "limit", *["-" if end is None else _number(np.median(end)) for end in at_limit]])
         short = []
         for sigma, end in zip(sigmas, at_limit, strict=True):
-            own = [] if end is None else [row for row in of(config.methods[0], sigma) if row["image"] < config.limit_images]
-            short.append(_number(np.median([end[row["image"]] - row["psnr"] for row in own])) if own else "-")
+            fine = [row for row in of(config.methods[0], sigma) if not row["failed"] and row["image"] < config.limit_images]
+            below = [] if end is None else [end[row["image"]] - row["psnr"] for row in fine]
+            short.append(_number(np.median(below)) if below else "-")
         body.append([*who, f"limit less {config.methods[0]}", *short])
     return tables.markdown(["victim", "trained", "PSNR dB", *[f"sigma {sigma:g}" for sigma in sigmas]], body)
+
+
+def _cell(cells: dict[tables.Cell, list[Row]], state: VictimState, method: str, sigma: float) -> list[Row]:
+    """No trials where the method does not fit the victim."""
+    return cells.get((state.name, state.training_steps, "gaussian", method, sigma), [])
 
 
 def _number(value: float) -> str:
@@ -149,7 +155,7 @@ def _panel(config: LimitConfig, ax: Axes, rows: list[Row], limits: Limits) -> No
     for colour, (state, limit) in zip(COLOURS, limits.items(), strict=False):
         trained = f"after {state.training_steps} steps" if state.training_steps else "untrained"
         for line, method in zip(LINES, config.methods, strict=False):
-            of = [cells[state.name, state.training_steps, "gaussian", method, sigma] for sigma in sigmas]
+            of = [_cell(cells, state, method, sigma) for sigma in sigmas]
             medians = np.array([tables.quartiles(cell, "psnr")[0] for cell in of])
             width = 2.0 if method == config.methods[0] else 1.1
             ax.plot(np.minimum(medians, HIGHEST), line, color=colour, lw=width, label=f"{method}, {trained}")
@@ -182,6 +188,8 @@ def main() -> None:
     config = flags.read_flags(LimitConfig())
     config.check()
     plan = inputs.load(config.sweep())
+    with_norm = [name for name, victim in plan.victims.items() if victim.has_batch_norm]
+    need(not with_norm, f"--victims {','.join(with_norm)}: the limit is of a gradient of one image, and BatchNorm sees a batch")
     size = plan.images[0].size
     need(size <= LARGEST_GRAM, f"images of {size} numbers are too large for the limit, which takes up to {LARGEST_GRAM}")
     data = inputs.read_images("data", config.data, "train", config.prior.prior, plan.prior.image_shape)

@@ -74,15 +74,15 @@ def expectation_metrics(reconstruction: np.ndarray, truth: np.ndarray, deviation
     """What an attacker who gives each pixel's deviation expects of an image (H, W, C), and whether that is right.
 
     `expected_psnr` in dB is that of the mean square of the deviations; `within_two_deviations` the share of pixels whose error
-    is at most twice theirs, 95 % where errors are Gaussian. Empty where the deviation is not known, or 0: rounding is all then.
+    is at most twice theirs, 95 % where errors are Gaussian; without it where the truth is nan, not known. Empty where the
+    deviation is not known, or 0: rounding is all then.
     """
     if not np.isfinite(deviation).all() or not deviation.any():
         return {}
-    within = np.abs(reconstruction - truth) <= 2 * deviation
-    return {
-        "expected_psnr": float(psnr_from_error(np.mean(np.square(deviation)))),
-        "within_two_deviations": float(within.mean()),
-    }
+    expected = {"expected_psnr": float(psnr_from_error(np.mean(np.square(deviation))))}
+    if np.isfinite(truth).all():
+        expected["within_two_deviations"] = float((np.abs(reconstruction - truth) <= 2 * deviation).mean())
+    return expected
 
 
 def _unlike(candidates: np.ndarray, truth: np.ndarray) -> np.ndarray:

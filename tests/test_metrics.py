@@ -133,5 +133,7 @@ def test_what_is_expected_of_an_image_and_whether_it_is_right() -> None:
     expected = expectation_metrics(found, truth, deviation)
     assert expected["expected_psnr"] == pytest.approx(10 * np.log10(4 / 0.01), abs=1e-4)
     assert expected["within_two_deviations"] == 0.75
+    of_unknown = expectation_metrics(found, np.full_like(truth, np.nan), deviation)
+    assert of_unknown == {"expected_psnr": expected["expected_psnr"]}
     for nothing in (np.full_like(deviation, np.nan), np.zeros_like(deviation)):
         assert expectation_metrics(found, truth, nothing) == {}

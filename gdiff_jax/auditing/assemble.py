@@ -58,7 +58,7 @@ def assemble(
       film: images (H, W, C) of one reconstruction over the steps.
 
     Raises:
-      ValueError: where there are not as many rows as images and traces.
+      ValueError: where there are not as many rows as images, traces and deviations.
     """
     rows = [dict(row) for row in trials.rows]
     scoring: dict[str, Any] = {}
@@ -119,13 +119,13 @@ def _pictures(record: AuditRecord, trials: Trials, truth: np.ndarray | None, fil
     both_kinds = len({method in COMBINED for method in record.methods}) > 1
     for sigma in record.sigmas:
         picks, to_recognise = (summary.attacker_picks(record.at(sigma), recognise) for recognise in (False, True))
+        kept, place = ([row for row in picks if _is_shown(row)], "image")
         if truth is None:
-            shown |= {f"found/{sigma!r}/{row['seed']}": png(row) for row in picks if row["seed"] < 2 * SHOWN}
-            continue
-        shown |= {f"found/{sigma!r}/{row['image']}": png(row) for row in picks if _is_shown(row)}
-        expected = [row for row in picks if _is_shown(row) and "expected_psnr" in row]
-        shown |= {f"deviation/{sigma!r}/{row['image']}": pictures.deviation_png(deviation[_trial(row)]) for row in expected}
-        if both_kinds:
+            kept, place = [row for row in picks if row["seed"] < 2 * SHOWN], "seed"
+        shown |= {f"found/{sigma!r}/{row[place]}": png(row) for row in kept}
+        errors = {row[place]: deviation[_trial(row)] for row in kept if "expected_psnr" in row}
+        shown |= {f"deviation/{sigma!r}/{name}": pictures.deviation_png(error) for name, error in errors.items()}
+        if both_kinds and truth is not None:
             shown |= {f"recognised/{sigma!r}/{row['image']}": png(row) for row in to_recognise if _is_shown(row)}
     shown |= {f"prior/{row['image']}": png(row) for row in record.prior_only if _is_shown(row)}
     return shown | {f"film/{k}": pictures.png(frame) for k, frame in enumerate(film)}

@@ -252,7 +252,7 @@ def drawings(record: AuditRecord) -> dict[str, Callable[[AuditRecord], Figure]]:
     has = {
         "reconstructions": record.has_truth,
         "recognised": record.can_recognise and any(n.startswith("recognised/") for n in record.pictures),
-        "deviation": any(n.startswith("deviation/") for n in record.pictures),
+        "deviation": record.has_truth and any(n.startswith("deviation/") for n in record.pictures),
         "attempts": not record.has_truth and any(n.startswith("found/") for n in record.pictures),
         "quality": record.has_truth,
         "recovered": record.has_truth,

@@ -108,7 +108,8 @@ def rank_one_mean(
       image (H, W, C), by how much each of its pixels is expected to err (`posterior_deviation`), and a trace of `steps`, whose
       guidance_norm is the standard deviation that was given to the denoiser. Of a layer whose gradient is zero, and where delta
       by the image and by the network agree by chance alone, as they do where noise is all or the label is wrong, the image is
-      `mean` and its deviation nan. Of a gradient that is not finite the image is not finite either.
+      `mean` and its deviation nan. Of a gradient that is not finite the image is not finite either. Where channels differ in
+      scale the error of the one with the least is taken for that of all.
     """
     scale, shift = (jnp.broadcast_to(jnp.asarray(a), mean.shape) for a in (leak.scale, leak.shift))
 

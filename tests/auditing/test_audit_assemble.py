@@ -59,6 +59,22 @@ def test_what_the_attacker_expects_is_shown_where_a_method_says_it():
         "deviation/0.1/1": 128, "deviation/0.1/2": 255, "deviation/0.1/3": 255,
     }  # fmt: skip
     assert "deviation" in figures.drawings(audit)
+    axes = figures.drawings(audit)["deviation"](audit).axes
+    assert [ax.get_xlabel() for ax in axes[1::2]] == ["not told", "20.0", "20.0", "20.0"]
+    assert [int(ax.images[0].get_array().max()) for ax in axes[3::2]] == [128, 255, 255]
+
+
+def test_of_an_image_that_is_not_known_what_is_expected_stands_below():
+    images = np.random.default_rng(0).uniform(-1, 1, (3, 16, 16, 3)).astype(np.float32)
+    rows = [{**row("auto", 0.1, 0, seed, 30.0, 1.0 + seed), "gradient_norm": 10.0, "expected_psnr": 20.0} for seed in range(3)]
+    del rows[2]["expected_psnr"]
+    trace = {"distance": np.array([1.0]), "x0_error": np.array([np.nan])}
+    deviations = [np.full((16, 16, 3), 0.5), np.full((16, 16, 3), 0.25), None]
+    audit = assembled(images, Trials(rows, list(images), [trace] * 3, deviations), None)
+    assert "deviation" not in figures.drawings(audit)
+    axes = figures.drawings(audit)["attempts"](audit).axes
+    assert [ax.get_xlabel() for ax in axes[3:]] == ["expects 20.0 dB", "expects 20.0 dB", "not told"]
+    assert [int(ax.images[0].get_array().max()) for ax in axes[3:5]] == [255, 128]
 
 
 def test_the_share_of_signal_is_kept_where_it_was_measured():

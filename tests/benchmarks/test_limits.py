@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from tiny import ROOT, plan_of, run_command
 
+from benchmarks import limits
+from gdiff_jax.sweeping.config import PrivateImages
 from gdiff_jax.sweeping.plan import VictimState
 from gdiff_jax.theory import summary
 
@@ -44,17 +46,38 @@ def test_the_limit_stands_beside_what_attacks_reach(tiny_prior, tmp_path):
     assert (out / "limits.png").stat().st_size > 10_000
 
 
+def test_what_failed_or_does_not_fit_is_left_out(tmp_path):
+    config = limits.LimitConfig(
+        victims=("mlp", "cnn"), training_steps=(0,), sigma_grid=(0.1,), methods=("analytic-mean", "dsg"), limit_images=2,
+        private=PrivateImages(num_images=2),
+    )  # fmt: skip
+    row = lambda victim, method, image, psnr: {
+        "victim": victim, "training_steps": 0, "mechanism": "gaussian", "method": method, "sigma": 0.1, "image": image,
+        "psnr": psnr, "failed": psnr is None,
+    }  # fmt: skip
+    rows = [row("mlp", "analytic-mean", 0, None), row("mlp", "analytic-mean", 1, 25.0)]
+    rows += [row(victim, "dsg", image, 20.0) for victim in config.victims for image in range(2)]
+    found = {VictimState(victim, 0): np.array([[30.0], [32.0]]) for victim in config.victims}
+    table = limits.distance_table(config, rows, found)
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
+    short = {cell[0]: cell[3] for cell in cells if cell[2] == "limit less analytic-mean"}
+    assert short == {"mlp": "7.0", "cnn": "-"}
+    limits.plot(config, rows, found, {"prior only": 8.0}, tmp_path / "limits.png")
+    assert (tmp_path / "limits.png").stat().st_size > 10_000
+
+
 @pytest.mark.parametrize(
     ("flag", "words"),
     [
         ("--sigma_grid=0.1", "--data is needed"),
         ("--methods=dsg,dps,auto,red-diff", "room for 3, not 4"),
         ("--limit_images=3", "--limit_images 3 must lie in 1..2"),
+        ("--victims=cnn-batchnorm --training_steps=0", "BatchNorm sees a batch"),
     ],
 )
 def test_bad_input_ends_with_one_line(tiny_prior, tmp_path, flag, words):
     data = [] if "data" in words else [f"--data={tiny_prior}/images.npz"]
-    done = run(tiny_prior, tmp_path / "out", flag, *data)
+    done = run(tiny_prior, tmp_path / "out", *flag.split(), *data)
     assert done.returncode == 2
     (line,) = done.stderr.strip().splitlines()
     assert words in line

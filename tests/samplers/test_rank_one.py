@@ -70,7 +70,8 @@ def test_it_is_exact_without_noise_whatever_the_network_says():
 
 def test_what_lies_before_the_layer_is_undone():
     scale, shift = jnp.array([[[2.0, 2.1, 1.9]]]), jnp.array([[[0.3, -0.2, 0.1]]])
-    *_, trace = reached(0.2, scale=scale, shift=shift)
+    x, found, deviation, trace = reached(0.2, scale=scale, shift=shift)
+    assert np.sqrt(np.mean(np.square(found - x))) == pytest.approx(float(jnp.sqrt(jnp.mean(deviation**2))), rel=0.1)
     assert float(trace.x0_error[-1]) < 1.3 * S**2 * 0.1**2 / (S**2 + 0.1**2)
 
 

@@ -63,9 +63,10 @@ def test_records_hold_what_the_arrays_hold(tiny_sweep, tiny_prior):
 
 
 def test_what_is_expected_is_in_the_rows_of_methods_that_say_it(tiny_sweep):
-    """Here auto's, where it is `analytic-mean`. What is exact errs by rounding alone, and at 0.4 all is the mean image."""
-    rows = read_records(tiny_sweep.run.out)
-    assert {(row["method"], row["sigma"]) for row in rows if "expected_psnr" in row} == {("auto", 0.1)}
+    """Here auto's under noise, where it is `analytic-mean`: what is exact errs by rounding alone."""
+    expects = {(row["method"], row["sigma"]) for row in read_records(tiny_sweep.run.out) if "expected_psnr" in row}
+    assert ("auto", 0.1) in expects
+    assert expects <= {("auto", 0.1), ("auto", 0.4)}  # where all is noise it is the mean image
 
 
 def test_common_random_numbers(tiny_sweep):
