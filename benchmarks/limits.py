@@ -135,18 +135,17 @@ def _number(value: float) -> str:
 
 def plot(config: LimitConfig, rows: list[Row], limits: Limits, baselines: dict[str, float], path: Path) -> None:
     """A panel a victim: a colour a training state, a line style a method, dashed van Trees' limit."""
-    figure = Figure(figsize=(3.3 * len(config.victims) + 0.4, 3.6), layout="constrained")
+    figure = Figure(figsize=(max(3.3 * len(config.victims), 6.6) + 0.4, 4.0), layout="constrained")
     axes = figure.subplots(1, len(config.victims), squeeze=False, sharey=True)[0]
     for ax, victim in zip(axes, config.victims, strict=True):
         _panel(config, ax, rows, {state: limit for state, limit in limits.items() if state.name == victim})
         for name, style in zip(baselines, ((0, (1, 1)), (0, (4, 2, 1, 2))), strict=False):
             ax.axhline(baselines[name], color="0.55", lw=1, ls=style, label=name)
         ax.set_title(victim, fontsize=10)
-    axes[0].set_ylabel(f"median PSNR (dB), {HIGHEST:g} and above at the edge", fontsize=9)
+    axes[0].set_ylabel(f"median PSNR (dB), up to {HIGHEST:g}", fontsize=9)
     axes[0].set_ylim(5, HIGHEST + 1)
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
-    figure.supxlabel("sigma: standard deviation of the Gaussian noise on the gradient", fontsize=9)
+    figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False, fontsize=8)
     write_atomic(path, lambda p: figure.savefig(p, dpi=130))
 
 
@@ -162,6 +161,7 @@ def _panel(config: LimitConfig, ax: Axes, rows: list[Row], limits: Limits) -> No
         x = np.flatnonzero(np.array(sigmas) > 0)
         ax.plot(x, np.minimum(np.median(limit, 0), HIGHEST), "--", color=colour, lw=1, label=f"limit, {trained}")
     ax.set_xticks(range(len(sigmas)), [f"{sigma:g}" for sigma in sigmas], rotation=45, fontsize=8)
+    ax.set_xlabel("sigma: standard deviation of the noise", fontsize=9)
     ax.grid(alpha=0.25)
 
 

@@ -24,6 +24,10 @@ FIRST_COSINE = 0.7  # of delta and what the network makes of the mean image [our
 JITTER = 1e-3  # of the image that the network is asked at: at mid-grey, where biases are 0, its ReLUs tell nothing
 CHANCE = 3.0  # standard deviations that delta by the image and by the network must agree by, to be no chance [our choice]
 LENGTH = 4.0  # variance of the network's || delta ||, in that of an entry of its delta: 2 to 4 [measured]
+# The scale of the image at the end: levels and points of its grid, and by how much in log it may be off; what is less than so
+# many relative errors of the image, or so small, is not believed [our choice, measured].
+LEVELS, POINTS, WIDEST, DEVIATION = 3, 17, 1.1, 0.5
+REJECTED, LEAST = 2.0, 0.02
 
 
 class RankOne(NamedTuple):
@@ -129,8 +133,45 @@ def rank_one_mean(
 
     start = _State(mean, jnp.zeros_like(leak.bias), mean, jnp.asarray(jnp.inf, mean.dtype))
     state, trace = jax.lax.scan(step, start, jnp.arange(steps))
-    network = delta(state.image)
-    measured, noise = _measured(leak, (scale * state.image + shift).ravel(), state.owed)
-    chance = jnp.vdot(measured, network) < CHANCE * jnp.sqrt(noise) * norm(network)
     deviation = posterior_deviation(jax.random.fold_in(key, steps), denoise, schedule, state.estimate, state.std)
-    return jnp.where(chance, mean, state.image), jnp.where(chance, jnp.nan, deviation), trace
+    times = lambda s, image: (
+        (s * (scale * image + shift) - shift) / scale
+    )  # of an image whose layer's input is s times as large
+
+    def cost(s: jax.Array) -> jax.Array:
+        """Squared distance to the leak, less what it owes to the noise that has gone into the image."""
+        image = times(s, state.image)
+        return jnp.square(objective(image)) + 2 * s * jnp.vdot(state.owed, delta(image))
+
+    factor = _scale_of(cost, leak.sigma, norm(deviation) / norm(state.image + shift / scale))
+    rescaled = denoise_estimate(denoise, schedule, times(factor, state.estimate), factor * state.std, mean, clip=clip)
+    image = jnp.where(factor == 1, state.image, rescaled)
+    network = delta(image)
+    measured, noise = _measured(leak, (scale * image + shift).ravel(), factor * state.owed)
+    chance = jnp.vdot(measured, network) < CHANCE * jnp.sqrt(noise) * norm(network)
+    return jnp.where(chance, mean, image), jnp.where(chance, jnp.nan, jnp.minimum(factor * deviation, 1.0)), trace
+
+
+def _scale_of(cost: Callable[[jax.Array], jax.Array], sigma: jax.Array | float, error: jax.Array) -> jax.Array:
+    """The s of least cost, of a likelihood exp(-cost(s) / (2 sigma^2)) and a broad prior around 1; 1 where that may be chance.
+
+    The length of delta decides the image's. By a network that fits an image well it is the network's confidence, which errs by
+    more than its direction says. The whole gradient tells, on a grid that is drawn closer LEVELS times, but as if the image had
+    no error but its scale: what is nearer to 1 than REJECTED times its relative error, or LEAST, is not believed.
+    """
+    dtype = error.dtype
+    sigma = jnp.asarray(sigma, dtype)
+    variance = jnp.square(jnp.where(sigma > 0, sigma, 1.0))
+
+    def level(at: tuple[jax.Array, jax.Array], _: None) -> tuple[tuple[jax.Array, jax.Array], None]:
+        centre, half = at
+        logs = centre + half * jnp.linspace(-1, 1, POINTS, dtype=dtype)
+        costs = jax.lax.map(cost, jnp.exp(logs))
+        weights = jax.nn.softmax(-costs / (2 * variance) - jnp.square(logs) / (2 * DEVIATION**2))
+        found = jnp.vdot(weights, logs)
+        spread = jnp.sqrt(jnp.vdot(weights, jnp.square(logs - found)))
+        return (found, jnp.clip(3 * spread, 2 * half / POINTS, half)), None
+
+    start = jnp.zeros((), dtype), jnp.asarray(WIDEST, dtype)
+    (found, _), _ = jax.lax.scan(level, start, None, length=LEVELS)
+    return jnp.where((sigma > 0) & (jnp.abs(found) > jnp.maximum(REJECTED * error, LEAST)), jnp.exp(found), 1.0)

@@ -7,6 +7,7 @@ import pytest
 from objectives import float32
 
 from gdiff_jax.samplers import RankOne, rank_one_mean
+from gdiff_jax.samplers.rank_one import _scale_of
 from gdiff_jax.schedule import Schedule, make_betas
 
 SHAPE, NEURONS = (20, 20, 3), 200
@@ -86,3 +87,31 @@ def test_where_nothing_is_left_it_is_the_mean_image():
     shapes = (x.size, NEURONS), (NEURONS,)
     np.testing.assert_allclose(run([jnp.zeros(s) for s in shapes]), MEAN + 0.2)
     assert not np.isfinite(run([jnp.full(s, jnp.inf) for s in shapes])).any()
+
+
+@pytest.mark.parametrize("scale", [0.5, 0.9, 1.4, 2.2])
+def test_the_scale_is_found_where_the_whole_leak_tells_it(scale):
+    """Of a cost that is as sharp as that of a layer of 200 neurons, far sharper than the first grid."""
+    found = lambda sigma, error: float(_scale_of(lambda s: jnp.square((s - scale) * 30.0), sigma, jnp.float32(error)))
+    assert found(0.1, 0.01) == pytest.approx(scale, rel=0.01)
+    assert found(0.1, abs(np.log(scale))) == 1  # may be the image's other errors
+    assert found(0.0, 0.01) == 1
+    assert found(1e4, 0.01) == 1  # nothing is told
+
+
+def test_a_network_that_is_too_sure_of_its_delta_does_not_shrink_the_image():
+    """Its delta is half as long at an image half as large: all that depends on it agrees, but the leak's length does not."""
+    keys = jax.random.split(jax.random.key(3), 3)
+    x, sigma = S * jax.random.normal(keys[0], SHAPE), 0.02
+    direction = jnp.ones(NEURONS) / NEURONS**0.5
+    network = lambda image: direction * 0.3 * jnp.exp(3 * (1 - jnp.linalg.norm(image) / jnp.linalg.norm(x)))
+    rows = jnp.outer(jnp.append(x, 1.0), network(x)) + sigma * jax.random.normal(keys[1], (x.size + 1, NEURONS))
+    leak, schedule = RankOne(rows[:-1], rows[-1], sigma), Schedule.create(make_betas(), 100)
+
+    def away(image):
+        return jnp.linalg.norm(jnp.outer(jnp.append(image, 1.0), network(image)) - rows)
+
+    found, _, trace = jax.jit(
+        lambda leak: rank_one_mean(keys[2], exact, schedule, leak, network, away, MEAN, clip=False, truth=x)
+    )(leak)
+    assert float(jnp.mean(jnp.square(found - x))) < 0.3 * float(trace.x0_error[-1])
