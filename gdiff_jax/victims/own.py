@@ -111,22 +111,35 @@ def find_first_dense(victim: OwnVictim, params: Params, shape: tuple[int, ...], 
     held against an image of random pixels, or a batch of that image alone for a shape (B, H, W, C).
     """
     image = np.random.default_rng(0).uniform(-1, 1, shape[-3:]).astype(np.float32)
-    layer = lambda name: name.rpartition(".")[0]
-    biases = lambda kernel: [n for n, v in params.items() if v.shape == params[kernel].shape[-1:] and layer(n) == layer(kernel)]
-    kernels = [name for name, v in params.items() if v.ndim == 2 and len(v) == image.size and biases(name)]
-    gradient = gradient_at(victim.loss, params, np.broadcast_to(image, shape), label)[0] if kernels else {}
-    for kernel in kernels:
-        bias = biases(kernel)[0]
-        delta = np.asarray(gradient[bias], np.float64)
-        if not delta.any() or not np.isfinite(gradient[kernel]).all():
+    layers = _dense_layers(params, image.shape)
+    gradient = gradient_at(victim.loss, params, np.broadcast_to(image, shape), label)[0] if layers else {}
+    for layer in layers:
+        delta = np.asarray(gradient[layer.bias], np.float64)
+        kernel = np.asarray(layer.kernel_of(gradient), np.float64)
+        if not delta.any() or not np.isfinite(kernel).all():
             continue
-        inputs = (np.asarray(gradient[kernel], np.float64) @ delta / (delta @ delta)).reshape(image.shape)
+        inputs = (kernel @ delta / (delta @ delta)).reshape(image.shape)
         fits = [np.polyfit(image[..., c].ravel(), inputs[..., c].ravel(), 1) for c in range(image.shape[-1])]
         scale, shift = (tuple(float(fit[k]) for fit in fits) for k in range(2))
         off = np.abs(image * np.array(scale) + np.array(shift) - inputs).max()
         if min(map(abs, scale)) > 1e-6 and off < 1e-3 * np.abs(inputs).max():
-            return dataclasses.replace(victim, first_dense=FirstDense(kernel, bias, scale, shift))
+            return dataclasses.replace(victim, first_dense=dataclasses.replace(layer, scale=scale, shift=shift))
     return victim
+
+
+def _dense_layers(params: Params, shape: tuple[int, ...]) -> list[FirstDense]:
+    """All that a first dense layer may be, by the shapes of a kernel and a bias: either layout, either order of pixels."""
+    pixels, (h, w, c) = int(np.prod(shape)), shape
+    layer = lambda name: name.rpartition(".")[0]
+    found = []
+    for kernel, value in params.items():
+        for transposed in (False, True):
+            rows, columns = (value.shape[::-1] if transposed else value.shape) if value.ndim == 2 else (0, 0)
+            biases = [name for name, v in params.items() if v.shape == (columns,) and layer(name) == layer(kernel)]
+            if rows == pixels and biases:
+                orders = dict.fromkeys((None, (c, h, w) if c > 1 else None))
+                found += [FirstDense(kernel, biases[0], transposed=transposed, chw=chw) for chw in orders]
+    return found
 
 
 def fingerprint(loss: Loss, params: Any, image: Any, label: Any) -> str:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gdiff_jax.attacks import read_first_dense
 from gdiff_jax.matching import victim_gradient
 from gdiff_jax.victims import FirstDense, checks, own, own_victim
 
@@ -142,6 +143,22 @@ def test_a_first_dense_layer_is_found_behind_a_normalisation(model):
     curved, params = own_victim(lambda p, x, y: jnp.tanh((x**2).reshape(-1) @ p["w"] + p["b"]).sum(), dense(768), 10)
     assert own.find_first_dense(curved, params, SHAPE, LABEL).first_dense is None
     assert FirstDense("fc1.kernel", "fc1.bias").scale is None
+
+
+@pytest.mark.parametrize("channels_first", [False, True])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_first_dense_layer_is_found_in_either_layout_and_order(transposed, channels_first):
+    """Equinox holds (neurons, pixels), torch flattens (C, H, W); the kernel is read as (pixels, neurons) in our order."""
+    params = dense(768)
+    flat = lambda x: (x.transpose(2, 0, 1) if channels_first else x).ravel()
+    loss = lambda p, x, y: jnp.tanh(flat(x) @ (p["w"].T if transposed else p["w"]) + p["b"]).sum()
+    stored = params | {"w": params["w"].T if transposed else params["w"]}
+    layer = own.find_first_dense(*own_victim(loss, stored, 10), SHAPE, LABEL).first_dense
+    assert (layer.transposed, layer.chw) == (transposed, (3, 16, 16) if channels_first else None)
+    leak = victim_gradient(loss, stored, IMAGE, LABEL)
+    np.testing.assert_allclose(read_first_dense(layer, leak, SHAPE).x, IMAGE, atol=1e-4)
+    ours = layer.kernel_of(stored)
+    np.testing.assert_allclose(IMAGE.ravel() @ ours, flat(IMAGE) @ params["w"], atol=1e-3)
 
 
 def dense(rows):
