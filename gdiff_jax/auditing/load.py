@@ -36,7 +36,8 @@ from gdiff_jax.sweeping.run import run_trials
 from gdiff_jax.theory.summary import LARGEST_GRAM, prior_information
 from gdiff_jax.victims import saved_trees
 from gdiff_jax.victims.checks import check_gradients
-from gdiff_jax.victims.own import is_own
+from gdiff_jax.victims.own import OwnVictim, is_own, module_victim
+from gdiff_jax.victims.torch_model import TorchModel
 from gdiff_jax.victims.uses import uses
 
 
@@ -110,14 +111,25 @@ def _check_gradients(plan: Plan) -> None:
 def _fit(flag: str, path: str, plan: Plan, orders: saved_trees.Orders) -> dict[str, Any]:
     """The arrays of a file, shaped as the victim's weights."""
     state, _ = audited(plan)
-    params, loss = plan.params[state], plan.victims[state.name].loss
+    params, victim = plan.params[state], plan.victims[state.name]
     first = first_leak((plan.images, plan.labels), plan.client.group)
-    used = lambda: uses(loss, params, *jax.tree.map(jnp.asarray, first))
+    used = lambda: uses(victim.loss, params, *jax.tree.map(jnp.asarray, first))
     try:
-        tree = saved_trees.fit(path, params, orders, used, weights=flag == "weights")
+        if (model := _model_of(victim)) is not None:
+            from gdiff_jax.victims import torch_files  # of the extra `torch`, which a module needs
+
+            in_order = (params, torch_files.state_of(model.module))
+            tree = saved_trees.fit(path, params, orders, in_order=in_order)
+        else:
+            tree = saved_trees.fit(path, params, orders, used, weights=flag == "weights")
     except ValueError as error:
         raise ConfigError(f"--{flag}: {error}") from None
     return {name: jnp.asarray(value) for name, value in tree.items()}
+
+
+def _model_of(victim: Any) -> TorchModel | None:
+    """The torch module that a victim is, if it is one."""
+    return victim.module if isinstance(victim, OwnVictim) else None
 
 
 def _with_hash(plan: Plan, **hashes: Any) -> dict[str, Any]:
@@ -126,6 +138,8 @@ def _with_hash(plan: Plan, **hashes: Any) -> dict[str, Any]:
 
 def _with_weights(plan: Plan, model: Model, orders: saved_trees.Orders) -> Plan:
     state, _ = audited(plan)
+    if _model_of(plan.victims[state.name]) is not None:
+        return _with_state_dict(plan, model, orders)
     params = _fit("weights", model.weights, plan, orders)
     plan = dataclasses.replace(plan, params={state: params}, identity=_with_hash(plan, weights=modules.digest(params)))
     victim = plan.victims[state.name]
@@ -133,6 +147,26 @@ def _with_weights(plan: Plan, model: Model, orders: saved_trees.Orders) -> Plan:
         first = first_leak((plan.images, plan.labels), plan.client.group)
         inputs.check_own_loss(state.name, victim, params, *first)  # type: ignore[arg-type]
     return plan
+
+
+def _with_state_dict(plan: Plan, model: Model, orders: saved_trees.Orders) -> Plan:
+    """Of a torch module: its buffers are weights too, and its loss another one with others."""
+    from gdiff_jax.victims import torch_files  # of the extra `torch`, which a module needs
+
+    state, _ = audited(plan)
+    victim: Any = plan.victims[state.name]
+    need(not orders, f"--flattened {next(iter(orders), '')}: a torch module's files have its own order; leave it away")
+    try:
+        loaded = torch_files.with_weights(victim.module, model.weights)
+    except ValueError as error:
+        raise ConfigError(f"--weights: {error}") from None
+    victim, params = module_victim(loaded, victim.num_classes)
+    images = plan.images if plan.images_known else np.zeros_like(plan.images)
+    victim, loss = inputs.checked_own(state.name, victim, params, images, plan.labels, plan.client.group)
+    # In place of those of the weights that the function made, at random perhaps.
+    hashes = {f"{state.name} loss": loss, f"{state.name}/{state.training_steps}": modules.digest(params)}
+    identity = _with_hash(plan, trained_victims=hashes)
+    return dataclasses.replace(plan, victims={state.name: victim}, params={state: params}, identity=identity)
 
 
 def _with_gradient(plan: Plan, config: AuditConfig, orders: saved_trees.Orders) -> Plan:

@@ -17,8 +17,11 @@ from gdiff_jax.first_dense import FirstDense
 from gdiff_jax.matching import Loss
 from gdiff_jax.modules import Params
 from gdiff_jax.pytrees import at_least_float32
-from gdiff_jax.victims import user_files
+from gdiff_jax.victims import torch_model, user_files
 from gdiff_jax.victims.checks import gradient_at
+from gdiff_jax.victims.torch_model import TorchModel
+
+EXTRA = 'pip install "gdiff-jax[torch]"'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,12 +32,16 @@ class OwnVictim:
       loss: scalar `loss(params, x, y)` of params as a flat dict.
       num_classes: labels are 0 .. num_classes - 1.
       first_dense: the layer of which a gradient gives the whole image away, if `find_first_dense` finds one.
+      module: of torch, which the loss runs; None of a loss that is JAX's.
+      said: what was assumed or found of that module, a sentence each, without a full stop.
     """
 
     loss: Loss
     num_classes: int
     first_dense: FirstDense | None = None
     has_batch_norm: bool = False
+    module: TorchModel | None = None
+    said: tuple[str, ...] = ()
 
 
 def own_victim(loss: Loss, params: Any, num_classes: int) -> tuple[OwnVictim, Params]:
@@ -60,6 +67,34 @@ def own_victim(loss: Loss, params: Any, num_classes: int) -> tuple[OwnVictim, Pa
     return OwnVictim(flat_loss, num_classes), at_least_float32(flat)
 
 
+def module_victim(model: TorchModel, num_classes: int) -> tuple[OwnVictim, Params]:
+    """The victim of a torch module, and its params by torch's names, in its layouts and order.
+
+    Raises:
+      ValueError: where the extra is not installed, or for what cannot be used.
+    """
+    try:
+        from gdiff_jax.victims import torch_loss
+    except (ImportError, AttributeError) as error:  # torchax names what other versions of torch lack
+        text = " ".join(str(error).split())[:200]
+        raise ValueError(f"a torch.nn.Module needs torch and torchax of versions that go together ({text}); {EXTRA}") from None
+    loss = torch_loss.torch_loss(model)
+    return OwnVictim(loss, num_classes, module=model, said=loss.said), loss.params
+
+
+def check_module(victim: OwnVictim, shape: tuple[int, ...], y: Any) -> None:
+    """Of a torch module that its gradient is torch's own, at images of a shape (H, W, C) or (N, H, W, C) and their labels.
+
+    Raises:
+      ValueError: where it is not, with the first layer that differs.
+    """
+    if victim.module is not None:
+        from gdiff_jax.victims import torch_checks
+
+        loss: Any = victim.loss
+        torch_checks.check_gradient(loss, shape, y)
+
+
 def _name(path: tuple[Any, ...]) -> str:
     variable = len(path) > 1 and path[-1] == jax.tree_util.GetAttrKey("value")
     return jax.tree_util.keystr(path[:-1] if variable else path, simple=True, separator=".") or "params"
@@ -71,7 +106,7 @@ def is_own(name: str) -> bool:
 
 
 def load_own(name: str, num_classes: int) -> tuple[OwnVictim, Params]:
-    """`own_victim` of the loss and the params that the function of this name returns.
+    """The victim of what the function of this name returns: (loss, params), a torch module or a `TorchModel`.
 
     Raises:
       ValueError: where there is no such function, it fails, or what it returns is something else.
@@ -83,10 +118,13 @@ def load_own(name: str, num_classes: int) -> tuple[OwnVictim, Params]:
             returned = function()
         except (Exception, SystemExit) as error:  # whatever the user's function raises
             raise ValueError(f"victim {name!r}: {attribute}() failed ({type(error).__name__}: {error})") from error
-    if not (isinstance(returned, tuple) and len(returned) == 2 and callable(returned[0])):
-        raise ValueError(f"victim {name!r}: {attribute}() must return (loss, params), a function and a pytree of arrays")
+    model = torch_model.as_model(returned)
+    if model is None and not (isinstance(returned, tuple) and len(returned) == 2 and callable(returned[0])):
+        raise ValueError(
+            f"victim {name!r}: {attribute}() must return (loss, params), a function and a pytree of arrays, or a torch module"
+        )
     try:
-        return own_victim(*returned, num_classes)
+        return module_victim(model, num_classes) if model else own_victim(returned[0], returned[1], num_classes)
     except ValueError as error:
         raise ValueError(f"victim {name!r}: {error}") from None
 
@@ -96,7 +134,8 @@ def _function(name: str) -> Callable[[], Any]:
     try:
         module = user_files.module_of(where)
     except (Exception, SystemExit) as error:  # whatever the user's file raises
-        raise ValueError(f"victim {name!r}: {where} cannot be imported ({type(error).__name__}: {error})") from error
+        remedy = f"; {EXTRA}" if isinstance(error, ModuleNotFoundError) and error.name == "torch" else ""
+        raise ValueError(f"victim {name!r}: {where} cannot be imported ({type(error).__name__}: {error}){remedy}") from error
     function = getattr(module, attribute, None)
     if not callable(function):
         there = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]

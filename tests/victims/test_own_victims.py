@@ -237,3 +237,20 @@ def test_weights_of_few_bits_are_attacked_in_float32(dtype):
     alone = lambda p, x, y: jax.lax.mul(p["w"], jnp.ones(3, dtype)).sum().astype(jnp.float32) * x.mean()
     with pytest.raises(ValueError, match=r"are taken in float32: let the loss cast x to its params' dtype"):
         checks.check_loss(alone, {"w": jnp.ones(3, dtype)}, IMAGE, LABEL)
+
+
+def test_a_file_that_needs_torch_names_the_extra(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "torch", None)  # as where it is not installed
+    (tmp_path / "needs_torch.py").write_text("import torch\n")
+    with pytest.raises(ValueError, match=r'needs_torch\.py cannot be imported .*; pip install "gdiff-jax\[torch\]"$'):
+        own.load_own(f"{tmp_path}/needs_torch.py:make", 10)
+
+
+def test_torch_is_imported_where_a_module_is_audited_alone():
+    """Not by what tells modules apart, nor for a loss on JAX."""
+    script = "import sys, gdiff_jax.victims, gdiff_jax.victims.own\nfrom gdiff_jax.victims.torch_model import as_model\n"
+    script += (
+        "assert as_model(lambda p, x, y: 0) is None\nprint([name for name in ('torch', 'torchax') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
