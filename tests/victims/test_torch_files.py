@@ -129,6 +129,18 @@ def test_weights_are_a_state_dict_with_its_buffers(plan_of, tiny_prior, tmp_path
         plan_of(weights=str(tmp_path / "less.pt"))
 
 
+def test_an_update_is_given_by_two_state_dicts(plan_of, module, gradient, tmp_path):
+    torch.save(module.state_dict(), tmp_path / "before.pt")
+    after = dict(module.state_dict())  # its statistics are those of the client, which nothing is read off
+    for name, tensor in named(module, gradient).items():
+        after[name] = after[name] - 0.1 * tensor
+    torch.save({"model": after}, tmp_path / "after.pt")
+    files = dict(weights=str(tmp_path / "before.pt"), gradient=str(tmp_path / "after.pt"))
+    plan = plan_of(**files, update=True, local_learning_rate=0.1, label=0)
+    for key, value in named(module, gradient).items():
+        np.testing.assert_allclose(plan.leak[key], value, atol=1e-5)
+
+
 def test_a_file_may_return_a_module_and_its_image_is_solved(tiny_prior, tmp_path, attacks_alone, capsys):
     """From a module and pictures to a verdict, of a network whose structure is found."""
     changes = dict(victim=f"{MODULES}:mlp", mechanism="none", methods=("auto",), num_images=1)
