@@ -114,7 +114,7 @@ def torch_loss(model: TorchModel) -> TorchLoss:
             "the module has no parameter with requires_grad, so no gradient leaks; let it have those that are trained"
         )
     places: dict[str, tuple[str, ...]] = dict.fromkeys(trained.values(), ())
-    params, constants = {}, {}
+    constants = {}
     for place, tensor in _tensors(whole):
         name = trained.get(id(tensor))
         if name is None:
