@@ -38,7 +38,7 @@ from gdiff_jax.sweeping.run import run_trials
 from gdiff_jax.victims import Victim
 from gdiff_jax.victims.checks import check_gradients, check_loss, of_one_image
 from gdiff_jax.victims.label_range import check_label_range
-from gdiff_jax.victims.own import OwnVictim, check_module, find_first_dense, fingerprint, module_victim, own_victim
+from gdiff_jax.victims.own import OwnVictim, checked_module, find_first_dense, fingerprint, module_victim, own_victim
 from gdiff_jax.victims.torch_model import TorchModel, as_model
 
 if TYPE_CHECKING:
@@ -211,7 +211,7 @@ def _own_victim(loss: Any, params: Any, first: tuple[Any, Any], y: Any, client: 
     if model is not None:
         need(params is None, "params go with a loss, a torch module has its own: leave them out, module.load_state_dict(...)")
         victim, params = module_victim(model, _classes(y))
-        check_module(victim, first[0].shape, first[1])
+        victim = checked_module(victim, first[0].shape, first[1])
         loss = victim.loss
     else:
         need(params is not None, "params are needed with a loss: the weights that its gradients are of")

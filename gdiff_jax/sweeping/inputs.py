@@ -175,9 +175,10 @@ def _load_victims(
         try:
             if own.is_own(name):
                 victim, params[name] = own.load_own(given, num_classes)
+                victim, hashes[f"{name} loss"] = checked_own(name, victim, params[name], images, labels, group)
                 for line in victim.said if processes.is_first() else ():
                     say(f"victim {name}: {line}")
-                victims[name], hashes[f"{name} loss"] = checked_own(name, victim, params[name], images, labels, group)
+                victims[name] = victim
             else:
                 victims[name] = zoo.make_victim(name, shape, num_classes)
         except ConfigError:
@@ -199,7 +200,7 @@ def checked_own(
     if group == 1:
         victim = dataclasses.replace(victim, loss=of_one_image(victim.loss, params, image, label))
     try:
-        own.check_module(victim, image.shape, label)
+        victim = own.checked_module(victim, image.shape, label)
     except ValueError as error:
         raise ConfigError(f"victim {name!r}: {error}") from error
     check_own_labels(name, victim, params, image, labels)

@@ -248,13 +248,15 @@ def between(call):
 def test_what_is_not_torchs_own_gradient_is_refused_with_the_layer(module, words):
     victim, _ = own.module_victim(TorchModel(seeded(module)), 4)
     with pytest.raises(ValueError, match=words):
-        own.check_module(victim, SHAPE, LABEL)
+        own.checked_module(victim, SHAPE, LABEL)
 
 
 def test_the_distance_of_the_two_gradients_is_told():
     victim, _ = own.module_victim(TorchModel(NETS["cnn"]()), 4)
     assert 0 < check_gradient(victim.loss, SHAPE, LABEL) < 2e-6
-    own.check_module(victim, (2, *SHAPE), np.array([2, 1]))
+    said = own.checked_module(victim, (2, *SHAPE), np.array([2, 1])).said
+    assert re.fullmatch(r"its gradient on JAX is torch's own up to \de-0[678] of its norm", said[-1])
+    assert said[:-1] == victim.said
 
 
 def test_labels_beyond_the_classes_are_refused():
