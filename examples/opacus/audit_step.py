@@ -11,13 +11,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from model import make
 from opacus import PrivacyEngine
 from torch.utils.data import DataLoader, TensorDataset
 
 from gdiff_jax.images import BUNDLED, load_images
 
-HERE = Path(__file__).resolve().parent
+EXAMPLES = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(EXAMPLES))
+
+from model import make
 
 
 def step(folder: Path, noise_multiplier: float, max_grad_norm: float) -> list[str]:
@@ -51,8 +53,8 @@ def main() -> None:
     options, more = parser.parse_known_args()
     options.out.mkdir(parents=True, exist_ok=True)
     flags = step(options.out, options.noise_multiplier, options.max_grad_norm)
-    command = [sys.executable, str(HERE.parents[1] / "experiments" / "audit.py"), f"--victim={HERE / 'model.py'}:make", *flags]
-    sys.exit(subprocess.call([*command, f"--out={options.out / 'audit'}", *more]))
+    audit = [sys.executable, str(EXAMPLES.parent / "experiments" / "audit.py"), f"--victim={EXAMPLES / 'model.py'}:make"]
+    sys.exit(subprocess.call([*audit, *flags, f"--out={options.out / 'audit'}", *more]))
 
 
 if __name__ == "__main__":

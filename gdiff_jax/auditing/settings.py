@@ -102,8 +102,8 @@ class AuditConfig(Common):
             return []
         label = "its label is the one that its last layer betrays" if self.reads_label else ""
         client = self.client
-        rate = f"{client.local_steps} local steps at the learning rate {client.local_learning_rate:g}"
-        update = f"it is of {rate}" if self.model.update else ""
+        steps = f"{client.local_steps} local step{'s' * (client.local_steps > 1)}"
+        update = f"it is of {steps} at the learning rate {client.local_learning_rate:g}" if self.model.update else ""
         clean = f"it holds noise of sigma {self.noise.sigmas[0]:g}, and the mechanism is {self.model.mechanism}"
         return [text for text in (label, update, clean) if text]
 

@@ -265,7 +265,8 @@ def test_an_update_is_given_by_the_weights_at_its_ends(steps, plan_of, tiny_prio
     with pytest.raises(ConfigError, match=r"times the model's own gradient at the image .*a sum in place of a mean"):
         plan_of(**given, local_learning_rate=0.01)
     config = audit_config(tiny_prior, "unused", **given)
-    assert f"it is of {steps} local steps at the learning rate 0.01" in config.assumed
+    what = "1 local step" if steps == 1 else "2 local steps"
+    assert f"it is of {what} at the learning rate 0.01" in config.assumed
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""A small network with sigmoids; `make` is what the audit's command asks for."""
+"""The network of the examples, small and with sigmoids; `make` is what the audit's command asks for."""
 
 import torch
 from torch import nn
