@@ -93,8 +93,10 @@ class Auto(Method):
         and takes the place of it. What was found of a chain of ReLUs, or of a smooth network, is refined.
         """
         if _known_noise(problem) and problem.first_dense is not None:
-            found, _ = AnalyticMean()(jax.random.fold_in(key, 2), problem)
-            return alone(problem, jnp.where(exact, image, _preferred(problem, found, image)))
+            found, info = AnalyticMean()(jax.random.fold_in(key, 2), problem)
+            kept = jnp.where(exact, image, _preferred(problem, found, image))
+            assert info.deviation is not None
+            return alone(problem, kept, jnp.where((kept == found).all(), info.deviation, jnp.nan))
         refinement = _refinement(problem)
         search = self.search if refinement is None or self.start is None else self.start
         x, info = search(key, problem)
@@ -194,13 +196,13 @@ def _batch(problem: Problem) -> Candidate:
     return Candidate(np.asarray(images), False, f"estimated, or searched for where that explains the leak better: {words}")
 
 
-def alone(problem: Problem, image: jax.Array) -> tuple[jax.Array, Info]:
+def alone(problem: Problem, image: jax.Array, deviation: jax.Array | None = None) -> tuple[jax.Array, Info]:
     """A candidate as a method's result: its trace holds its last step alone."""
     blank = jnp.full(problem.schedule.num_steps, jnp.nan)
     distance = problem.match.in_l2()(image)
     error = x0_error(jnp.clip(image, -1.0, 1.0), problem.truth)
     trace = StepInfo(blank.at[-1].set(distance), blank, blank.at[-1].set(error))
-    return image, Info(trace, problem.outcome(image))
+    return image, Info(trace, problem.outcome(image), deviation=deviation)
 
 
 @jax.jit

@@ -70,6 +70,21 @@ def psnr_from_error(error: jax.Array) -> jax.Array:
     return jnp.minimum(10 * jnp.log10(4.0 / jnp.maximum(error, 1e-21)), EXACT)
 
 
+def expectation_metrics(reconstruction: np.ndarray, truth: np.ndarray, deviation: np.ndarray) -> dict[str, float]:
+    """What an attacker who gives each pixel's deviation expects of an image (H, W, C), and whether that is right.
+
+    `expected_psnr` in dB is that of the mean square of the deviations; `within_two_deviations` the share of pixels whose error
+    is at most twice theirs, 95 % where errors are Gaussian; without it where the truth is nan, not known. Empty where the
+    deviation is not known, or 0: rounding is all then.
+    """
+    if not np.isfinite(deviation).all() or not deviation.any():
+        return {}
+    expected = {"expected_psnr": float(psnr_from_error(np.mean(np.square(deviation))))}
+    if np.isfinite(truth).all():
+        expected["within_two_deviations"] = float((np.abs(reconstruction - truth) <= 2 * deviation).mean())
+    return expected
+
+
 def _unlike(candidates: np.ndarray, truth: np.ndarray) -> np.ndarray:
     """Which of the candidates (K, H, W, C) are not the truth (H, W, C) itself, pixel by pixel."""
     return (candidates != truth[None]).reshape(len(candidates), -1).any(1)

@@ -1,8 +1,9 @@
-"""Settings of JAX that touch numbers: which the library fixes, which a record must tell, and which it does without."""
+"""Settings of JAX that touch numbers: which the library fixes, which a record must tell, which it does without; and BLAS's."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -84,4 +85,24 @@ def without_debugging(tell: Callable[[str], object]) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for name in found:
             stack.enter_context(getattr(jax, name)(False))
+        yield
+
+
+@functools.cache
+def _blas() -> Any:
+    """Those of NumPy and SciPy, of which JAX calls the latter on a CPU; to look for them takes longer than to set them."""
+    import scipy.linalg  # noqa: F401 - what is not loaded is not found
+    import threadpoolctl
+
+    return threadpoolctl.ThreadpoolController().select(user_api="blas")
+
+
+@contextlib.contextmanager
+def one_blas_thread() -> Iterator[None]:
+    """One thread for each dense factorisation, of all threads of this process until the end.
+
+    Leaks are solved side by side, a core each. OpenBLAS's threads wait for each other by spinning, which on cores that are
+    taken makes an eigendecomposition five times as long [measured].
+    """
+    with _blas().limit(limits=1):
         yield

@@ -32,6 +32,7 @@ class Info(NamedTuple):
     trace: Any  # the method's own, an entry a step: a `StepInfo` or one with more fields
     outcome: jax.Array  # an `Outcome`, scalar
     label_logits: jax.Array | None = None  # (classes,) or (B, classes), of a method that looks for the labels too
+    deviation: jax.Array | None = None  # (H, W, C), by which the truth is expected to differ in each pixel; nan: not known
 
 
 @pytree

@@ -177,3 +177,17 @@ def test_what_pooling_hides_is_found_without_noise_from_a_first_estimate():
     start = IMAGE + 0.1 * jax.random.normal(key(), SHAPE)
     image = jax.jit(expected_masks.refine)(problem, start)
     assert jnp.abs(image - IMAGE).max() < 1e-4
+
+
+def test_what_is_expected_is_of_what_was_kept():
+    """Of a candidate that takes the place of the estimate no deviation is told."""
+    victim = mlp(SHAPE, CLASSES, widths=(16,))
+    problem = problem_of(victim, gd.GaussianNoise(0.01), sigma=0.01, first_dense=victim.first_dense)
+    leak = release(gd.GaussianNoise(0.01), key(), problem.match.leak)
+    problem = dataclasses.replace(problem, match=dataclasses.replace(problem.match, leak=leak))
+    after = jax.jit(lambda image, exact: AUTO.after(key(), problem, image, exact))
+    estimate, info = after(jnp.full(SHAPE, jnp.nan), jnp.asarray(False))
+    assert np.isfinite(info.deviation).all()
+    kept, info = after(estimate + 1, jnp.asarray(True))
+    np.testing.assert_array_equal(kept, estimate + 1)
+    assert np.isnan(info.deviation).all()

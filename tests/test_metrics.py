@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.optimize
 
-from gdiff_jax.metrics import image_metrics, match_images, psnr_from_error, ssim
+from gdiff_jax.metrics import expectation_metrics, image_metrics, match_images, psnr_from_error, ssim
 
 
 def ssim_numpy(a: np.ndarray, b: np.ndarray) -> float:
@@ -125,3 +125,15 @@ def test_a_permutation_is_undone_and_a_failed_image_goes_where_nothing_else_fits
     assert sorted(np.asarray(match_images(jnp.full_like(truth, jnp.inf), truth))) == [0, 1, 2, 3, 4]
     with pytest.raises(ValueError, match="matched one to one"):
         match_images(truth[:4], truth)
+
+
+def test_what_is_expected_of_an_image_and_whether_it_is_right() -> None:
+    truth, deviation = np.zeros((12, 12, 3)), np.full((12, 12, 3), 0.1)
+    found = np.where(np.arange(12)[:, None, None] < 9, 0.19, 0.21) * np.ones_like(truth)
+    expected = expectation_metrics(found, truth, deviation)
+    assert expected["expected_psnr"] == pytest.approx(10 * np.log10(4 / 0.01), abs=1e-4)
+    assert expected["within_two_deviations"] == 0.75
+    of_unknown = expectation_metrics(found, np.full_like(truth, np.nan), deviation)
+    assert of_unknown == {"expected_psnr": expected["expected_psnr"]}
+    for nothing in (np.full_like(deviation, np.nan), np.zeros_like(deviation)):
+        assert expectation_metrics(found, truth, nothing) == {}

@@ -6,8 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.linalg  # noqa: F401 - its BLAS is a library of its own
+import threadpoolctl
 
 from gdiff_jax import numerics, parallel
+from gdiff_jax.algebra.structure import on_host
 from gdiff_jax.errors import ConfigError
 from gdiff_jax.sweeping.records import VERSION, Store
 from gdiff_jax.victims import zoo
@@ -84,3 +87,16 @@ def test_debugging_is_set_aside_and_told():
             jnp.log(-jnp.ones(()))
     (line,) = said
     assert "JAX_DEBUG_NANS, JAX_DISABLE_JIT is set aside" in line
+
+
+def test_factorisations_take_one_thread_while_leaks_are_solved_and_as_many_as_before_then():
+    threads = lambda: [library["num_threads"] for library in threadpoolctl.threadpool_info() if library["user_api"] == "blas"]
+    with threadpoolctl.threadpool_limits(2, user_api="blas"):
+        before = threads()
+        assert max(before) == 2
+        with on_host():
+            assert set(threads()) == {1}
+            with on_host():
+                pass
+            assert set(threads()) == {1}
+        assert threads() == before

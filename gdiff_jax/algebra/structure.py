@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gdiff_jax import numerics
 from gdiff_jax.algebra.chain import find_chain
 from gdiff_jax.algebra.layers import Layer, activation_of, direct_leaf, layers_of
 from gdiff_jax.algebra.links import Kind
@@ -21,9 +22,10 @@ Loss = Callable[[Any, jax.Array, Any], jax.Array]
 
 @contextmanager
 def on_host() -> Iterator[None]:
-    """Float64 on a CPU device."""
+    """Float64 on a CPU device, by one thread of BLAS."""
     host = jax.local_devices(backend="cpu")[0]
     with (
+        numerics.one_blas_thread(),
         jax.enable_x64(True),
         jax.default_device(host),
         jax.numpy_rank_promotion("allow"),

@@ -25,11 +25,13 @@ class Trials:
       images: of each its reconstruction, (H, W, C) in [-1, 1].
       traces: of each the arrays "distance" and "x0_error" of its steps, and "signal", which is nan or left out where it was
         not measured.
+      deviations: of each what the attacker expects each pixel to err by, (H, W, C); None where the method does not say.
     """
 
     rows: Sequence[Row]
     images: Sequence[np.ndarray]
     traces: Sequence[Mapping[str, np.ndarray]]
+    deviations: Sequence[np.ndarray | None]
 
 
 def assemble(
@@ -56,7 +58,7 @@ def assemble(
       film: images (H, W, C) of one reconstruction over the steps.
 
     Raises:
-      ValueError: where there are not as many rows as images and traces.
+      ValueError: where there are not as many rows as images, traces and deviations.
     """
     rows = [dict(row) for row in trials.rows]
     scoring: dict[str, Any] = {}
@@ -72,7 +74,7 @@ def assemble(
         theory=theory,
         pictures={},
     )
-    shown = _pictures(record, trials.images, truth, film)
+    shown = _pictures(record, trials, truth, film)
     return Audit(**plain(dataclasses.asdict(dataclasses.replace(record, pictures=shown))))
 
 
@@ -108,21 +110,22 @@ def _rounded(values: Any) -> list[float | None]:
     return [float(f"{v:.4g}") if math.isfinite(v) else None for v in np.asarray(values, np.float64).tolist()]
 
 
-def _pictures(
-    record: AuditRecord, images: Sequence[np.ndarray], truth: np.ndarray | None, film: Sequence[np.ndarray]
-) -> dict[str, str]:
+def _pictures(record: AuditRecord, trials: Trials, truth: np.ndarray | None, film: Sequence[np.ndarray]) -> dict[str, str]:
     """Those that the sheets show, by the names of `AuditRecord.pictures`."""
-    reconstruction = {_trial(row): image for row, image in zip(record.trials, images, strict=True)}
+    by_trial = lambda arrays: {_trial(row): array for row, array in zip(record.trials, arrays, strict=True)}
+    reconstruction, deviation = by_trial(trials.images), by_trial(trials.deviations)
     png = lambda row: pictures.png(reconstruction[_trial(row)])
     shown = {} if truth is None else {f"truth/{i}": pictures.png(x) for i, x in enumerate(truth[:SHOWN])}
     both_kinds = len({method in COMBINED for method in record.methods}) > 1
     for sigma in record.sigmas:
         picks, to_recognise = (summary.attacker_picks(record.at(sigma), recognise) for recognise in (False, True))
+        kept, place = ([row for row in picks if _is_shown(row)], "image")
         if truth is None:
-            shown |= {f"found/{sigma!r}/{row['seed']}": png(row) for row in picks if row["seed"] < 2 * SHOWN}
-            continue
-        shown |= {f"found/{sigma!r}/{row['image']}": png(row) for row in picks if _is_shown(row)}
-        if both_kinds:
+            kept, place = [row for row in picks if row["seed"] < 2 * SHOWN], "seed"
+        shown |= {f"found/{sigma!r}/{row[place]}": png(row) for row in kept}
+        errors = {row[place]: deviation[_trial(row)] for row in kept if "expected_psnr" in row}
+        shown |= {f"deviation/{sigma!r}/{name}": pictures.deviation_png(error) for name, error in errors.items()}
+        if both_kinds and truth is not None:
             shown |= {f"recognised/{sigma!r}/{row['image']}": png(row) for row in to_recognise if _is_shown(row)}
     shown |= {f"prior/{row['image']}": png(row) for row in record.prior_only if _is_shown(row)}
     return shown | {f"film/{k}": pictures.png(frame) for k, frame in enumerate(film)}

@@ -252,6 +252,7 @@ def drawings(record: AuditRecord) -> dict[str, Callable[[AuditRecord], Figure]]:
     has = {
         "reconstructions": record.has_truth,
         "recognised": record.can_recognise and any(n.startswith("recognised/") for n in record.pictures),
+        "deviation": record.has_truth and any(n.startswith("deviation/") for n in record.pictures),
         "attempts": not record.has_truth and any(n.startswith("found/") for n in record.pictures),
         "quality": record.has_truth,
         "recovered": record.has_truth,
@@ -263,8 +264,9 @@ def drawings(record: AuditRecord) -> dict[str, Callable[[AuditRecord], Figure]]:
         "spectrum": bool(theory.get("spectra")) and bool(theory.get("spectrum_is_exact")),
     }
     every: dict[str, Callable[[AuditRecord], Figure]] = dict(
-        reconstructions=sheets.reconstructions, recognised=sheets.recognised, attempts=sheets.attempts, quality=quality,
-        recovered=recovered, epsilon=epsilon, steps=steps, signal=signal, film=sheets.film, layers=layers, spectrum=spectrum,
+        reconstructions=sheets.reconstructions, recognised=sheets.recognised, deviation=sheets.deviation,
+        attempts=sheets.attempts, quality=quality, recovered=recovered, epsilon=epsilon, steps=steps, signal=signal,
+        film=sheets.film, layers=layers, spectrum=spectrum,
     )  # fmt: skip
     return {name: draw for name, draw in every.items() if has[name]}
 

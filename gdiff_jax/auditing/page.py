@@ -20,7 +20,7 @@ from gdiff_jax.files import write_atomic
 Table = dict[str, list[Any]]
 LONG = 24  # entries of a setting that have no lines of their own
 _KINDS = {"svg": "image/svg+xml", "png": "image/png"}
-_RASTER = ("reconstructions", "recognised", "attempts", "film")  # made of pixels: as PNG they are smaller
+_RASTER = ("reconstructions", "recognised", "deviation", "attempts", "film")  # made of pixels: as PNG they are smaller
 
 
 def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> Table:

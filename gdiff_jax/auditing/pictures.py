@@ -12,6 +12,7 @@ from gdiff_jax.images import to_unit
 
 LARGEST = 128  # pixels; larger images are kept at this size, they are to be looked at and not to be measured
 GIF_SIZE, GIF_MS = 160, 90
+SHOWN_ERROR = 0.5  # the largest deviation that a map tells apart; the pixels of images vary by about that
 
 
 def png(image: np.ndarray) -> str:
@@ -21,6 +22,12 @@ def png(image: np.ndarray) -> str:
     picture = Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels)
     picture.thumbnail((LARGEST, LARGEST))
     return _encoded(picture, "PNG", optimize=True)
+
+
+def deviation_png(deviation: np.ndarray) -> str:
+    """A PNG file, base64, of what each pixel is expected to err by, (H, W, C) on [-1, 1]: white from `SHOWN_ERROR` on."""
+    rms = np.sqrt(np.square(deviation).mean(-1, keepdims=True))
+    return png(2 * np.minimum(rms / SHOWN_ERROR, 1) - 1)
 
 
 def decode(text: str) -> np.ndarray:

@@ -37,7 +37,8 @@ class AuditRecord:
       guarantees: what one release guarantees at each noise level.
       theory: what can be said without an attack (`theory.summary.summarise`); None where it was left out.
       pictures: PNG files, base64, by name: `truth/IMAGE`, `found/SIGMA/IMAGE` (attacker's pick, seed 0),
-        `recognised/SIGMA/IMAGE` (the pick to recognise it by, where another is in the running), `prior/IMAGE`, `film/STEP`.
+        `recognised/SIGMA/IMAGE` (the pick to recognise it by, where another is in the running), `deviation/SIGMA/IMAGE` (what
+        each pixel of what was found is expected to err by, where its method says), `prior/IMAGE`, `film/STEP`.
     """
 
     about: dict[str, Any]

@@ -158,9 +158,9 @@ def _told(failed: list[str], part: str) -> Iterator[None]:
 
 
 def gather(rows: list[Row], store: Store | MemoryStore) -> Trials:
-    """The engine's rows as an audit's, with the image and the trace of each."""
+    """The engine's rows as an audit's, with the image, the trace and the deviations of each."""
     arrays_of = cache(store.arrays)
-    kept, images, traces = [], [], []
+    kept, images, traces, deviations = [], [], [], []
     for row in rows:
         arrays = arrays_of(row["chunk"])
         per_leak = len(arrays["images"]) // len(arrays["trace_distance"])
@@ -168,7 +168,8 @@ def gather(rows: list[Row], store: Store | MemoryStore) -> Trials:
         images.append(arrays["images"][row["row"]])
         names = [name for name in ("distance", "x0_error", "signal") if f"trace_{name}" in arrays]
         traces.append({name: arrays[f"trace_{name}"][row["trial"]] for name in names})
-    return Trials(kept, images, traces)
+        deviations.append(arrays["deviations"][row["row"]] if "expected_psnr" in row else None)
+    return Trials(kept, images, traces, deviations)
 
 
 def _theory(plan: Plan, question: Question) -> dict[str, Any] | None:

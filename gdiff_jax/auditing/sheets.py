@@ -19,18 +19,32 @@ def _tight(pad: float) -> ConstrainedLayoutEngine:
 
 def reconstructions(record: AuditRecord) -> Figure:
     """The truth, and what the attacker chose at each noise level, seed 0, not selected; numbers are PSNR in dB."""
-    return _sheet(record, "found", lambda r: f"{r['psnr']:.1f}", False)
+    return _sheet(record, "found", lambda r: f"{r['psnr']:.1f}", ends=("truth", "prior only"))
 
 
 def recognised(record: AuditRecord) -> Figure:
     """The same of what the attacker chose to recognise the image by; numbers are its place among the candidates."""
-    return _sheet(record, "recognised", lambda r: "recognised" if r["rank"] == 0 else f"place {r['rank'] + 1}", True)
+    note = lambda r: "recognised" if r["rank"] == 0 else f"place {r['rank'] + 1}"
+    return _sheet(record, "recognised", note, ends=("truth", "prior only"), recognise=True)
 
 
-def _sheet(record: AuditRecord, kind: str, note: Callable[[Row], str], recognise: bool) -> Figure:
+def deviation(record: AuditRecord) -> Figure:
+    """What each pixel of the chosen ones is expected to err by, without the truth; numbers are the PSNR that is expected."""
+    return _sheet(record, "deviation", _expected, ends=("truth",))
+
+
+def _expected(row: Row) -> str:
+    return f"{row['expected_psnr']:.1f}" if "expected_psnr" in row else "not told"
+
+
+def _sheet(
+    record: AuditRecord, kind: str, note: Callable[[Row], str], *, ends: tuple[str, ...], recognise: bool = False
+) -> Figure:
+    """Pictures of a kind over the noise, between those of the first and, where there are two, the last end."""
     shown = [i for i in range(SHOWN) if f"truth/{i}" in record.pictures]
-    heads = ["truth", *[f"σ = {s:.3g}" for s in record.sigmas], "prior only"]
-    keys = lambda i: [f"truth/{i}", *[f"{kind}/{s!r}/{i}" for s in record.sigmas], f"prior/{i}"]
+    first, *last = ends
+    heads = [first, *[f"σ = {s:.3g}" for s in record.sigmas], *last]
+    keys = lambda i: [f"truth/{i}", *[f"{kind}/{s!r}/{i}" for s in record.sigmas], *([f"prior/{i}"] if last else [])]
     picks = {s: summary.attacker_picks(record.at(s), recognise) for s in record.sigmas}
     note_at = {(s, r["image"]): note(r) for s, rows in picks.items() for r in rows if r["seed"] == 0}
     figure = Figure(
@@ -39,7 +53,7 @@ def _sheet(record: AuditRecord, kind: str, note: Callable[[Row], str], recognise
     )
     axes = figure.subplots(len(shown), len(heads), squeeze=False)
     for line, i in zip(axes, shown, strict=True):
-        notes = ["", *[note_at.get((s, i), "failed") for s in record.sigmas], ""]
+        notes = ["", *[note_at.get((s, i), "failed") for s in record.sigmas], *[""] * len(last)]
         for ax, key, text in zip(line, keys(i), notes, strict=True):
             _picture(ax, record.pictures.get(key), text)
     for ax, head in zip(axes[0], heads, strict=True):
@@ -53,7 +67,9 @@ def _picture(ax: Axes, picture: str | None, note: str) -> None:
     ax.set_frame_on(False)
     ax.grid(False)
     ax.set_xlabel(note, fontsize=8, labelpad=1)
-    if picture is not None:
+    if picture is None:
+        ax.set_box_aspect(1)  # as wide as the others of its column
+    else:
         ax.imshow(pictures.decode(picture), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
 
 
@@ -63,13 +79,17 @@ def attempts(record: AuditRecord) -> Figure:
     seeds = [int(name.rsplit("/", 1)[1]) for name in record.pictures if name.startswith("found/")]
     best = {r["seed"]: r for r in reversed(rows)}
     seeds.sort(key=lambda seed: best[seed]["distance"])
-    figure = Figure(figsize=(1.6 * max(len(seeds), 2), 2.0), layout="constrained")
-    axes = figure.subplots(1, len(seeds), squeeze=False)[0]
-    for ax, seed in zip(axes, seeds, strict=True):
+    maps = [record.pictures.get(f"deviation/{record.sigmas[0]!r}/{seed}") for seed in seeds]
+    lines = 2 if any(maps) else 1
+    figure = Figure(figsize=(1.6 * max(len(seeds), 2), 2.0 * lines), layout="constrained")
+    axes = figure.subplots(lines, len(seeds), squeeze=False)
+    for k, (seed, errors) in enumerate(zip(seeds, maps, strict=True)):
         row = best[seed]
         relative = row["distance"] / row["gradient_norm"]
         note = f"{row['method']}, seed {seed}\n{relative:.1%} unexplained"
-        _picture(ax, record.pictures[f"found/{record.sigmas[0]!r}/{seed}"], note)
+        _picture(axes[0, k], record.pictures[f"found/{record.sigmas[0]!r}/{seed}"], note)
+        if lines == 2:
+            _picture(axes[1, k], errors, f"expects {_expected(row)} dB" if errors else "not told")
     return figure
 
 

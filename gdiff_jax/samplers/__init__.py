@@ -5,7 +5,7 @@ from gdiff_jax.samplers.dpir import last_level, plug_and_play
 from gdiff_jax.samplers.dps import dps_sample, dps_step
 from gdiff_jax.samplers.dsg import SignalInfo, dsg_sample, dsg_step
 from gdiff_jax.samplers.ensemble import mean_of_chains, posterior_mean
-from gdiff_jax.samplers.estimate import denoise_estimate
+from gdiff_jax.samplers.estimate import denoise_estimate, posterior_deviation
 from gdiff_jax.samplers.null_space import NullSpace, null_space_of, null_space_sample
 from gdiff_jax.samplers.rank_one import RankOne, rank_one_mean
 from gdiff_jax.samplers.red_diff import red_diff_sample
@@ -29,6 +29,7 @@ __all__ = [
     "null_space_of",
     "null_space_sample",
     "plug_and_play",
+    "posterior_deviation",
     "posterior_mean",
     "rank_one_mean",
     "red_diff_sample",

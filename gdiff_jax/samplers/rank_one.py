@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from gdiff_jax.samplers.base import Denoise
-from gdiff_jax.samplers.estimate import denoise_estimate
+from gdiff_jax.samplers.estimate import denoise_estimate, posterior_deviation
 from gdiff_jax.schedule import Schedule
 from gdiff_jax.trace import Objective, StepInfo, norm, x0_error
 
@@ -44,6 +44,8 @@ class RankOne(NamedTuple):
 class _State(NamedTuple):
     image: jax.Array
     owed: jax.Array  # (neurons,), what kernel^T u is expected to hold of the noise that has gone into u
+    estimate: jax.Array  # that `image` was expected of, and the deviation of its error
+    std: jax.Array
 
 
 def _measured(leak: RankOne, u: jax.Array, owed: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -87,11 +89,11 @@ def rank_one_mean(
     clip: bool = True,
     steps: int = STEPS,
     truth: jax.Array | None = None,
-) -> tuple[jax.Array, StepInfo]:
+) -> tuple[jax.Array, jax.Array, StepInfo]:
     """The image to be expected given the gradient of a dense layer that sees it, and the network above.
 
     Args:
-      key: typed PRNG key of the trial, of a probe for the trace of the denoiser's derivative (Hutchinson).
+      key: typed PRNG key of the trial, of probes for the trace (Hutchinson) and the diagonal of the denoiser's derivative.
       denoise: `eps, v = denoise(x_t, t)`, a pytree (see `samplers.base`).
       schedule: kept timesteps of the prior.
       leak: the layer's gradient.
@@ -103,9 +105,11 @@ def rank_one_mean(
       truth: (H, W, C); only fills `x0_error` of the trace.
 
     Returns:
-      image (H, W, C) and a trace of `steps`, whose guidance_norm is the standard deviation that was given to the denoiser. Of a
-      layer whose gradient is zero, and where delta by the image and by the network agree by chance alone, as they do where
-      noise is all or the label is wrong, the image is `mean`. Of a gradient that is not finite it is not finite either.
+      image (H, W, C), by how much each of its pixels is expected to err (`posterior_deviation`), and a trace of `steps`, whose
+      guidance_norm is the standard deviation that was given to the denoiser. Of a layer whose gradient is zero, and where delta
+      by the image and by the network agree by chance alone, as they do where noise is all or the label is wrong, the image is
+      `mean` and its deviation nan. Of a gradient that is not finite the image is not finite either. Where channels differ in
+      scale the error of the one with the least is taken for that of all.
     """
     scale, shift = (jnp.broadcast_to(jnp.asarray(a), mean.shape) for a in (leak.scale, leak.shift))
 
@@ -121,10 +125,12 @@ def rank_one_mean(
         x, pull = jax.vjp(denoised, estimate)
         divergence = jnp.where(lost, 0.0, jnp.vdot(probe, pull(probe)[0]))
         owed = jnp.where(lost, 0.0, jnp.square(leak.sigma) * divergence / length * direction)
-        return _State(x, owed), StepInfo(objective(x), std, x0_error(x, truth))
+        return _State(x, owed, estimate, std), StepInfo(objective(x), std, x0_error(x, truth))
 
-    state, trace = jax.lax.scan(step, _State(mean, jnp.zeros_like(leak.bias)), jnp.arange(steps))
+    start = _State(mean, jnp.zeros_like(leak.bias), mean, jnp.asarray(jnp.inf, mean.dtype))
+    state, trace = jax.lax.scan(step, start, jnp.arange(steps))
     network = delta(state.image)
     measured, noise = _measured(leak, (scale * state.image + shift).ravel(), state.owed)
     chance = jnp.vdot(measured, network) < CHANCE * jnp.sqrt(noise) * norm(network)
-    return jnp.where(chance, mean, state.image), trace
+    deviation = posterior_deviation(jax.random.fold_in(key, steps), denoise, schedule, state.estimate, state.std)
+    return jnp.where(chance, mean, state.image), jnp.where(chance, jnp.nan, deviation), trace

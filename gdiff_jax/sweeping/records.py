@@ -1,7 +1,7 @@
 """What a sweep leaves on disk, so that a kill at any moment loses no finished chunk, and nothing damaged is believed.
 
     manifest.json        the configuration, hashes of all inputs, and for each run: versions, device, command, time
-    chunks/00012.npz     images and traces of a chunk's trials
+    chunks/00012.npz     images and traces of a chunk's trials, deviations of pixels where a method gives them
     chunks/00012.jsonl   one self-describing row a trial, then a seal: SHA-256 over configuration, rows and npz
     records.jsonl        all rows, made at the end
 
@@ -31,7 +31,7 @@ from gdiff_jax.provenance import this_run
 Row = dict[str, Any]
 
 # Raised with what a chunk holds, or what a method does: no run goes on from records that would not be its own.
-VERSION = 2
+VERSION = 3
 
 
 def strict_json(value: Any) -> str:

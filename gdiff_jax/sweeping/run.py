@@ -19,7 +19,7 @@ from gdiff_jax import numerics, parallel
 from gdiff_jax.auto import Auto
 from gdiff_jax.errors import ConfigError
 from gdiff_jax.methods import Outcome
-from gdiff_jax.metrics import psnr_from_error
+from gdiff_jax.metrics import expectation_metrics, psnr_from_error
 from gdiff_jax.sweeping import memory, processes, trials
 from gdiff_jax.sweeping.plan import PRIOR_ONLY, Plan
 from gdiff_jax.sweeping.records import MemoryStore, Row, Store, strict_json
@@ -136,7 +136,8 @@ def describe(
         picks = _picks(trace["distance"][j], psnr[j])
         for place in range(plan.client.group):
             image = trial.image + place
-            failed = not bool(np.isfinite(result["image"][j, place]).all())
+            found = result["image"][j, place]
+            failed = not bool(np.isfinite(found).all())
             rows.append(
                 {
                     **dataclasses.asdict(trial.group),
@@ -147,6 +148,7 @@ def describe(
                     "seed": trial.seed,
                     **scalars,
                     **{k: float(v[j, place]) for k, v in result["metrics"].items()},
+                    **expectation_metrics(found, plan.images[image], result["deviation"][j, place]),
                     **picks,
                     **known,
                     "failed": failed,
@@ -158,8 +160,9 @@ def describe(
                     **({"how": str(result["how"][j])} if "how" in result else {}),
                 }
             )
-    images = result["image"].reshape(-1, *result["image"].shape[2:])
-    return rows, {"images": images, **{f"trace_{k}": v for k, v in trace.items()}}
+    flat = lambda a: a.reshape(-1, *a.shape[2:])
+    maps = {"deviations": flat(result["deviation"])} if np.isfinite(result["deviation"]).any() else {}
+    return rows, {"images": flat(result["image"]), **maps, **{f"trace_{k}": v for k, v in trace.items()}}
 
 
 def _picks(distance: np.ndarray, psnr: np.ndarray) -> dict[str, float | None]:

@@ -56,7 +56,8 @@ class Solver:
     def __call__(self, shared: Shared, own: Private) -> dict[str, Any]:
         problems = self._problems(shared, own)
         solve = numerics.carried(self._candidate)
-        with ThreadPoolExecutor(self.mesh.size) as pool:  # the algebra of one leak is one core's work
+        # The algebra of one leak is one core's work, of all until the last has ended.
+        with numerics.one_blas_thread(), ThreadPoolExecutor(self.mesh.size) as pool:
             first = [pool.submit(solve, *problem) for problem in problems[:1]]
             if not self._compiled:  # threads that need a program at the same time each compile it
                 wait(first)

@@ -87,6 +87,18 @@ def table(rows: list[Row], mean_rows: list[Row]) -> str:
     return markdown(head, body)
 
 
+def expectations(rows: list[Row]) -> str:
+    """Of methods that give each pixel's deviation what they expect beside what is true, medians; empty where there are none."""
+    body = []
+    for (victim, steps, mechanism, method, sigma), cell in sorted(by_cell(rows).items(), key=lambda kv: kv[0]):
+        if some := [row for row in cell if "expected_psnr" in row]:
+            true, expected, within = (quartiles(some, n)[0] for n in ("psnr", "expected_psnr", "within_two_deviations"))
+            figures = [f"{true:.1f}", f"{expected:.1f}", f"{within:.0%}"]
+            body.append([victim, str(steps) if steps else "no", mechanism, method, f"{sigma:.4g}", str(len(some)), *figures])
+    head = ["victim", "trained", "mechanism", "method", "sigma", "trials", "PSNR dB", "expected", "within two deviations"]
+    return markdown(head, body) if body else ""
+
+
 def markdown(head: list[str], body: list[list[str]]) -> str:
     """A table with columns of even width."""
     widths = [max(len(line[i]) for line in [head, *body]) for i in range(len(head))]

@@ -147,10 +147,13 @@ def make_runner(plan: Plan, group: Group, mesh: jax.sharding.Mesh) -> Any:
     return jax.jit(parallel.map_trials(trial, mesh))
 
 
-def _result(x: jax.Array, truth: jax.Array, trace: Any, **scalars: jax.Array) -> dict[str, Any]:
-    """Of one trial; x is (H, W, C), or (B, H, W, C) in an order of its own."""
+def _result(
+    x: jax.Array, truth: jax.Array, trace: Any, deviation: jax.Array | None = None, **scalars: jax.Array
+) -> dict[str, Any]:
+    """Of one trial; x is (H, W, C), or (B, H, W, C) in an order of its own. `deviation` is of one image, nan without."""
+    deviation = jnp.full_like(truth, jnp.nan) if deviation is None else deviation[None]
     x = x[None] if x.ndim == 3 else x[match_images(x, truth)]
-    return dict(image=x, trace=trace._asdict(), metrics=image_metrics(x, truth), scalars=scalars)
+    return dict(image=x, deviation=deviation, trace=trace._asdict(), metrics=image_metrics(x, truth), scalars=scalars)
 
 
 def sample_prior(plan: Plan, shared: Shared, own: Private) -> dict[str, Any]:
@@ -266,6 +269,7 @@ def attack(plan: Plan, group: Group, shared: Shared, own: Private, method: Any =
         x,
         own.images,
         info.trace,
+        info.deviation,
         outcome=info.outcome,
         gradient_norm=l2(out.gradient, jax.tree.map(jnp.zeros_like, out.gradient)),
         noise_norm=l2(out.leak, out.gradient),

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from test_audit_summary import make, row
 
+from gdiff_jax.auditing import figures, pictures
 from gdiff_jax.auditing.about import clip_norm, guarantee_row
 from gdiff_jax.auditing.assemble import Trials, assemble
 from gdiff_jax.mechanisms import Chain, Clip, GaussianNoise
@@ -20,7 +21,7 @@ def trials_of(images, **signal):
     for r in rows:
         del r["rank"]
     trace = {"distance": np.array([2.0, 1.0, np.nan]), "x0_error": np.array([4.0, 0.4, np.nan]), **signal}
-    return Trials(rows, list(images), [trace] * len(rows))
+    return Trials(rows, list(images), [trace] * len(rows), [None] * len(rows))
 
 
 def assembled(images, trials, truth):
@@ -44,6 +45,36 @@ def test_an_audit_is_assembled_from_its_trials():
     assert (unknown.candidates, unknown.has_truth, unknown.mean_image) == (0, False, [])
     with pytest.raises(ValueError, match="argument 2 is shorter"):
         assembled(images, dataclasses.replace(trials, images=trials.images[1:]), images)
+
+
+def test_what_the_attacker_expects_is_shown_where_a_method_says_it():
+    images = np.random.default_rng(0).uniform(-1, 1, (6, 16, 16, 3)).astype(np.float32)
+    trials = trials_of(images)
+    assert "deviation" not in figures.drawings(assembled(images, trials, images))
+    deviations = [np.full((16, 16, 3), e) if e else None for e in (0.0, 0.25, 0.5, 1.0, 0.0, 0.0)]
+    rows = [{**row, "expected_psnr": 20.0} if d is not None else row for row, d in zip(trials.rows, deviations, strict=True)]
+    audit = assembled(images, dataclasses.replace(trials, rows=rows, deviations=deviations), images)
+    shown = {name: pictures.decode(png) for name, png in audit.pictures.items() if name.startswith("deviation/")}
+    assert {name: int(np.unique(picture).item()) for name, picture in shown.items()} == {
+        "deviation/0.1/1": 128, "deviation/0.1/2": 255, "deviation/0.1/3": 255,
+    }  # fmt: skip
+    assert "deviation" in figures.drawings(audit)
+    axes = figures.drawings(audit)["deviation"](audit).axes
+    assert [ax.get_xlabel() for ax in axes[1::2]] == ["not told", "20.0", "20.0", "20.0"]
+    assert [int(ax.images[0].get_array().max()) for ax in axes[3::2]] == [128, 255, 255]
+
+
+def test_of_an_image_that_is_not_known_what_is_expected_stands_below():
+    images = np.random.default_rng(0).uniform(-1, 1, (3, 16, 16, 3)).astype(np.float32)
+    rows = [{**row("auto", 0.1, 0, seed, 30.0, 1.0 + seed), "gradient_norm": 10.0, "expected_psnr": 20.0} for seed in range(3)]
+    del rows[2]["expected_psnr"]
+    trace = {"distance": np.array([1.0]), "x0_error": np.array([np.nan])}
+    deviations = [np.full((16, 16, 3), 0.5), np.full((16, 16, 3), 0.25), None]
+    audit = assembled(images, Trials(rows, list(images), [trace] * 3, deviations), None)
+    assert "deviation" not in figures.drawings(audit)
+    axes = figures.drawings(audit)["attempts"](audit).axes
+    assert [ax.get_xlabel() for ax in axes[3:]] == ["expects 20.0 dB", "expects 20.0 dB", "not told"]
+    assert [int(ax.images[0].get_array().max()) for ax in axes[3:5]] == [255, 128]
 
 
 def test_the_share_of_signal_is_kept_where_it_was_measured():

@@ -50,12 +50,23 @@ def test_records_hold_what_the_arrays_hold(tiny_sweep, tiny_prior):
     for row in read_records(tiny_sweep.run.out):
         with np.load(Path(tiny_sweep.run.out) / "chunks" / f"{row['chunk']:05d}.npz") as arrays:
             image, error = arrays["images"][row["row"]], arrays["trace_x0_error"][row["row"]]
-            assert set(arrays.files) == {"images", "trace_distance", "trace_guidance_norm", "trace_x0_error"}
+            usual = {"images", "trace_distance", "trace_guidance_norm", "trace_x0_error"}
+            assert set(arrays.files) - {"deviations"} == usual
+            if "expected_psnr" in row:
+                error_expected = float(np.mean(np.square(arrays["deviations"][row["row"]])))
+                assert row["expected_psnr"] == pytest.approx(10 * np.log10(4 / error_expected), abs=1e-3)
         again = scores(image, images[row["image"]])
         for name in ("psnr", "ssim", "mse"):
             assert row[name] == pytest.approx(float(again[name]), abs=1e-3)
         if np.nanmin(error) > 1e-12:  # what is solved may have an error of exactly 0, its PSNR an end
             assert row["psnr_of_best_step"] == pytest.approx(10 * np.log10(4 / np.nanmin(error)), abs=1e-3)
+
+
+def test_what_is_expected_is_in_the_rows_of_methods_that_say_it(tiny_sweep):
+    """Here auto's under noise, where it is `analytic-mean`: what is exact errs by rounding alone."""
+    expects = {(row["method"], row["sigma"]) for row in read_records(tiny_sweep.run.out) if "expected_psnr" in row}
+    assert ("auto", 0.1) in expects
+    assert expects <= {("auto", 0.1), ("auto", 0.4)}  # where all is noise it is the mean image
 
 
 def test_common_random_numbers(tiny_sweep):

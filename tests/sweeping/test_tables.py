@@ -20,6 +20,21 @@ def test_table_statistics_by_hand():
     assert "4 (1 failed)" in tables.table(rows, [])
 
 
+def test_what_is_expected_is_told_beside_what_is_true():
+    row = lambda method, psnr, **expected: {
+        "method": method, "victim": "v", "training_steps": 0, "mechanism": "gaussian", "sigma": 0.1, "psnr": psnr,
+        "failed": False, **expected,
+    }  # fmt: skip
+    rows = [row("auto", 20.0, expected_psnr=21.0, within_two_deviations=0.9), row("auto", 3.0), row("dsg", 18.0)]
+    rows.append(row("auto", 24.0, expected_psnr=22.0, within_two_deviations=0.98))
+    _, _, *lines = tables.expectations(rows).splitlines()
+    assert [cell.strip() for cell in lines[0].split("|")[1:-1]] == [
+        "v", "no", "gaussian", "auto", "0.1", "2", "22.0", "21.5", "94%"
+    ]  # fmt: skip
+    assert len(lines) == 1  # none of a method that expects nothing
+    assert tables.expectations(rows[1:3]) == ""
+
+
 def cells(table, start):
     """Those of the line that begins with these."""
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
