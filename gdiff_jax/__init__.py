@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from gdiff_jax.samplers import StepInfo, dps_sample, dsg_sample, unguided_sample
     from gdiff_jax.schedule import Schedule
     from gdiff_jax.signal import NoiseCalibration
-    from gdiff_jax.victims import Victim
+    from gdiff_jax.victims import TorchModel, Victim
 
 __version__ = "0.1.0"
 
@@ -39,7 +39,7 @@ _EXPORTS = {
     "samplers": ("StepInfo", "dps_sample", "dsg_sample", "unguided_sample"),
     "schedule": ("Schedule",),
     "signal": ("NoiseCalibration",),
-    "victims": ("Victim",),
+    "victims": ("TorchModel", "Victim"),
 }
 _SUBMODULES = ("algebra", "attacks", "images", "methods", "parallel", "sweeping", "theory", *_EXPORTS)
 _HOME = {name: module for module, names in _EXPORTS.items() for name in names}
@@ -56,6 +56,7 @@ __all__ = [
     "Prior",
     "Schedule",
     "StepInfo",
+    "TorchModel",
     "Victim",
     "audit",
     "cosine",

@@ -46,7 +46,7 @@ class AnalyticMean(Method):
             return as_compared(match, gradient)[first.bias]
 
         numbers = {k: jnp.asarray(v).reshape(1, 1, -1) for k in ("scale", "shift") if (v := getattr(first, k)) is not None}
-        leak = samplers.RankOne(match.leak[first.kernel], match.leak[first.bias], p.sigma, **numbers)
+        leak = samplers.RankOne(first.kernel_of(match.leak), match.leak[first.bias], p.sigma, **numbers)
         image, deviation, trace = samplers.rank_one_mean(
             key, p.denoise, p.schedule, leak, delta, match.in_l2(), p.expected_image, clip=p.clip, truth=p.truth
         )

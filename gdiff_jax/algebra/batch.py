@@ -70,7 +70,7 @@ def solve_batch(
         params = jax.tree.unflatten(tree, wide(params))
         trial = np.random.default_rng(seed).uniform(-1, 1, (4, *shape[1:]))
         inputs = _inputs(names, trial)
-        active = inputs @ np.asarray(params[names.kernel]) + np.asarray(params[names.bias]) > 0
+        active = inputs @ np.asarray(names.kernel_of(params)) + np.asarray(params[names.bias]) > 0
         deltas = np.asarray(_deltas(loss, names, params, jnp.asarray(trial), y[:1]))[:, 0]
         if not (deltas[active].any() and not deltas[~active].any() and not active.all()):
             return _nothing(count, "its first dense layer does not feed a ReLU")

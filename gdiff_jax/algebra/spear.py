@@ -125,14 +125,14 @@ class Layer(NamedTuple):
 def read_layer(names: FirstDense, params: Mapping[str, Any], leak: Mapping[str, Any], count: int, sigma: float) -> Layer:
     """Of a leak of `count` images; its rank is the number of those that differ."""
     wide = lambda a: np.asarray(a, np.float64)
-    rows = np.concatenate([wide(leak[names.kernel]), wide(leak[names.bias])[None]])
+    rows = np.concatenate([wide(names.kernel_of(leak)), wide(leak[names.bias])[None]])
     _, values, basis = np.linalg.svd(np.linalg.qr(rows, mode="r"), full_matrices=False)
     freedom = (len(rows) - count) * (rows.shape[1] - count)
     rounding = np.sqrt(np.square(values[count:]).sum() / max(freedom, 1))  # of all entries; of large ones it is larger
     noise = sigma if sigma > 0 else max(ROUNDING * rounding, 1e-14 * values[0])
     edge = noise * (np.sqrt(len(rows)) + np.sqrt(rows.shape[1]))  # of the largest singular value of noise alone
     rank = int((values[:count] > 1.02 * edge).sum())
-    return Layer(rows, wide(params[names.kernel]), wide(params[names.bias]), values[:rank], basis[:rank], noise)
+    return Layer(rows, wide(names.kernel_of(params)), wide(params[names.bias]), values[:rank], basis[:rank], noise)
 
 
 def factorise(layer: Layer, exact: bool, seed: int = 0) -> tuple[Factors | None, int]:

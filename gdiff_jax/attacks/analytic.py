@@ -65,7 +65,7 @@ def read_first_dense(first_dense: FirstDense, leak: Mapping[str, jax.Array], sha
       x (H, W, C), in the image's units, and std in these, of the channel where it is largest. Of a dead layer, whose delta is
       zero, x is nan and std infinite.
     """
-    x, std = dense_layer_input(leak[first_dense.kernel], leak[first_dense.bias])
+    x, std = dense_layer_input(first_dense.kernel_of(leak), leak[first_dense.bias])
     x = x.reshape(shape)
     by_channel = lambda numbers: jnp.asarray(numbers).reshape(1, 1, -1)
     if first_dense.shift is not None:

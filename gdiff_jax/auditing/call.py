@@ -22,6 +22,7 @@ from gdiff_jax.auditing.about import clip_norm
 from gdiff_jax.auditing.result import Audit
 from gdiff_jax.auditing.run import DEFAULT_METHODS, Question, run, with_analytic
 from gdiff_jax.errors import need
+from gdiff_jax.files import say
 from gdiff_jax.matching import Loss
 from gdiff_jax.mechanisms import GaussianNoise, LaplaceNoise, Mechanism, UniformNoise
 from gdiff_jax.methods import DSG, Method
@@ -37,17 +38,18 @@ from gdiff_jax.sweeping.run import run_trials
 from gdiff_jax.victims import Victim
 from gdiff_jax.victims.checks import check_gradients, check_loss, of_one_image
 from gdiff_jax.victims.label_range import check_label_range
-from gdiff_jax.victims.own import find_first_dense, fingerprint, own_victim
+from gdiff_jax.victims.own import OwnVictim, checked_module, find_first_dense, fingerprint, module_victim, own_victim
+from gdiff_jax.victims.torch_model import TorchModel, as_model
 
 if TYPE_CHECKING:
     from gdiff_jax.theory.privacy import Guarantee
 
 
 def audit(
-    loss: Loss | Victim,
-    params: Any,
-    images: Any,
-    labels: Any,
+    loss: Loss | Victim | TorchModel,
+    params: Any = None,
+    images: Any = None,
+    labels: Any = None,
     *,
     prior: str | os.PathLike[str] | Prior = "cifar10-32",
     sigma_grid: Sequence[float] = DEFAULT_SIGMAS,
@@ -75,7 +77,8 @@ def audit(
     Args:
       loss: scalar `loss(params, x, y)` of one image x (H, W, C) in [-1, 1], pure, twice differentiable almost everywhere; of
         images (B, H, W, C) and labels (B, ...) where the client has several. One that takes such batches alone is called with
-        a batch of one. Or a `Victim`, of which an attacker can also infer labels.
+        a batch of one. Or a `Victim`, of which an attacker can also infer labels; or a `torch.nn.Module`, or a `TorchModel`
+        of one, which has its params itself.
       params: the model's parameters, any pytree of floating arrays.
       images: private images (N, H, W, C) of the prior's shape, channels last; uint8, other integers in 0..255, or floating in
         [-1, 1]. Floats without one below 0 are refused, for they are nearly always [0, 1]. Ten or more for useful intervals.
@@ -111,6 +114,7 @@ def audit(
     """
     # Arguments have the names of the flags.
     with checks.in_other_words(r"--(?=\w)", ""), numerics.without_debugging(partial(warnings.warn, stacklevel=4)):
+        need(images is not None and labels is not None, "images and labels are needed: audit(model, images=..., labels=...)")
         prior = checks.prior_of(prior)
         x = checks.images_of("images", images, prior.image_shape)
         y = checks.labels_of(labels, len(x))
@@ -123,6 +127,8 @@ def audit(
         chosen = checks.methods_of(methods or DEFAULT_METHODS, attacker, client)
         checks.check_knowledge(loss, attacker, client, chosen)
         victim, weights = _victim(loss, params, x, y, attacker, client)
+        for line in victim.said if progress and isinstance(victim, OwnVictim) else ():
+            say(f"{name}: {line}")
         plan = Plan(
             prior=prior, schedule=prior.schedule(steps), images=x, labels=y, names=tuple(map(str, range(len(x)))),
             victims={name: victim}, params={VictimState(name, 0): weights}, mechanisms={}, sigmas={}, methods=chosen,
@@ -183,7 +189,7 @@ def _with_mechanism(plan: Plan, make: Callable[[Any], Mechanism], sigmas: Sequen
     return dataclasses.replace(plan, mechanisms={mechanism.text: mechanism}, sigmas={mechanism.text: levels})
 
 
-def _victim(loss: Loss | Victim, params: Any, x: np.ndarray, y: Any, attacker: Attacker, client: Client) -> tuple[Any, Any]:
+def _victim(loss: Any, params: Any, x: np.ndarray, y: Any, attacker: Attacker, client: Client) -> tuple[Any, Any]:
     """The victim, a `Victim` or an `OwnVictim`, and its weights as a flat dict, checked at the images."""
     victim: Any = loss
     params, first = at_least_float32(params), first_leak((x, y), client.group)
@@ -191,15 +197,28 @@ def _victim(loss: Loss | Victim, params: Any, x: np.ndarray, y: Any, attacker: A
         checks.check_classes(y, loss.num_classes, attacker.knowledge.labels != "known")
         check_loss(loss.loss, params, *first)
     else:
-        loss = of_one_image(loss, params, *first) if client.group == 1 else loss
-        check_label_range(loss, params, first[0], y)
-        check_loss(loss, params, *first)
-        victim, params = own_victim(loss, params, _classes(y))
+        victim, params = _own_victim(loss, params, first, y, client)
     if client.group == 1 and not victim.has_batch_norm:
         check_gradients(victim.loss, params, x, y)
     if not isinstance(victim, Victim):
         victim = find_first_dense(victim, params, first[0].shape, first[1])
     return victim, params
+
+
+def _own_victim(loss: Any, params: Any, first: tuple[Any, Any], y: Any, client: Client) -> tuple[OwnVictim, Any]:
+    """Of a loss with params, or of a torch module without, checked at the first leak's images and labels."""
+    model = as_model(loss)
+    if model is not None:
+        need(params is None, "params go with a loss, a torch module has its own: leave them out, module.load_state_dict(...)")
+        victim, params = module_victim(model, _classes(y))
+        victim = checked_module(victim, first[0].shape, first[1])
+        loss = victim.loss
+    else:
+        need(params is not None, "params are needed with a loss: the weights that its gradients are of")
+        loss = of_one_image(loss, params, *first) if client.group == 1 else loss
+    check_label_range(loss, params, first[0], y)
+    check_loss(loss, params, *first)
+    return (victim, params) if model else own_victim(loss, params, _classes(y))
 
 
 def _classes(y: Any) -> int:

@@ -29,14 +29,15 @@ from gdiff_jax.methods import DSG
 from gdiff_jax.metrics import candidate_count
 from gdiff_jax.options import replace
 from gdiff_jax.sweeping import checks, inputs
-from gdiff_jax.sweeping.config import Run, SweepConfig
+from gdiff_jax.sweeping.config import Client, Run, SweepConfig
 from gdiff_jax.sweeping.plan import Plan, first_leak
 from gdiff_jax.sweeping.records import Row, Store
 from gdiff_jax.sweeping.run import run_trials
 from gdiff_jax.theory.summary import LARGEST_GRAM, prior_information
 from gdiff_jax.victims import saved_trees
 from gdiff_jax.victims.checks import check_gradients
-from gdiff_jax.victims.own import is_own
+from gdiff_jax.victims.own import OwnVictim, is_own, module_victim
+from gdiff_jax.victims.torch_model import TorchModel
 from gdiff_jax.victims.uses import uses
 
 
@@ -107,17 +108,28 @@ def _check_gradients(plan: Plan) -> None:
             raise ConfigError(f"victim {state.name}: {error}") from None
 
 
-def _fit(flag: str, path: str, plan: Plan, orders: saved_trees.Orders) -> dict[str, Any]:
-    """The arrays of a file, shaped as the victim's weights."""
+def _fit(flag: str, path: str, plan: Plan, orders: saved_trees.Orders, weights: bool) -> dict[str, Any]:
+    """The arrays of a file, shaped as the victim's weights; whether they are weights, and not what an optimiser keeps."""
     state, _ = audited(plan)
-    params, loss = plan.params[state], plan.victims[state.name].loss
+    params, victim = plan.params[state], plan.victims[state.name]
     first = first_leak((plan.images, plan.labels), plan.client.group)
-    used = lambda: uses(loss, params, *jax.tree.map(jnp.asarray, first))
+    used = lambda: uses(victim.loss, params, *jax.tree.map(jnp.asarray, first))
     try:
-        tree = saved_trees.fit(path, params, orders, used, weights=flag == "weights")
+        if (model := _model_of(victim)) is not None:
+            from gdiff_jax.victims import torch_files  # of the extra `torch`, which a module needs
+
+            in_order = (params, torch_files.state_of(model.module))
+            tree = saved_trees.fit(path, params, orders, weights=weights, in_order=in_order)
+        else:
+            tree = saved_trees.fit(path, params, orders, used, weights=weights)
     except ValueError as error:
         raise ConfigError(f"--{flag}: {error}") from None
     return {name: jnp.asarray(value) for name, value in tree.items()}
+
+
+def _model_of(victim: Any) -> TorchModel | None:
+    """The torch module that a victim is, if it is one."""
+    return victim.module if isinstance(victim, OwnVictim) else None
 
 
 def _with_hash(plan: Plan, **hashes: Any) -> dict[str, Any]:
@@ -126,7 +138,9 @@ def _with_hash(plan: Plan, **hashes: Any) -> dict[str, Any]:
 
 def _with_weights(plan: Plan, model: Model, orders: saved_trees.Orders) -> Plan:
     state, _ = audited(plan)
-    params = _fit("weights", model.weights, plan, orders)
+    if _model_of(plan.victims[state.name]) is not None:
+        return _with_state_dict(plan, model, orders)
+    params = _fit("weights", model.weights, plan, orders, True)
     plan = dataclasses.replace(plan, params={state: params}, identity=_with_hash(plan, weights=modules.digest(params)))
     victim = plan.victims[state.name]
     if is_own(state.name) and plan.images_known:
@@ -135,10 +149,32 @@ def _with_weights(plan: Plan, model: Model, orders: saved_trees.Orders) -> Plan:
     return plan
 
 
+def _with_state_dict(plan: Plan, model: Model, orders: saved_trees.Orders) -> Plan:
+    """Of a torch module: its buffers are weights too, and its loss another one with others."""
+    from gdiff_jax.victims import torch_files  # of the extra `torch`, which a module needs
+
+    state, _ = audited(plan)
+    victim: Any = plan.victims[state.name]
+    need(not orders, f"--flattened {next(iter(orders), '')}: a torch module's files have its own order; leave it away")
+    try:
+        loaded = torch_files.with_weights(victim.module, model.weights)
+    except ValueError as error:
+        raise ConfigError(f"--weights: {error}") from None
+    victim, params = module_victim(loaded, victim.num_classes)
+    images = plan.images if plan.images_known else np.zeros_like(plan.images)
+    victim, loss = inputs.checked_own(state.name, victim, params, images, plan.labels, plan.client.group)
+    # In place of those of the weights that the function made, at random perhaps.
+    hashes = {f"{state.name} loss": loss, f"{state.name}/{state.training_steps}": modules.digest(params)}
+    identity = _with_hash(plan, trained_victims=hashes)
+    return dataclasses.replace(plan, victims={state.name: victim}, params={state: params}, identity=identity)
+
+
 def _with_gradient(plan: Plan, config: AuditConfig, orders: saved_trees.Orders) -> Plan:
     state, _ = audited(plan)
-    leak = _fit("gradient", config.model.gradient, plan, orders)
+    leak = _fit("gradient", config.model.gradient, plan, orders, config.model.update)
     path = config.model.gradient
+    if config.model.update:
+        leak = _of_update(plan.params[state], leak, config.client)
     need(any(np.any(value) for value in leak.values()), f"--gradient {path} is zero everywhere: there is nothing to attack")
     known, normed = config.images_known, plan.victims[state.name].has_batch_norm
     need(
@@ -153,6 +189,13 @@ def _with_gradient(plan: Plan, config: AuditConfig, orders: saved_trees.Orders) 
     except ValueError as error:
         raise ConfigError(f"--gradient without --images: {error}; say the image's label with --label") from None
     return dataclasses.replace(plan, labels=np.full(len(plan.images), label, np.int32))
+
+
+def _of_update(before: dict[str, Any], after: dict[str, Any], client: Client) -> dict[str, Any]:
+    """The mean gradient on the way of a client's local steps, as `LocalSGD` releases it, of the weights at both ends."""
+    scale = client.local_learning_rate * client.local_steps
+    wide = lambda a: np.asarray(a, np.float64)
+    return {name: jnp.asarray((wide(before[name]) - wide(after[name])) / scale, jnp.float32) for name in before}
 
 
 def load_question(asked: Asked, sweep: SweepConfig, plan: Plan) -> Question:

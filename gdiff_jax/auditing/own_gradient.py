@@ -33,7 +33,7 @@ def check_leak(path: str, plan: Plan) -> str:
     need(
         like_weights < 0.99 or plan.size(state.name) < 10,
         f"--gradient {path} has a cosine of {like_weights:.4f} with the weights: it holds weights, not a gradient; "
-        "of an update give (weights before - weights after) / learning rate",
+        "of weights after a client's steps say --update, and of those before them --weights",
     )
     _check_norm(path, leak, spec, sigma)
     if not plan.images_known:

@@ -26,6 +26,7 @@ from gdiff_jax.sweeping.checks import hindrances
 from gdiff_jax.sweeping.plan import Plan, VictimState
 from gdiff_jax.sweeping.records import MemoryStore, Row, Store
 from gdiff_jax.theory.summary import summarise
+from gdiff_jax.victims.own import OwnVictim
 
 PAUSE = 60.0  # seconds at least, between what is shown of an audit that is not finished
 BLIND_GUESS = 1e-4  # probability of a blind guess's success, where no candidates say it
@@ -205,8 +206,11 @@ def _film(plan: Plan, dsg: DSG) -> list[np.ndarray]:
 
 def _about(plan: Plan, question: Question) -> dict[str, Any]:
     state, mechanism = audited(plan)
+    victim = plan.victims[state.name]
+    said = victim.said if isinstance(victim, OwnVictim) else ()
     return {
         **about_run(plan.prior),
+        **({"module": list(said)} if said else {}),
         "victim": state.name,
         "parameters": int(plan.size(state.name)),
         "group": plan.client.group,

@@ -29,7 +29,7 @@ def noise_text(record: AuditRecord, noise: Interval) -> str:
 def verdict(record: AuditRecord) -> list[str]:
     """The audit's answer, a few sentences with intervals: how bad, and how much noise."""
     if not record.has_truth:
-        return _verdict_without_truth(record) + how(record)
+        return _verdict_without_truth(record) + how(record) + _of_module(record)
     noise_levels, about = levels(record), record.about
     first, last, images = noise_levels[0], noise_levels[-1], len({r["leak"] for r in record.attacks})
     noise = "without noise" if first.sigma == 0 else f"at the smallest noise tried, sigma {first.sigma:.3g}"
@@ -64,7 +64,13 @@ def verdict(record: AuditRecord) -> list[str]:
         lines.append(f"There is no differential-privacy guarantee: {reason}. Stronger attacks than these may exist.")
     else:
         lines.append("Attacks show what is possible today; the guarantees below hold against every attack.")
-    return lines + how(record)
+    return lines + how(record) + _of_module(record)
+
+
+def _of_module(record: AuditRecord) -> list[str]:
+    """What was assumed or found of a torch module, which does not say all that its gradient depends on."""
+    said = record.about.get("module")
+    return [f"Of the module: {'; '.join(said)}."] if said else []
 
 
 def _among(record: AuditRecord, level: Level) -> str:

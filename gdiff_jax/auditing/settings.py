@@ -24,6 +24,10 @@ class Model:
     training_steps: int = option(0, "training state of a built-in model, from --checkpoints; 0 is untrained")
     checkpoints: str = option("", "folder of experiments/train_victim.py")
     gradient: str = option("", "a saved gradient to attack, a file as for --weights; with --images its image is known")
+    update: bool = option(
+        False,
+        "the file of --gradient holds the weights after a client's --local_steps, at --local_learning_rate, from --weights on",
+    )
     flattened: tuple[str, ...] = option(
         (), "how a torch model flattened the input of a dense layer: NAME:CxHxW, such as fc1.kernel:16x8x8, or NAME:as-is"
     )
@@ -31,6 +35,7 @@ class Model:
 
     def check(self) -> None:
         need(not self.flattened or self.weights or self.gradient, "--flattened speaks of a file: give --weights or --gradient")
+        need(self.gradient or not self.update, "--update speaks of a file: give the weights after the steps by --gradient")
         steps = self.training_steps
         need(not (self.weights and steps), f"--weights and --training_steps={steps} both name weights; leave one away")
 
@@ -96,8 +101,11 @@ class AuditConfig(Common):
         if not self.model.gradient:
             return []
         label = "its label is the one that its last layer betrays" if self.reads_label else ""
+        client = self.client
+        steps = f"{client.local_steps} local step{'s' * (client.local_steps > 1)}"
+        update = f"it is of {steps} at the learning rate {client.local_learning_rate:g}" if self.model.update else ""
         clean = f"it holds noise of sigma {self.noise.sigmas[0]:g}, and the mechanism is {self.model.mechanism}"
-        return [text for text in (label, clean) if text]
+        return [text for text in (label, update, clean) if text]
 
     @property
     def reads_label(self) -> bool:

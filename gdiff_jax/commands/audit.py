@@ -7,9 +7,9 @@
     python experiments/audit.py --from_json=runs/audit/audit.json --out=FOLDER      the report again, from its data
 
 my_model.py:make is a function without arguments that returns (loss, params): a pure scalar loss(params, x, y) of one image x
-(H, W, C) in [-1, 1], and a pytree of weights. The folder receives report.html (self-contained: open it from disk), audit.json,
-trials.csv and figures/. A run that was killed goes on where it stopped when the same command is given again. Where the package
-is installed the command is also called gdiff-audit.
+(H, W, C) in [-1, 1], and a pytree of weights; or, with the extra `torch`, a torch.nn.Module. The folder receives report.html
+(self-contained: open it from disk), audit.json, trials.csv and figures/. A run that was killed goes on where it stopped when
+the same command is given again. Where the package is installed the command is also called gdiff-audit.
 """
 
 from __future__ import annotations

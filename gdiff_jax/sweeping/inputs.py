@@ -169,18 +169,16 @@ def _load_victims(
     """Victims by name; the weights of those of the user's own, checked at an image or a group; hashes of their losses."""
     victims: dict[str, Victim | own.OwnVictim] = {}
     params, hashes = {}, {}
-    shape, (image, label) = images.shape[1:], first_leak((images, labels), group)
+    shape = images.shape[1:]
     for given in names:
         name = shown(given)  # in records; only the file itself is found by bytes that are not UTF-8
         try:
             if own.is_own(name):
                 victim, params[name] = own.load_own(given, num_classes)
-                if group == 1:
-                    victim = dataclasses.replace(victim, loss=of_one_image(victim.loss, params[name], image, label))
-                check_own_labels(name, victim, params[name], image, labels)
-                check_own_loss(name, victim, params[name], image, label)
-                hashes[f"{name} loss"] = own.fingerprint(victim.loss, params[name], image, label)
-                victims[name] = own.find_first_dense(victim, params[name], image.shape, label)
+                victim, hashes[f"{name} loss"] = checked_own(name, victim, params[name], images, labels, group)
+                for line in victim.said if processes.is_first() else ():
+                    say(f"victim {name}: {line}")
+                victims[name] = victim
             else:
                 victims[name] = zoo.make_victim(name, shape, num_classes)
         except ConfigError:
@@ -188,6 +186,27 @@ def _load_victims(
         except ValueError as error:
             raise ConfigError(str(error)) from error
     return victims, params, hashes
+
+
+def checked_own(
+    name: str, victim: own.OwnVictim, params: Any, images: np.ndarray, labels: np.ndarray, group: int
+) -> tuple[own.OwnVictim, str]:
+    """A victim of the user's own as it is attacked, with its first dense layer, and its loss's hash.
+
+    Raises:
+      ValueError: where it cannot be attacked with these images (N, H, W, C) and labels.
+    """
+    image, label = first_leak((images, labels), group)
+    if group == 1:
+        victim = dataclasses.replace(victim, loss=of_one_image(victim.loss, params, image, label))
+    try:
+        victim = own.checked_module(victim, image.shape, label)
+    except ValueError as error:
+        raise ConfigError(f"victim {name!r}: {error}") from error
+    check_own_labels(name, victim, params, image, labels)
+    check_own_loss(name, victim, params, image, label)
+    hashed = own.fingerprint(victim.loss, params, image, label)
+    return own.find_first_dense(victim, params, image.shape, label), hashed
 
 
 def check_own_labels(name: str, victim: own.OwnVictim, params: Any, image: np.ndarray, labels: np.ndarray) -> None:

@@ -17,8 +17,11 @@ from gdiff_jax.first_dense import FirstDense
 from gdiff_jax.matching import Loss
 from gdiff_jax.modules import Params
 from gdiff_jax.pytrees import at_least_float32
-from gdiff_jax.victims import user_files
+from gdiff_jax.victims import torch_model, user_files
 from gdiff_jax.victims.checks import gradient_at
+from gdiff_jax.victims.torch_model import TorchModel
+
+EXTRA = 'pip install "gdiff-jax[torch]"'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,12 +32,16 @@ class OwnVictim:
       loss: scalar `loss(params, x, y)` of params as a flat dict.
       num_classes: labels are 0 .. num_classes - 1.
       first_dense: the layer of which a gradient gives the whole image away, if `find_first_dense` finds one.
+      module: of torch, which the loss runs; None of a loss that is JAX's.
+      said: what was assumed or found of that module, a sentence each, without a full stop.
     """
 
     loss: Loss
     num_classes: int
     first_dense: FirstDense | None = None
     has_batch_norm: bool = False
+    module: TorchModel | None = None
+    said: tuple[str, ...] = ()
 
 
 def own_victim(loss: Loss, params: Any, num_classes: int) -> tuple[OwnVictim, Params]:
@@ -60,6 +67,37 @@ def own_victim(loss: Loss, params: Any, num_classes: int) -> tuple[OwnVictim, Pa
     return OwnVictim(flat_loss, num_classes), at_least_float32(flat)
 
 
+def module_victim(model: TorchModel, num_classes: int) -> tuple[OwnVictim, Params]:
+    """The victim of a torch module, and its params by torch's names, in its layouts and order.
+
+    Raises:
+      ValueError: where the extra is not installed, or for what cannot be used.
+    """
+    try:
+        from gdiff_jax.victims import torch_loss
+    except (ImportError, AttributeError) as error:  # torchax names what other versions of torch lack
+        text = " ".join(str(error).split())[:200]
+        raise ValueError(f"a torch.nn.Module needs torch and torchax of versions that go together ({text}); {EXTRA}") from None
+    loss = torch_loss.torch_loss(model)
+    return OwnVictim(loss, num_classes, module=model, said=loss.said), loss.params
+
+
+def checked_module(victim: OwnVictim, shape: tuple[int, ...], y: Any) -> OwnVictim:
+    """Of a torch module one that says how close its gradient is to torch's own, at random pixels of a shape (H, W, C) or
+    (N, H, W, C) and their labels; of a loss that is JAX's the victim itself.
+
+    Raises:
+      ValueError: where it is not, with the first layer that differs.
+    """
+    if victim.module is None:
+        return victim
+    from gdiff_jax.victims import torch_checks
+
+    loss: Any = victim.loss
+    off = torch_checks.check_gradient(loss, shape, y)
+    return dataclasses.replace(victim, said=(*victim.said, f"its gradient on JAX is torch's own up to {off:.1g} of its norm"))
+
+
 def _name(path: tuple[Any, ...]) -> str:
     variable = len(path) > 1 and path[-1] == jax.tree_util.GetAttrKey("value")
     return jax.tree_util.keystr(path[:-1] if variable else path, simple=True, separator=".") or "params"
@@ -71,7 +109,7 @@ def is_own(name: str) -> bool:
 
 
 def load_own(name: str, num_classes: int) -> tuple[OwnVictim, Params]:
-    """`own_victim` of the loss and the params that the function of this name returns.
+    """The victim of what the function of this name returns: (loss, params), a torch module or a `TorchModel`.
 
     Raises:
       ValueError: where there is no such function, it fails, or what it returns is something else.
@@ -83,10 +121,13 @@ def load_own(name: str, num_classes: int) -> tuple[OwnVictim, Params]:
             returned = function()
         except (Exception, SystemExit) as error:  # whatever the user's function raises
             raise ValueError(f"victim {name!r}: {attribute}() failed ({type(error).__name__}: {error})") from error
-    if not (isinstance(returned, tuple) and len(returned) == 2 and callable(returned[0])):
-        raise ValueError(f"victim {name!r}: {attribute}() must return (loss, params), a function and a pytree of arrays")
+    model = torch_model.as_model(returned)
+    if model is None and not (isinstance(returned, tuple) and len(returned) == 2 and callable(returned[0])):
+        raise ValueError(
+            f"victim {name!r}: {attribute}() must return (loss, params), a function and a pytree of arrays, or a torch module"
+        )
     try:
-        return own_victim(*returned, num_classes)
+        return module_victim(model, num_classes) if model else own_victim(returned[0], returned[1], num_classes)
     except ValueError as error:
         raise ValueError(f"victim {name!r}: {error}") from None
 
@@ -96,7 +137,8 @@ def _function(name: str) -> Callable[[], Any]:
     try:
         module = user_files.module_of(where)
     except (Exception, SystemExit) as error:  # whatever the user's file raises
-        raise ValueError(f"victim {name!r}: {where} cannot be imported ({type(error).__name__}: {error})") from error
+        remedy = f"; {EXTRA}" if isinstance(error, ModuleNotFoundError) and error.name == "torch" else ""
+        raise ValueError(f"victim {name!r}: {where} cannot be imported ({type(error).__name__}: {error}){remedy}") from error
     function = getattr(module, attribute, None)
     if not callable(function):
         there = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
@@ -111,22 +153,35 @@ def find_first_dense(victim: OwnVictim, params: Params, shape: tuple[int, ...], 
     held against an image of random pixels, or a batch of that image alone for a shape (B, H, W, C).
     """
     image = np.random.default_rng(0).uniform(-1, 1, shape[-3:]).astype(np.float32)
-    layer = lambda name: name.rpartition(".")[0]
-    biases = lambda kernel: [n for n, v in params.items() if v.shape == params[kernel].shape[-1:] and layer(n) == layer(kernel)]
-    kernels = [name for name, v in params.items() if v.ndim == 2 and len(v) == image.size and biases(name)]
-    gradient = gradient_at(victim.loss, params, np.broadcast_to(image, shape), label)[0] if kernels else {}
-    for kernel in kernels:
-        bias = biases(kernel)[0]
-        delta = np.asarray(gradient[bias], np.float64)
-        if not delta.any() or not np.isfinite(gradient[kernel]).all():
+    layers = _dense_layers(params, image.shape)
+    gradient = gradient_at(victim.loss, params, np.broadcast_to(image, shape), label)[0] if layers else {}
+    for layer in layers:
+        delta = np.asarray(gradient[layer.bias], np.float64)
+        kernel = np.asarray(layer.kernel_of(gradient), np.float64)
+        if not delta.any() or not np.isfinite(kernel).all():
             continue
-        inputs = (np.asarray(gradient[kernel], np.float64) @ delta / (delta @ delta)).reshape(image.shape)
+        inputs = (kernel @ delta / (delta @ delta)).reshape(image.shape)
         fits = [np.polyfit(image[..., c].ravel(), inputs[..., c].ravel(), 1) for c in range(image.shape[-1])]
         scale, shift = (tuple(float(fit[k]) for fit in fits) for k in range(2))
         off = np.abs(image * np.array(scale) + np.array(shift) - inputs).max()
         if min(map(abs, scale)) > 1e-6 and off < 1e-3 * np.abs(inputs).max():
-            return dataclasses.replace(victim, first_dense=FirstDense(kernel, bias, scale, shift))
+            return dataclasses.replace(victim, first_dense=dataclasses.replace(layer, scale=scale, shift=shift))
     return victim
+
+
+def _dense_layers(params: Params, shape: tuple[int, ...]) -> list[FirstDense]:
+    """All that a first dense layer may be, by the shapes of a kernel and a bias: either layout, either order of pixels."""
+    pixels, (h, w, c) = int(np.prod(shape)), shape
+    layer = lambda name: name.rpartition(".")[0]
+    found = []
+    for kernel, value in params.items():
+        for transposed in (False, True):
+            rows, columns = (value.shape[::-1] if transposed else value.shape) if value.ndim == 2 else (0, 0)
+            biases = [name for name, v in params.items() if v.shape == (columns,) and layer(name) == layer(kernel)]
+            if rows == pixels and biases:
+                orders = dict.fromkeys((None, (c, h, w) if c > 1 else None))
+                found += [FirstDense(kernel, biases[0], transposed=transposed, chw=chw) for chw in orders]
+    return found
 
 
 def fingerprint(loss: Loss, params: Any, image: Any, label: Any) -> str:

@@ -10,7 +10,8 @@ rows are (H, W, C), and no file says so: where a dense layer's input is no other
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -55,6 +56,7 @@ def fit(
     uses: Callable[[], Uses] | None = None,
     *,
     weights: bool = False,
+    in_order: Sequence[Mapping[str, Any]] = (),
     say: Callable[[str], None] = files.say,
 ) -> dict[str, np.ndarray]:
     """The file's arrays as the parameters `expected`, each used once, in float32.
@@ -65,6 +67,7 @@ def fit(
       orders: of rows that torch flattened.
       uses: what the victim's loss does with each, asked only where layouts may differ; without, names alone tell layouts.
       weights: whether weights are meant, and not what an optimiser keeps of the same shapes.
+      in_order: of a torch module, whose layouts its files have: trees in whose order arrays without names may be.
       say: takes a line of what was taken off names or left aside.
 
     Raises:
@@ -75,8 +78,10 @@ def fit(
     unknown = [name for name in orders if name not in expected]
     if unknown:
         raise ValueError(f"flattened {unknown[0]}: the victim has no such array; it has {', '.join(expected)}")
-    found = _named(path, tree, expected, weights, say)
-    of_torch = {name for name, original in found.items() if _leaf(original) == "weight"}
+    if in_order and orders:
+        raise ValueError(f"flattened {next(iter(orders))}: a torch module's files have its own order; leave it away")
+    found = _named(path, tree, expected, weights, in_order, say)
+    of_torch = {name for name, original in found.items() if _leaf(original) == "weight" and not in_order}
     used = uses() if uses and of_torch else {}
     arrays = [_Array(name, tree.arrays[found[name]], expected[name], used.get(name)) for name in expected]
     told = layouts.is_torchs([a.layouts for a in arrays if a.name in of_torch and _leaf(a.name) == "weight"])
@@ -148,26 +153,37 @@ def _from_torch(array: _Array, asked: bool, order: Any) -> np.ndarray:
     return value if order is ... else _reordered(name, value, order, array.rows)
 
 
-def _named(path: str, tree: Tree, expected: Params, weights: bool, say: Callable[[str], None]) -> dict[str, str]:
+def _named(
+    path: str,
+    tree: Tree,
+    expected: Params,
+    weights: bool,
+    in_order: Sequence[Mapping[str, Any]],
+    say: Callable[[str], None],
+) -> dict[str, str]:
     """Of each parameter the name of its array in the file."""
     of_optimiser = lambda match: weights and any(part.startswith("opt") for part in match.prefix.split("."))
     found = [match for match in names.matches(expected, tree.arrays) if not of_optimiser(match)]
     if len(found) > 1:
         several = ", ".join(match.prefix or "the top" for match in found)
         raise ValueError(f"{path} holds several trees that fit the victim ({several}): save the one that is meant alone")
-    if not found and (in_order := _unnamed(path, tree, expected)):
+    unnamed = None if found else _in_order(path, tree, in_order) if in_order else _unnamed(path, tree, expected)
+    if unnamed:
         say(f"{path}: arrays without names are taken in the order of the victim's, which their shapes confirm")
-        return in_order
+        return {name: unnamed[name] for name in expected}
     match = found[0] if found else names.closest(expected, tree.arrays)
     missing = [n if (t := names.torch_name(n)) == n else f"{n} or {t}" for n in expected if n not in match.names]
     below = [name for name in tree.others if match.prefix and name.startswith(f"{match.prefix}.")]
     arrays = list(match.names.values())
     shared = [name for name, array in match.names.items() if arrays.count(array) > 1]
-    problems = {"missing": missing, "one array for several": shared, "not of the victim": sorted([*match.left, *below])}
+    known = {name for one in in_order for name in one}  # a module's buffers, which have no gradient, may lie beside
+    buffers = [name for name in match.left if name.removeprefix(f"{match.prefix}.") in known]
+    left = sorted({*match.left, *below}.difference(buffers))
+    problems = {"missing": missing, "one array for several": shared, "not of the victim": left}
     if any(problems.values()):
         remedy = "save the victim's parameters alone, under their names"
         raise ValueError(f"{path} does not fit the victim; {tensor_files.listed(problems)}; {remedy}")
-    beside = [*match.beside, *(name for name in tree.others if name not in below)]
+    beside = [*match.beside, *buffers, *(name for name in tree.others if name not in below)]
     if beside:
         under = f"the arrays under {match.prefix} are taken" if match.prefix else "its arrays are taken"
         say(f"{path}: {under}, {tensor_files.listed({'left aside': beside})}")
@@ -195,8 +211,30 @@ def _unnamed(path: str, tree: Tree, expected: Params) -> dict[str, str] | None:
     return dict(zip(expected, ordered, strict=True))
 
 
+def _in_order(path: str, tree: Tree, trees: Sequence[Mapping[str, Any]]) -> dict[str, str] | None:
+    """Arrays in the order of one of the trees, which their shapes confirm; None where arrays have names."""
+    numbers = [re.fullmatch(r"(.*\.)?(?:arr_)?(\d+)", name) for name in tree.arrays]
+    if not all(numbers) or len({n and n[1] for n in numbers}) > 1:
+        return None
+    ordered = [name for _, name in sorted((int(n[2]), n[0]) for n in numbers if n)]
+    shapes = [tree.arrays[name].shape for name in ordered]
+    for one in trees:
+        if [np.shape(value) for value in one.values()] == shapes:
+            return dict(zip(one, ordered, strict=True))
+    ours = {name: np.shape(value) for name, value in trees[0].items()}
+    differ = [
+        f" (a {shape} for {name} {own})" for shape, (name, own) in zip(shapes, ours.items(), strict=False) if shape != own
+    ]
+    raise ValueError(
+        f"{path} is a list of {len(shapes)} arrays without names, and not of the module's {len(ours)} parameters in their order"
+        f"{differ[0] if differ else ''}; save [p.grad for p in module.parameters()], or arrays by name"
+    )
+
+
 def _as_floats(name: str, value: np.ndarray, target: Any) -> np.ndarray:
-    """A finite float32 array of the parameter's shape."""
+    """A finite float32 array of the parameter's shape; a buffer of whole numbers as it is."""
+    if np.asarray(target).dtype.kind in "iub" and value.shape == target.shape:
+        return value
     if value.dtype.kind not in "fV":
         scale = ": integers have a scale that the file does not say; save them times it, as floats" * (value.dtype.kind in "iu")
         raise _Unknown("no floats", f"{name} is {value.dtype}{scale}")

@@ -19,6 +19,7 @@ from gdiff_jax import modules
 from gdiff_jax.auditing import load, page, run
 from gdiff_jax.auditing.load import audit_named
 from gdiff_jax.errors import ConfigError
+from gdiff_jax.federated import LocalSGD
 from gdiff_jax.matching import victim_gradient
 from gdiff_jax.options import replace
 
@@ -247,6 +248,27 @@ def test_weights_from_a_file_are_those_that_are_attacked(plan_of, tmp_path):
     assert plan.identity["sha256"]["weights"] == modules.digest(params)  # an audit of others does not go on from theirs
 
 
+@pytest.mark.parametrize("steps", [1, 2])
+def test_an_update_is_given_by_the_weights_at_its_ends(steps, plan_of, tiny_prior, tmp_path, capsys):
+    """Of FedAvg: in the units in which `LocalSGD` releases what a client did."""
+    loss, params = own_models.make()
+    with np.load(tiny_prior / "images.npz") as data:
+        x, y = jnp.asarray(data["images"][0] / np.float32(127.5) - 1), jnp.asarray(data["labels"][0])
+    release = jax.jit(LocalSGD(0.1, steps, None).__call__, static_argnums=0)(loss, params, x, y)
+    after = jax.tree.map(lambda w, g: w - 0.1 * steps * g, params, release)
+    np.savez(tmp_path / "after.npz", **flattened(after))
+    given = dict(gradient=str(tmp_path / "after.npz"), update=True, label=0, num_images=1, mechanism="none", local_steps=steps)
+    leak = plan_of(**given, local_learning_rate=0.1).leak
+    for name, value in flattened(release).items():
+        np.testing.assert_allclose(leak[name], value, atol=1e-5)
+    assert "it is the model's own gradient at the image" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match=r"times the model's own gradient at the image .*a sum in place of a mean"):
+        plan_of(**given, local_learning_rate=0.01)
+    config = audit_config(tiny_prior, "unused", **given)
+    what = "1 local step" if steps == 1 else "2 local steps"
+    assert f"it is of {what} at the learning rate 0.01" in config.assumed
+
+
 @pytest.fixture(scope="module")
 def bad_files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bad")
@@ -301,6 +323,7 @@ WRONG = [
     (dict(weights="{d}/torch.safetensors", flattened=("out.kernel",)), ["--flattened", "out.kernel", "such as"]),
     (dict(weights="{d}/torch.safetensors", training_steps=3), ["leave one away"]),
     (dict(flattened=("out.kernel:6x4x4",)), ["--flattened", "give --weights or --gradient"]),
+    (dict(update=True), ["--update", "by --gradient"]),
     (dict(gradient="{d}/zero.npz", **G), ["zero everywhere"]),
     (dict(gradient="{d}/missing.npz", **G), ["--gradient", "missing: out.bias"]),
     (dict(gradient="{d}/zero.npz", label=99, **UNKNOWN), ["--label 99", "0..9"]),

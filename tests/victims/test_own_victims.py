@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gdiff_jax.attacks import read_first_dense
 from gdiff_jax.matching import victim_gradient
 from gdiff_jax.victims import FirstDense, checks, own, own_victim
 
@@ -144,6 +145,22 @@ def test_a_first_dense_layer_is_found_behind_a_normalisation(model):
     assert FirstDense("fc1.kernel", "fc1.bias").scale is None
 
 
+@pytest.mark.parametrize("channels_first", [False, True])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_first_dense_layer_is_found_in_either_layout_and_order(transposed, channels_first):
+    """Equinox holds (neurons, pixels), torch flattens (C, H, W); the kernel is read as (pixels, neurons) in our order."""
+    params = dense(768)
+    flat = lambda x: (x.transpose(2, 0, 1) if channels_first else x).ravel()
+    loss = lambda p, x, y: jnp.tanh(flat(x) @ (p["w"].T if transposed else p["w"]) + p["b"]).sum()
+    stored = params | {"w": params["w"].T if transposed else params["w"]}
+    layer = own.find_first_dense(*own_victim(loss, stored, 10), SHAPE, LABEL).first_dense
+    assert (layer.transposed, layer.chw) == (transposed, (3, 16, 16) if channels_first else None)
+    leak = victim_gradient(loss, stored, IMAGE, LABEL)
+    np.testing.assert_allclose(read_first_dense(layer, leak, SHAPE).x, IMAGE, atol=1e-4)
+    ours = layer.kernel_of(stored)
+    np.testing.assert_allclose(IMAGE.ravel() @ ours, flat(IMAGE) @ params["w"], atol=1e-3)
+
+
 def dense(rows):
     return {"w": jnp.asarray(np.random.default_rng(1).normal(size=(rows, 4)), jnp.float32), "b": jnp.zeros(4)}
 
@@ -220,3 +237,20 @@ def test_weights_of_few_bits_are_attacked_in_float32(dtype):
     alone = lambda p, x, y: jax.lax.mul(p["w"], jnp.ones(3, dtype)).sum().astype(jnp.float32) * x.mean()
     with pytest.raises(ValueError, match=r"are taken in float32: let the loss cast x to its params' dtype"):
         checks.check_loss(alone, {"w": jnp.ones(3, dtype)}, IMAGE, LABEL)
+
+
+def test_a_file_that_needs_torch_names_the_extra(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "torch", None)  # as where it is not installed
+    (tmp_path / "needs_torch.py").write_text("import torch\n")
+    with pytest.raises(ValueError, match=r'needs_torch\.py cannot be imported .*; pip install "gdiff-jax\[torch\]"$'):
+        own.load_own(f"{tmp_path}/needs_torch.py:make", 10)
+
+
+def test_torch_is_imported_where_a_module_is_audited_alone():
+    """Not by what tells modules apart, nor for a loss on JAX."""
+    script = "import sys, gdiff_jax.victims, gdiff_jax.victims.own\nfrom gdiff_jax.victims.torch_model import as_model\n"
+    script += (
+        "assert as_model(lambda p, x, y: 0) is None\nprint([name for name in ('torch', 'torchax') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
