@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from gdiff_jax import samplers
 from gdiff_jax.first_dense import FirstDense
-from gdiff_jax.matching import as_compared, released
+from gdiff_jax.matching import as_compared, at_full_precision, l2, released
 from gdiff_jax.problem import Info, Method, Problem
 from gdiff_jax.pytrees import pytree
 
@@ -41,13 +42,28 @@ class AnalyticMean(Method):
         p, first = problem, first_dense_of(problem)
         match = dataclasses.replace(p.match, weights=None)
 
-        def delta(x: jax.Array) -> jax.Array:
-            gradient = released(match.client, match.loss, match.params, x, match.label)
-            return as_compared(match, gradient)[first.bias]
+        def gradient(x: jax.Array) -> Any:
+            return as_compared(match, released(match.client, match.loss, match.params, x, match.label))
+
+        @at_full_precision
+        def rescaled(x: jax.Array) -> jax.Array:
+            """By the factor that fits best: of a sum in place of a mean, say, or a rate that was guessed."""
+            own = gradient(x)
+            factor = optax.tree.vdot(match.leak, own) / jnp.maximum(optax.tree.vdot(own, own), 1e-30)
+            return l2(jax.tree.map(lambda g: factor * g, own), match.leak)
 
         numbers = {k: jnp.asarray(v).reshape(1, 1, -1) for k in ("scale", "shift") if (v := getattr(first, k)) is not None}
         leak = samplers.RankOne(first.kernel_of(match.leak), match.leak[first.bias], p.sigma, **numbers)
         image, deviation, trace = samplers.rank_one_mean(
-            key, p.denoise, p.schedule, leak, delta, match.in_l2(), p.expected_image, clip=p.clip, truth=p.truth
+            key,
+            p.denoise,
+            p.schedule,
+            leak,
+            lambda x: gradient(x)[first.bias],
+            match.in_l2(),
+            p.expected_image,
+            rescaled=rescaled,
+            clip=p.clip,
+            truth=p.truth,
         )
         return image, Info(trace, p.outcome(image), deviation=deviation)

@@ -54,7 +54,7 @@ def audit_named(config: AuditConfig) -> Audit:
         plan = _load_plan(config, sweep)
         question = dataclasses.replace(load_question(config.asked, sweep, plan), film=DSG(config.attacks.guidance_rate))
         _check_gradients(plan)
-        doubt = check_leak(config.model.gradient, plan) if config.model.gradient else ""
+        doubt = check_leak(config.model.gradient, plan, config.model.update) if config.model.gradient else ""
         if not config.attacks.methods:
             plan = with_analytic(plan)
         store = Store(Path(sweep.run.out), plan.identity, plan.reading)

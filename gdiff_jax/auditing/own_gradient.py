@@ -20,8 +20,13 @@ from gdiff_jax.mechanisms.text import NOISES, Spec
 from gdiff_jax.sweeping.plan import Plan
 
 
-def check_leak(path: str, plan: Plan) -> str:
+def check_leak(path: str, plan: Plan, update: bool = False) -> str:
     """What the report must say of `plan.leak`, the gradient of a file, beside the model's own; "" if nothing.
+
+    Args:
+      path: of the file.
+      plan: of the audit, with the leak.
+      update: whether the file holds weights after a client's steps, of which the leak was made.
 
     Raises:
       ConfigError: where it is certain that another gradient would be attacked than the one that is meant, with what it is.
@@ -40,7 +45,7 @@ def check_leak(path: str, plan: Plan) -> str:
         _check_last_bias(path, plan, leak)
     if not plan.images_known or not isinstance(spec, Spec) or not _is_exact(spec):
         return ""
-    return _held_against_own(path, plan, spec, sigma, leak)
+    return _held_against_own(path, plan, spec, sigma, leak, update)
 
 
 def _check_norm(path: str, leak: Arrays, spec: Any, sigma: float) -> None:
@@ -106,7 +111,7 @@ def _is_exact(spec: Spec) -> bool:
     return not {"qsgd", "soteria"} & set(names) and not {*NOISES} & set(names[:-1]) and not ("random" in names and spec.noisy)
 
 
-def _held_against_own(path: str, plan: Plan, spec: Spec, sigma: float, leak: Arrays) -> str:
+def _held_against_own(path: str, plan: Plan, spec: Spec, sigma: float, leak: Arrays, update: bool) -> str:
     state, _ = audited(plan)
     victim, params, image = plan.victims[state.name], plan.params[state], jnp.asarray(plan.images[0])
     build = lambda: spec.build(sigma, lambda _: None)
@@ -136,7 +141,11 @@ def _held_against_own(path: str, plan: Plan, spec: Spec, sigma: float, leak: Arr
         return text
     before = f"--gradient {path}"
     if found.is_scaled:
-        raise ConfigError(f"{before} is {found.factor:.4g} times the model's own gradient at the image{_why(found, spec)}")
+        why = _why(found, spec)
+        if update:
+            rate = plan.client.local_learning_rate * found.factor
+            why = f" (cosine {found.cosine:.4f}): the client had another learning rate; say --local_learning_rate={rate:.4g}"
+        raise ConfigError(f"{before} is {found.factor:.4g} times the model's own gradient at the image{why}")
     if len(spec.stages) and fit(leak, bare, sigma).is_own:
         raise ConfigError(
             f"{before} is the model's own gradient at the image before --mechanism {spec.text}: name what was applied to it, "

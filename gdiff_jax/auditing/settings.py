@@ -35,7 +35,8 @@ class Model:
 
     def check(self) -> None:
         need(not self.flattened or self.weights or self.gradient, "--flattened speaks of a file: give --weights or --gradient")
-        need(self.gradient or not self.update, "--update speaks of a file: give the weights after the steps by --gradient")
+        both = self.gradient and self.weights
+        need(both or not self.update, "--update speaks of two files: --weights before the steps, and by --gradient those after")
         steps = self.training_steps
         need(not (self.weights and steps), f"--weights and --training_steps={steps} both name weights; leave one away")
 

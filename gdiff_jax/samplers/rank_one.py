@@ -90,6 +90,7 @@ def rank_one_mean(
     objective: Objective,
     mean: jax.Array,
     *,
+    rescaled: Objective | None = None,
     clip: bool = True,
     steps: int = STEPS,
     truth: jax.Array | None = None,
@@ -102,8 +103,10 @@ def rank_one_mean(
       schedule: kept timesteps of the prior.
       leak: the layer's gradient.
       delta: delta (neurons,) of an image (H, W, C) by the network, such as the gradient of the layer's bias.
-      objective: distance of an image to the whole leak, reported alone.
+      objective: distance of an image to the whole leak; reported, and asked for the scale of the image.
       mean: (H, W, C), of the images one may expect.
+      rescaled: the same, with the gradient times the factor that fits best. Where an image as it is explains the leak better by
+        that than at another scale, its scale is not changed.
       clip: clip to [-1, 1].
       steps: of the iteration; each is a call of the denoiser and its derivative.
       truth: (H, W, C); only fills `x0_error` of the trace.
@@ -134,9 +137,10 @@ def rank_one_mean(
     start = _State(mean, jnp.zeros_like(leak.bias), mean, jnp.asarray(jnp.inf, mean.dtype))
     state, trace = jax.lax.scan(step, start, jnp.arange(steps))
     deviation = posterior_deviation(jax.random.fold_in(key, steps), denoise, schedule, state.estimate, state.std)
-    times = lambda s, image: (
-        (s * (scale * image + shift) - shift) / scale
-    )  # of an image whose layer's input is s times as large
+
+    def times(s: jax.Array, image: jax.Array) -> jax.Array:
+        """The image whose layer's input is s times as large."""
+        return (s * (scale * image + shift) - shift) / scale
 
     def cost(s: jax.Array) -> jax.Array:
         """Squared distance to the leak, less what it owes to the noise that has gone into the image."""
@@ -144,8 +148,10 @@ def rank_one_mean(
         return jnp.square(objective(image)) + 2 * s * jnp.vdot(state.owed, delta(image))
 
     factor = _scale_of(cost, leak.sigma, norm(deviation) / norm(state.image + shift / scale))
-    rescaled = denoise_estimate(denoise, schedule, times(factor, state.estimate), factor * state.std, mean, clip=clip)
-    image = jnp.where(factor == 1, state.image, rescaled)
+    if rescaled is not None:
+        factor = jnp.where(jnp.square(rescaled(state.image)) < cost(factor), 1.0, factor)
+    other = denoise_estimate(denoise, schedule, times(factor, state.estimate), factor * state.std, mean, clip=clip)
+    image = jnp.where(factor == 1, state.image, other)
     network = delta(image)
     measured, noise = _measured(leak, (scale * image + shift).ravel(), factor * state.owed)
     chance = jnp.vdot(measured, network) < CHANCE * jnp.sqrt(noise) * norm(network)
@@ -167,6 +173,7 @@ def _scale_of(cost: Callable[[jax.Array], jax.Array], sigma: jax.Array | float, 
         centre, half = at
         logs = centre + half * jnp.linspace(-1, 1, POINTS, dtype=dtype)
         costs = jax.lax.map(cost, jnp.exp(logs))
+        costs = jnp.where(jnp.isfinite(costs), costs, jnp.inf)
         weights = jax.nn.softmax(-costs / (2 * variance) - jnp.square(logs) / (2 * DEVIATION**2))
         found = jnp.vdot(weights, logs)
         spread = jnp.sqrt(jnp.vdot(weights, jnp.square(logs - found)))

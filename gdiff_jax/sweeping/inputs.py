@@ -199,11 +199,11 @@ def checked_own(
     image, label = first_leak((images, labels), group)
     if group == 1:
         victim = dataclasses.replace(victim, loss=of_one_image(victim.loss, params, image, label))
+    check_own_labels(name, victim, params, image, labels)
     try:
         victim = own.checked_module(victim, image.shape, label)
     except ValueError as error:
         raise ConfigError(f"victim {name!r}: {error}") from error
-    check_own_labels(name, victim, params, image, labels)
     check_own_loss(name, victim, params, image, label)
     hashed = own.fingerprint(victim.loss, params, image, label)
     return own.find_first_dense(victim, params, image.shape, label), hashed

@@ -31,7 +31,7 @@ from gdiff_jax.provenance import this_run
 Row = dict[str, Any]
 
 # Raised with what a chunk holds, or what a method does: no run goes on from records that would not be its own.
-VERSION = 3
+VERSION = 4
 
 
 def strict_json(value: Any) -> str:

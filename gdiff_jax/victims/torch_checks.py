@@ -34,11 +34,11 @@ def check_gradient(loss: TorchLoss, shape: tuple[int, ...], y: Any) -> float:
     """
     x = np.random.default_rng(0).uniform(-1, 1, shape).astype(np.float32)
     version = f"torchax {torchax.__version__}"
-    with _told(loss, f"torch itself for a batch {tuple(loss.pixels(x).shape)}", "give images that it takes"):
+    with _told(loss, f"torch itself for a batch {tuple(loss.pixels(x).shape)}", "give images and labels that it takes"):
         expected = _torch_gradient(loss, x, y)
     with _told(loss, version, ELSE):
         jax.eval_shape(loss, loss.params, x, y)
-    gradient, _ = gradient_at(loss, loss.params, x, y)
+        gradient, _ = gradient_at(loss, loss.params, x, y)
     off = {name: np.asarray(gradient[name], np.float64) - expected[name] for name in loss.params}
     norm = max(_norm(expected), 1e-300)
     if not _norm(off) <= LARGEST * norm:
@@ -51,7 +51,16 @@ def check_gradient(loss: TorchLoss, shape: tuple[int, ...], y: Any) -> float:
 
 def _torch_gradient(loss: TorchLoss, x: np.ndarray, y: Any) -> dict[str, np.ndarray]:
     trained = {name: p for name, p in loss.whole.module.named_parameters() if p.requires_grad}
-    found = torch.autograd.grad(loss.in_torch(x, y), list(trained.values()), allow_unused=True)
+    value, again = loss.in_torch(x, y), loss.in_torch(x, y)
+    if value.numel() != 1 or value.ndim:
+        raise ValueError(
+            f"its loss has the shape {tuple(value.shape)}, not that of one number; let it reduce, such as by a mean"
+        )
+    if not torch.equal(value, again) and torch.isfinite(value):
+        raise ValueError(
+            "its loss differs from call to call: it draws at random; a client's draws are not known, leave them out"
+        )
+    found = torch.autograd.grad(value, list(trained.values()), allow_unused=True)
     zeros = lambda p: np.zeros(tuple(p.shape))
     values = (zeros(p) if g is None else g.numpy().astype(np.float64) for g, p in zip(found, trained.values(), strict=True))
     return dict(zip(trained, values, strict=True))

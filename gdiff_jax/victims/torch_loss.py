@@ -76,11 +76,13 @@ class TorchLoss:
         x = jnp.asarray(x)
         y = jax.tree.map(lambda a: jnp.asarray(a) if x.ndim == 4 else jnp.asarray(a)[None], y)
         tensors = {place: params[name] for name, places in self.places.items() for place in places}
-        with _on_jax() as env:
+        # The algebra computes in float64, and torch's convolutions take one precision alone.
+        wide = jnp.result_type(x, *params.values()) == jnp.float64
+        floats = lambda a: wide and jnp.issubdtype(a.dtype, jnp.floating)
+        constants = {place: a.astype(jnp.float64) if floats(a) else a for place, a in self.constants.items()}
+        with _on_jax(wide) as env:
             arguments = env.j2t_iso((self.pixels(x), y))
-            output = torch.func.functional_call(
-                self.whole, env.j2t_iso({**self.constants, **tensors}), arguments, tie_weights=False
-            )
+            output = torch.func.functional_call(self.whole, env.j2t_iso({**constants, **tensors}), arguments, tie_weights=False)
             output = env.t2j_iso(output)
             return output if self.whole.criterion is not None else _cross_entropy(output, y)
 
@@ -182,8 +184,18 @@ def _logits(output: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _on_jax() -> Iterator[Any]:
-    """Torch's functions on JAX's arrays, tensors that are made on the way included."""
+def _default_dtype(dtype: Any) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextlib.contextmanager
+def _on_jax(wide: bool) -> Iterator[Any]:
+    """Torch's functions on JAX's arrays; tensors that are made on the way included, of float64 where it is `wide`."""
     with jax.ensure_compile_time_eval():  # each thread's own random key must not become part of the program that is traced
         env = torchax.default_env()
         _ = env.param
@@ -193,5 +205,6 @@ def _on_jax() -> Iterator[Any]:
         jax.numpy_rank_promotion("allow"),
         env,
         torch.device("jax"),
+        _default_dtype(torch.float64 if wide else torch.float32),  # of the whole process, so within the lock
     ):
         yield env

@@ -19,6 +19,8 @@ def normalisation(model: TorchModel, module: Any) -> tuple[np.ndarray, np.ndarra
     """
     low, high = (float(v) for v in model.value_range)
     given = model.mean is not None or model.std is not None
+    if given and (model.mean is None or model.std is None):
+        raise ValueError(f"mean {model.mean} and std {model.std} go together: give both")
     config = {} if given else _config_of_timm(module)
     if not (np.isfinite([low, high]).all() and low < high):
         raise ValueError(f"value_range {model.value_range} must be (low, high), such as (0, 1)")
@@ -31,6 +33,8 @@ def normalisation(model: TorchModel, module: Any) -> tuple[np.ndarray, np.ndarra
     if len({len(mean), len(std)} - {1}) > 1:
         raise ValueError(f"mean has {len(mean)} numbers, std {len(std)}: give one for each channel")
     mean, std = np.broadcast_arrays(mean, std)
+    if config:  # timm's are of pixels in [0, 1]
+        mean, std = low + mean * (high - low), std * (high - low)
     assumed = "" if tuple(model.value_range) != TorchModel.value_range else ", torchvision's ToTensor"
     start = f"it takes (N, C, H, W) with pixels in [{low:g}, {high:g}]{assumed},"
     listed = lambda values: ", ".join(f"{v:g}" for v in values)

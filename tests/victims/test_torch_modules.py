@@ -123,6 +123,7 @@ def test_normalisation_is_given_or_found_and_said():
     found = said(TorchModel(module))
     assert found[0].endswith("found in its pretrained_cfg")
     assert "it says that it was made for 8 x 8 pixels" in found
+    assert_same(gradient_of(TorchModel(module, value_range=(0, 255)), IMAGE, LABEL), expected)  # timm's are of [0, 1]
     nothing = TorchModel(module, mean=0, std=1)
     assert_same(gradient_of(nothing, IMAGE, LABEL), of_torch(module, IMAGE[None], [2]))
 
@@ -179,7 +180,8 @@ def test_a_wrapped_module_is_taken_out(wrap, monkeypatch):
     [
         (dict(batch_norm="frozen"), "batch_norm 'frozen' is not known; give running or batch"),
         (dict(value_range=(1, 0)), r"value_range \(1, 0\) must be \(low, high\)"),
-        (dict(std=0), "std 0 must be one number a channel, std above 0"),
+        (dict(mean=0, std=0), "std 0 must be one number a channel, std above 0"),
+        (dict(mean=0.5), "mean 0.5 and std None go together: give both"),
         (dict(mean=(0, 0), std=(1, 1, 1)), "mean has 2 numbers, std 3"),
     ],
 )
@@ -238,12 +240,13 @@ def between(call):
             r"differs from torch's own by 0\.0\d+ of its norm; the first output to differ is that of 2 \(Layer\)",
         ),
         (lambda: between(Rounds.apply), r"no layer's output differs, .* that of 1\.bias is the first that does"),
+        (lambda: between(lambda x: nn.functional.dropout(x, 0.5)), "differs from call to call: it draws at random"),
         (
             lambda: nn.Sequential(nn.Conv2d(3, 4, 1)),
             r"cross-entropy takes logits \(N, classes\); give TorchModel\(\.\.\., loss=\)",
         ),
     ],
-    ids=["torch", "jax", "operation", "value", "derivative", "logits"],
+    ids=["torch", "jax", "operation", "value", "derivative", "random", "logits"],
 )
 def test_what_is_not_torchs_own_gradient_is_refused_with_the_layer(module, words):
     victim, _ = own.module_victim(TorchModel(seeded(module)), 4)
@@ -311,6 +314,19 @@ def test_the_image_is_solved(name):
     entry = {"mlp": "1.bias", "lenet": "5.bias", "vit": "positions"}.get(name, "8.bias")
     assert any(f"its delta is the gradient of {entry}" in line for line in lines), lines
     assert algebra.infer_label(victim.loss, params, leak, SHAPE) == LABEL
+
+
+@pytest.mark.parametrize("frozen", ["0.weight", "0.bias"])
+def test_the_image_is_solved_beside_constants(frozen):
+    """In float64, which torch's convolutions ask of all that they take; tensors that are made on the way included."""
+    net = nn.Sequential(NETS["cnn"](), Layer(lambda x: x + torch.ones(4) @ torch.zeros(4, 4)))
+    next(p for name, p in net.named_parameters() if name == f"0.{frozen}").requires_grad_(False)
+    victim, params = own.module_victim(TorchModel(net), 4)
+    leak = gradient_of(victim.module, IMAGE, LABEL)
+    solution = algebra.solve(victim.loss, params, leak, SHAPE, jnp.asarray(LABEL))
+    assert psnr(solution.image) > 90, solution
+    assert algebra.infer_label(victim.loss, params, leak, SHAPE) == LABEL
+    assert torch.get_default_dtype() == torch.float32
 
 
 def test_a_first_dense_layer_is_found_in_torchs_layout_and_order():
