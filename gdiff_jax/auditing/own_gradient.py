@@ -143,8 +143,10 @@ def _held_against_own(path: str, plan: Plan, spec: Spec, sigma: float, leak: Arr
     if found.is_scaled:
         why = _why(found, spec)
         if update:
-            rate = plan.client.local_learning_rate * found.factor
-            why = f" (cosine {found.cosine:.4f}): the client had another learning rate; say --local_learning_rate={rate:.4g}"
+            rate, steps = plan.client.local_learning_rate, plan.client.local_steps
+            # Of several steps the rate also decides where the later gradients are taken.
+            other = f"; say --local_learning_rate={rate * found.factor:.4g}" if steps == 1 else ""
+            why = f" (cosine {found.cosine:.4f}): the client had another learning rate than {rate:g}{other}"
         raise ConfigError(f"{before} is {found.factor:.4g} times the model's own gradient at the image{why}")
     if len(spec.stages) and fit(leak, bare, sigma).is_own:
         raise ConfigError(
