@@ -264,9 +264,8 @@ def test_an_update_is_given_by_the_weights_at_its_ends(steps, plan_of, tiny_prio
     for name, value in flattened(release).items():
         np.testing.assert_allclose(leak[name], value, atol=1e-5)
     assert "it is the model's own gradient at the image" in capsys.readouterr().out
-    with pytest.raises(
-        ConfigError, match="the client had another learning rate than 0.01" + "; say --local_learning_rate=0.1$" * (steps == 1)):
-    ):
+    other = "the client had another learning rate than 0.01" + "; say --local_learning_rate=0.1$" * (steps == 1)
+    with pytest.raises(ConfigError, match=other):
         plan_of(**given, local_learning_rate=0.01)
     config = audit_config(tiny_prior, "unused", **given)
     what = "1 local step" if steps == 1 else "2 local steps"
