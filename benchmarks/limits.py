@@ -174,7 +174,7 @@ def write(config: LimitConfig, plan: Plan, rows: list[Row], limits: Limits, stor
     told = ", ".join(f"{name} {value:.1f} dB" for name, value in baselines.items())
     parts = [
         f"{words.threat_model(plan)} {config.private.num_images} images, {config.seeds} trials each; {told}.",
-        f"Median PSNR. Van Trees' limit is local to each of the first {config.limit_images} images, and of an attacker who "
+        f"Median PSNR. Van Trees' limit is local to each image, here 0 to {config.limit_images - 1}, and of an attacker who "
         "knows mean and covariance of the images: a better prior may go beyond it.",
         distance_table(config, rows, limits),
     ]

@@ -3,7 +3,8 @@
 A first dense layer's gradient under noise is [u; 1] delta^T + sigma N, u its input. In turns delta is estimated from the image
 and the image from delta, both as posterior means, less what each owes to the noise that it is held against next (Montanari &
 Venkataramanan, Ann. Statist. 2021, arXiv 1711.01682). The image's prior is a diffusion's. That of delta is what the network
-computes at the image found so far: how far this lies from what is measured tells how far it errs [our choice].
+computes at the image found so far: how far this lies from what is measured tells how far it errs [our choice]. At the end
+the scale of the image, which the length of delta decides, is held against the whole gradient.
 """
 
 from __future__ import annotations
