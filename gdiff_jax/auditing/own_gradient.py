@@ -145,8 +145,8 @@ def _held_against_own(path: str, plan: Plan, spec: Spec, sigma: float, leak: Arr
         if update:
             rate, steps = plan.client.local_learning_rate, plan.client.local_steps
             # Of several steps the rate also decides where the later gradients are taken.
-            other = f"; say --local_learning_rate={rate * found.factor:.4g}" if steps == 1 else ""
-            why = f" (cosine {found.cosine:.4f}): the client had another learning rate than {rate:g}{other}"
+            remedy = f"; say --local_learning_rate={rate * found.factor:.4g}" if steps == 1 else ""
+            why = f" (cosine {found.cosine:.4f}): the client had another learning rate than {rate:g}{remedy}"
         raise ConfigError(f"{before} is {found.factor:.4g} times the model's own gradient at the image{why}")
     if len(spec.stages) and fit(leak, bare, sigma).is_own:
         raise ConfigError(
