@@ -116,16 +116,16 @@ def _pictures(record: AuditRecord, trials: Trials, truth: np.ndarray | None, fil
     reconstruction, deviation = by_trial(trials.images), by_trial(trials.deviations)
     png = lambda row: pictures.png(reconstruction[_trial(row)])
     shown = {} if truth is None else {f"truth/{i}": pictures.png(x) for i, x in enumerate(truth[:SHOWN])}
-    both_kinds = len({method in COMBINED for method in record.methods}) > 1
+    both_kinds = truth is not None and len({method in COMBINED for method in record.methods}) > 1
+    # Where the image is not known every leak is one of it, and its attempts are told apart by their seeds.
+    is_kept, place = (_is_shown, "image") if truth is not None else (lambda row: row["seed"] < 2 * SHOWN, "seed")
     for sigma in record.sigmas:
         picks, to_recognise = (summary.attacker_picks(record.at(sigma), recognise) for recognise in (False, True))
-        kept, place = ([row for row in picks if _is_shown(row)], "image")
-        if truth is None:
-            kept, place = [row for row in picks if row["seed"] < 2 * SHOWN], "seed"
+        kept = [row for row in picks if is_kept(row)]
         shown |= {f"found/{sigma!r}/{row[place]}": png(row) for row in kept}
         errors = {row[place]: deviation[_trial(row)] for row in kept if "expected_psnr" in row}
         shown |= {f"deviation/{sigma!r}/{name}": pictures.deviation_png(error) for name, error in errors.items()}
-        if both_kinds and truth is not None:
+        if both_kinds:
             shown |= {f"recognised/{sigma!r}/{row['image']}": png(row) for row in to_recognise if _is_shown(row)}
     shown |= {f"prior/{row['image']}": png(row) for row in record.prior_only if _is_shown(row)}
     return shown | {f"film/{k}": pictures.png(frame) for k, frame in enumerate(film)}

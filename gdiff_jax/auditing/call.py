@@ -211,15 +211,14 @@ def _own_victim(loss: Any, params: Any, first: tuple[Any, Any], y: Any, client: 
     if model is not None:
         need(params is None, "params go with a loss, a torch module has its own: leave them out, module.load_state_dict(...)")
         victim, params = module_victim(model, _classes(y))
-        check_label_range(victim.loss, params, first[0], y)
-        victim = checked_module(victim, first[0].shape, first[1])
-        loss = victim.loss
     else:
         need(params is not None, "params are needed with a loss: the weights that its gradients are of")
         loss = of_one_image(loss, params, *first) if client.group == 1 else loss
-        check_label_range(loss, params, first[0], y)
-    check_loss(loss, params, *first)
-    return (victim, params) if model else own_victim(loss, params, _classes(y))
+        victim, params = own_victim(loss, params, _classes(y))
+    check_label_range(victim.loss, params, first[0], y)
+    victim = checked_module(victim, first[0].shape, first[1])
+    check_loss(victim.loss, params, *first)
+    return victim, params
 
 
 def _classes(y: Any) -> int:
