@@ -11,16 +11,17 @@ from gdiff_jax.matching import GradientMatching, at_full_precision, l2, victim_g
 from gdiff_jax.problem import Problem
 from gdiff_jax.samplers.dpir import Residual
 
-FIRST, RATIO = 0.3, 0.88  # of `samplers.plug_and_play` [our choice, measured]
+FIRST, RATIO = 0.3, 0.88  # of `samplers.plug_and_play`, for an image that a search found [our choice, measured]
 
 
-def refine(problem: Problem, image: jax.Array) -> jax.Array:
+def refine(problem: Problem, image: jax.Array, first: float = FIRST) -> jax.Array:
     """The image to be expected of a ReLU network's equations (`algebra.masks`), near one that a search found.
 
     Args:
       problem: of one image, whose network is a chain of affine layers and ReLUs (`chain_of` says whether it is), under noise
         that the attacker knows; of the mechanism clipping is taken into account and no compression.
       image: (H, W, C), the first estimate.
+      first: about how far it errs in each pixel.
 
     Returns:
       (H, W, C); by `samplers.plug_and_play`.
@@ -39,7 +40,7 @@ def refine(problem: Problem, image: jax.Array) -> jax.Array:
     mean = jnp.broadcast_to(p.expected_image, p.shape)
     last = samplers.last_level(noise, rms)
     return samplers.plug_and_play(
-        image, p.denoise, p.schedule, measured, mean, first=FIRST, last=last, ratio=RATIO, clip=p.clip
+        image, p.denoise, p.schedule, measured, mean, first=first, last=last, ratio=RATIO, clip=p.clip
     )
 
 

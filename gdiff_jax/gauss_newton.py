@@ -41,12 +41,13 @@ _KINKS = {
 _SMOOTH_CALLS = {"logaddexp"}  # with a derivative of their own, though written with a maximum: softplus, log sigmoid
 
 
-def refine(problem: Problem, image: jax.Array) -> jax.Array:
+def refine(problem: Problem, image: jax.Array, first: float = FIRST) -> jax.Array:
     """The image to be expected of a smooth network's gradient, from a first estimate on.
 
     Args:
       problem: of one image, whose loss has no kink (`smooth` says so), under noise that the attacker knows.
       image: (H, W, C), the first estimate, which may be far off.
+      first: about how far it errs in each pixel.
 
     Returns:
       (H, W, C); by `samplers.plug_and_play`.
@@ -60,7 +61,7 @@ def refine(problem: Problem, image: jax.Array) -> jax.Array:
     mean = jnp.broadcast_to(p.expected_image, p.shape)
     last = samplers.last_level(noise, p.leak_rms())
     return samplers.plug_and_play(
-        image, p.denoise, p.schedule, lambda *_: whole, mean, first=FIRST, last=last, ratio=RATIO, clip=p.clip
+        image, p.denoise, p.schedule, lambda *_: whole, mean, first=first, last=last, ratio=RATIO, clip=p.clip
     )
 
 

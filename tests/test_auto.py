@@ -10,7 +10,7 @@ from objectives import float32, random_weights
 
 import gdiff_jax as gd
 from gdiff_jax import expected_masks
-from gdiff_jax.auto import Auto, _preferred
+from gdiff_jax.auto import DOUBT, Auto, _preferred, _weighed
 from gdiff_jax.methods import DSG
 from gdiff_jax.problem import Outcome, Problem
 from gdiff_jax.pytrees import pytree
@@ -134,6 +134,35 @@ def test_more_than_noise_decides():
         np.testing.assert_array_equal(_preferred(problem, IMAGE, other), IMAGE)
     np.testing.assert_array_equal(_preferred(plain, jnp.full(SHAPE, jnp.nan), other), other)
     np.testing.assert_array_equal(_preferred(plain, other, jnp.full(SHAPE, jnp.nan)), other)
+
+
+def test_two_images_are_weighed_by_what_they_explain():
+    """As two Gaussians of that noise would be, tempered; what is not finite has no weight."""
+    plain = problem_of(mlp(SHAPE, CLASSES, widths=(16,)))
+    other = jnp.clip(IMAGE + 0.3, -1, 1)
+    gain = float(distance(plain.match, other)) ** 2 - float(distance(plain.match, IMAGE)) ** 2
+    for log_odds in (1.0, 3.0, 60.0):
+        sigma = jnp.float32((gain / (2 * DOUBT * log_odds)) ** 0.5)
+        problem = problem_of(mlp(SHAPE, CLASSES, widths=(16,)), mechanism=gd.GaussianNoise(sigma), sigma=sigma)
+        share = 1 / (1 + np.exp(-log_odds))
+        np.testing.assert_allclose(_weighed(problem, IMAGE, other), share * IMAGE + (1 - share) * other, atol=1e-5)
+        np.testing.assert_allclose(_weighed(problem, other, IMAGE), share * IMAGE + (1 - share) * other, atol=1e-5)
+    np.testing.assert_array_equal(_weighed(plain, jnp.full(SHAPE, jnp.nan), other), other)
+    np.testing.assert_array_equal(_weighed(plain, other, jnp.full(SHAPE, jnp.nan)), other)
+
+
+def test_a_network_that_is_sure_of_its_labels_is_refined_from_the_mean_of_images():
+    """Where the search ends far off: what leaked of the delta leads to the image, that of the estimate does not."""
+    victim = cnn(SHAPE, CLASSES, channels=(12, 24))
+    params, label = random_weights(victim), jnp.asarray(2)
+    sigma = jnp.float32(1e-4)
+    head = jax.tree.leaves(params)[-1].shape
+    params = jax.tree.map(lambda a: 8 * a if a.shape == head else a, params)
+    leak = release(gd.GaussianNoise(sigma), jax.random.key(9), jax.jit(jax.grad(victim.loss))(params, IMAGE, label))
+    match = gd.GradientMatching(params, label, leak, victim.loss, mechanism=gd.GaussianNoise(sigma))
+    problem = dataclasses.replace(problem_of(victim, sigma=sigma), match=match)
+    image = jax.jit(expected_masks.refine, static_argnames="first")(problem, jnp.zeros(SHAPE), first=1.0)
+    assert jnp.square(image - IMAGE).mean() < 1e-3
 
 
 def test_it_is_said_that_what_could_not_be_solved_is_refined():

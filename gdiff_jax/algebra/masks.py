@@ -22,6 +22,7 @@ from gdiff_jax.algebra.links import Kind
 from gdiff_jax.algebra.structure import Loss, Structure, structure_in_float32
 
 NARROWEST, WIDEST = 5e-4, 0.5  # share of a layer's deviation by which its outputs are taken to err, at least and at most
+UNLIKE = 0.3  # how far, relatively, the features of an estimate mistake the length of a delta [our choice]
 ROUNDING = 1e-6  # of a measured feature and of the gradient, relative to its size, where no noise is larger
 
 
@@ -36,6 +37,7 @@ class ReluChain:
       own: parameters that one layer alone uses.
       head: the kernel of the last layer, where that is dense on the features of the last ReLU as they are: its gradient
         measures them. None where it is not.
+      bias: of the last layer, whose gradient is the delta of the logits. None without one.
     """
 
     below: tuple[Layer, ...]
@@ -43,6 +45,7 @@ class ReluChain:
     top: tuple[Layer, ...]
     own: frozenset[int]
     head: int | None
+    bias: int | None
 
     def forward(self, leaves: Leaves, x: jax.Array) -> list[jax.Array]:
         """What enters each of the layers below, and the logits."""
@@ -80,7 +83,8 @@ def _chain_of(structure: Structure, shapes: tuple[Any, ...]) -> ReluChain | None
     if not any(relu):
         return None
     zeros = [jnp.zeros(*shape) for shape in shapes]
-    return ReluChain(below, relu, top, structure.own, _head(below[-1], zeros, structure.own) if relu[-2] else None)
+    head = _head(below[-1], zeros, structure.own) if relu[-2] else None
+    return ReluChain(below, relu, top, structure.own, head, _bias(below[-1], zeros, structure.own))
 
 
 def _is_relu(layer: Layer) -> bool:
@@ -99,6 +103,16 @@ def _head(layer: Layer, leaves: Leaves, own: frozenset[int]) -> int | None:
     for leaf in own.intersection(layer.leaves):
         gradient, back = jax.vjp(lambda u, leaf=leaf: layer.gradient(leaves, d, u, leaf), u)
         if np.allclose(back(gradient)[0], jnp.vdot(d, d) * u, rtol=1e-4, atol=1e-4):
+            return leaf
+    return None
+
+
+def _bias(layer: Layer, leaves: Leaves, own: frozenset[int]) -> int | None:
+    """The parameter whose gradient is the delta of the layer's output, whatever enters the layer."""
+    rng = np.random.default_rng(0)
+    d, u = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in (layer.out_shape, layer.input_shape))
+    for leaf in own.intersection(layer.leaves):
+        if leaves[leaf].size == d.size and np.allclose(layer.gradient(leaves, d, u, leaf).ravel(), d.ravel(), atol=1e-5):
             return leaf
     return None
 
@@ -134,7 +148,7 @@ def equations_at(
     """
     values = chain.forward(leaves, x)
     squares = [jnp.square(a) if jnp.issubdtype(a.dtype, jnp.floating) else a for a in leaves]
-    d = above = chain.top_delta(leaves, values[-1])
+    d = above = _top_delta(chain, leaves, gradient, sigma, values)
     v, equations = jnp.zeros_like(d), list[Equation]()
     for at in range(len(chain.below) - 1, -1, -1):
         layer, value = chain.below[at], values[at]
@@ -150,6 +164,34 @@ def equations_at(
         v = _pulled_variance(layer, squares, value, v)
         d = layer.pulled_back(leaves, value, d)
     return equations
+
+
+def _top_delta(chain: ReluChain, leaves: Leaves, gradient: Leaves, sigma: jax.Array, values: Sequence[jax.Array]) -> jax.Array:
+    """Of the logits: what leaked of it, shrunk towards that of the estimate by as much of their difference as may be error.
+
+    A network that fits its images well has deltas that an estimate far off has not: with those, the equations below lead to
+    another image. The gradient of the last bias is the delta with all of the noise; that of the last kernel is features times
+    delta, which the features of the estimate sum up to its direction with far less, and to its length as far as they are those
+    of the image. Shrunk is by the positive part of James and Stein's rule [our choice].
+    """
+    expected = chain.top_delta(leaves, values[-1])
+    if chain.bias is None:
+        return expected
+    seen, variance = gradient[chain.bias].reshape(expected.shape), expected.size * jnp.square(sigma)
+    if (leaf := chain.head) is not None:
+        layer = chain.below[-1]
+        u = layer.prepared(values[-2])
+        rows = jnp.vdot(u, u) + 1
+        along = seen + jax.vjp(lambda d: layer.gradient(leaves, d, u, leaf), expected)[1](gradient[leaf])[0]
+        length = jnp.maximum(jnp.sqrt(jnp.vdot(along, along)), 1e-30)
+        line, by_features = along / length, length / rows
+        # The length by the bias and by the features, each by the inverse of its variance.
+        one, other = 1 / jnp.square(sigma), 1 / (jnp.square(UNLIKE * by_features) + jnp.square(sigma) / rows)
+        length = (one * jnp.vdot(line, seen) + other * by_features) / (one + other)
+        seen, variance = line * jnp.maximum(length, 0.0), 1 / (one + other) + variance / rows
+    away = seen - expected
+    square = jnp.vdot(away, away)
+    return expected + jnp.maximum(1 - variance / jnp.where(square > 0, square, 1.0), 0.0) * away
 
 
 def _pulled_variance(layer: Layer, squares: Leaves, value: jax.Array, v: jax.Array) -> jax.Array:
