@@ -16,7 +16,7 @@ TAKEN = "give a .npz, .safetensors, torch .pt or Flax .msgpack file, or an orbax
 _LEGACY_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 _OTHERS = {
     b"\x89HDF": "an HDF5 file of Keras",
-    b"\x93NUMPY": "a .npy, one array without a name",
+    b"\x93NUMPY": "a .npy or what Equinox writes, arrays without names",
 }
 
 
