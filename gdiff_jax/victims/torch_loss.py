@@ -130,25 +130,38 @@ def torch_loss(model: TorchModel) -> TorchLoss:
 def unwrapped(module: Any) -> Any:
     """The module that DataParallel, torch.compile or Opacus wraps."""
     wrappers = {"DataParallel": "module", "DistributedDataParallel": "module", "OptimizedModule": "_orig_mod"}
-    wrappers |= {"GradSampleModule": "_module"}
-    while (inner := wrappers.get(type(module).__name__)) is not None and hasattr(module, inner):
-        module = getattr(module, inner)
+    wrappers |= {"AbstractGradSampleModule": "_module"}
+    while inner := [wrappers[kind.__name__] for kind in type(module).__mro__ if kind.__name__ in wrappers]:
+        if not hasattr(module, inner[0]):
+            break  # of another library, under the same name
+        module = getattr(module, inner[0])
     return module
 
 
 def private(module: Any) -> Any:
-    """A copy on the CPU, in the same modes, without gradients.
+    """A copy on the CPU, in the same modes, without gradients, and without what Opacus hooks into it.
 
     Raises:
       ValueError: where torch cannot copy it.
     """
     try:
-        return copy.deepcopy(module).cpu()
+        copied = copy.deepcopy(module).cpu()
     except Exception as error:  # whatever an attribute of the user's module raises
         text = " ".join(str(error).split())[:200]
         raise ValueError(
             f"the module cannot be copied ({type(error).__name__}: {text}); give one that copy.deepcopy copies"
         ) from None
+    for part in copied.modules():
+        for hooks in (part._forward_hooks, part._backward_hooks):
+            for key in [key for key, hook in hooks.items() if _is_of_opacus(hook)]:
+                del hooks[key]
+    return copied
+
+
+def _is_of_opacus(hook: Any) -> bool:
+    """Whether it collects gradients by sample, for a wrapper that is not there any more."""
+    function = getattr(hook, "func", hook)  # of a partial
+    return str(getattr(function, "__module__", "")).startswith("opacus.")
 
 
 def _tensors(whole: Any) -> Iterator[tuple[str, Any]]:
