@@ -118,8 +118,7 @@ def _fit(flag: str, path: str, plan: Plan, orders: saved_trees.Orders, weights: 
         if (model := _model_of(victim)) is not None:
             from gdiff_jax.victims import torch_files  # of the extra `torch`, which a module needs
 
-            in_order = (params, torch_files.state_of(model.module))
-            tree = saved_trees.fit(path, params, orders, weights=weights, in_order=in_order)
+            tree = saved_trees.fit(path, params, orders, used, weights=weights, module=torch_files.files_of(model.module))
         else:
             tree = saved_trees.fit(path, params, orders, used, weights=weights)
     except ValueError as error:
