@@ -20,7 +20,7 @@ import torchax
 
 from gdiff_jax.modules import Params
 from gdiff_jax.victims.torch_model import TorchModel
-from gdiff_jax.victims.torch_words import described, normalisation
+from gdiff_jax.victims.torch_words import batch_normed, described, normalisation
 
 BATCH_NORM = ("running", "batch")
 _TRACED = threading.RLock()  # a module has one set of tensors, which tracing replaces; leaks are solved in several threads
@@ -105,9 +105,9 @@ def torch_loss(model: TorchModel) -> TorchLoss:
     scale, shift, normalised = normalisation(model, given)
     said = (normalised, *described(model, given))
     module = private(given).float().eval()
-    if model.batch_norm == "batch":
-        for part in module.modules():
-            part.training = isinstance(part, torch.nn.modules.batchnorm._BatchNorm)
+    of_batch = batch_normed(model, given)
+    for name, part in module.named_modules():
+        part.training = name in of_batch
     criterion = private(model.loss) if isinstance(model.loss, torch.nn.Module) else model.loss
     whole = Whole(module, criterion)
     trained = {id(p): name for name, p in module.named_parameters() if p.requires_grad}
