@@ -140,7 +140,11 @@ def _with_weights(plan: Plan, model: Model, orders: saved_trees.Orders) -> Plan:
     if _model_of(plan.victims[state.name]) is not None:
         return _with_state_dict(plan, model, orders)
     params = _fit("weights", model.weights, plan, orders, True)
-    plan = dataclasses.replace(plan, params={state: params}, identity=_with_hash(plan, weights=modules.digest(params)))
+    digest, trained = modules.digest(params), plan.identity["sha256"]["trained_victims"]
+    # In place of those that the function made, at random perhaps.
+    hashes = {name: digest if name == f"{state.name}/{state.training_steps}" else value for name, value in trained.items()}
+    identity = _with_hash(plan, weights=digest, trained_victims=hashes)
+    plan = dataclasses.replace(plan, params={state: params}, identity=identity)
     victim = plan.victims[state.name]
     if is_own(state.name) and plan.images_known:
         first = first_leak((plan.images, plan.labels), plan.client.group)
