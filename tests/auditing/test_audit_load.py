@@ -258,7 +258,9 @@ def test_weights_drawn_at_random_go_on_only_from_a_file(monkeypatch, tiny_prior,
     usual = dict(victim=f"{tmp_path / 'random_model.py'}:drawn", num_images=1)
     again = lambda out, **changes: audit_named(audit_config(tiny_prior, tmp_path / out, **usual, **changes))
     again("drawn")
-    words = r"holds another configuration .* where weights are drawn at random at each call, seed them, .*--weights does, or give another"
+    words = (
+        r"holds another configuration .* where weights are drawn at random at each call, seed them, .* --weights does, or give"
+    )
     with pytest.raises(ConfigError, match=words):
         again("drawn")
     with pytest.raises(ConfigError, match=r"holds another configuration \(.*\); give another folder"):

@@ -18,7 +18,8 @@ import gdiff_jax.victims
 from gdiff_jax.auditing import load
 from gdiff_jax.auditing.load import audit_named
 from gdiff_jax.errors import ConfigError
-from gdiff_jax.victims import TorchModel, own
+from gdiff_jax.sweeping.records import Store
+from gdiff_jax.victims import TorchModel, own, torch_checks
 
 MODULES = torch_modules.__file__
 VICTIM = f"{MODULES}:normed"
@@ -110,15 +111,19 @@ def test_a_list_in_another_order_is_refused(plan_of, gradient, tmp_path):
         plan_of(gradient=str(tmp_path / "leak.pt"), flattened=("8.weight:24x8x8",))
 
 
-def test_weights_are_a_state_dict_with_its_buffers(plan_of, tiny_prior, tmp_path, capsys):
+def test_weights_are_a_state_dict_with_its_buffers(plan_of, tiny_prior, tmp_path, capsys, monkeypatch):
     """The gradient is that of the file's weights and statistics, which are not those that the function makes."""
     module = torch_modules.normed()
     module[1].running_mean -= 0.4
     torch.save({"model": {f"module.{name}": value for name, value in module.state_dict().items()}}, tmp_path / "weights.pt")
     torch.save(list(gradient_of(module, tiny_prior)), tmp_path / "leak.pt")
     other = plan_of()
+    checked = []
+    check = torch_checks.check_gradient
+    monkeypatch.setattr(torch_checks, "check_gradient", lambda *arguments: checked.append(check(*arguments)) or checked[-1])
     plan = plan_of(weights=str(tmp_path / "weights.pt"), gradient=str(tmp_path / "leak.pt"), label=0)
     assert "--gradient: it is the model's own gradient at the image" in capsys.readouterr().out
+    assert len(checked) == 1  # of the file's weights alone
     ((_, params),) = plan.params.items()
     for key, value in module.named_parameters():
         np.testing.assert_array_equal(params[key], value.detach())
@@ -171,6 +176,15 @@ def test_without_torchax_the_extra_is_named(plan_of, monkeypatch):
         ConfigError, match=r'torch and torchax of versions that go together .*; pip install "gdiff-jax\[torch\]"'
     ):
         plan_of()
+
+
+def test_a_module_that_is_not_seeded_is_gone_on_with_by_its_weights(plan_of, tmp_path):
+    torch.save(torch_modules.normed().state_dict(), tmp_path / "weights.pt")
+    identities = [plan_of(**files).identity for files in ({}, {}, *[dict(weights=str(tmp_path / "weights.pt"))] * 2)]
+    Store(tmp_path / "drawn", identities[0]).open()
+    with pytest.raises(ConfigError, match=r"at random at each call, seed them, as by torch\.manual_seed\(0\), or load"):
+        Store(tmp_path / "drawn", identities[1])
+    assert identities[2] == identities[3]
 
 
 # What has no gradient, or more names than one
