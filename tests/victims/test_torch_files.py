@@ -147,6 +147,26 @@ def test_an_update_is_given_by_two_state_dicts(plan_of, module, gradient, tmp_pa
         np.testing.assert_allclose(plan.leak[key], value, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("options", "rate", "decay"),
+    [(dict(momentum=0.9), 0.1, 0), (dict(momentum=0.9, nesterov=True), 0.19, 0), (dict(weight_decay=0.01), 0.1, 0.01)],
+    ids=["momentum", "Nesterov", "weight decay"],
+)
+def test_an_optimiser_leaves_in_one_step_what_the_page_says(options, rate, decay, plan_of, gradient, tmp_path):
+    torch.manual_seed(0)
+    module = torch_modules.normed()
+    before = named(module, [p.detach().clone() for p in module.parameters()])
+    torch.save(module.state_dict(), tmp_path / "before.pt")
+    for parameter, tensor in zip(module.parameters(), gradient, strict=True):
+        parameter.grad = tensor.clone()
+    torch.optim.SGD(module.parameters(), 0.1, **options).step()
+    torch.save(module.state_dict(), tmp_path / "after.pt")
+    files = dict(weights=str(tmp_path / "before.pt"), gradient=str(tmp_path / "after.pt"))
+    leak = plan_of(**files, update=True, local_learning_rate=rate, label=0).leak
+    for key, value in named(module, gradient).items():
+        np.testing.assert_allclose(leak[key], value + decay * before[key], atol=1e-5)
+
+
 def test_a_file_may_return_a_module_and_its_image_is_solved(tiny_prior, tmp_path, attacks_alone, capsys):
     """From a module and pictures to a verdict, of a network whose structure is found."""
     changes = dict(victim=f"{MODULES}:mlp", mechanism="none", methods=("auto",), num_images=1)
