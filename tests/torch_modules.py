@@ -71,3 +71,21 @@ class Awkward(nn.Module):
 class Output:
     def __init__(self, logits):
         self.logits = logits
+
+
+class Mixed(nn.Module):
+    """What has no gradient of its own, between layers that have: one frozen, one unused, and one tied to another."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(768, 12)
+        self.frozen = nn.Linear(12, 12).requires_grad_(False)
+        self.unused = nn.Linear(12, 5)
+        self.second = nn.Linear(12, 12, bias=False)
+        self.tied = nn.Linear(12, 12)
+        self.tied.weight = self.second.weight
+        self.head = nn.Linear(12, 10)
+
+    def forward(self, x):
+        x = self.frozen(torch.tanh(self.first(x.flatten(1))))
+        return self.head(torch.tanh(self.tied(torch.tanh(self.second(x)))))

@@ -38,7 +38,15 @@ from gdiff_jax.sweeping.run import run_trials
 from gdiff_jax.victims import Victim
 from gdiff_jax.victims.checks import check_gradients, check_loss, of_one_image
 from gdiff_jax.victims.label_range import check_label_range
-from gdiff_jax.victims.own import OwnVictim, checked_module, find_first_dense, fingerprint, module_victim, own_victim
+from gdiff_jax.victims.own import (
+    OwnVictim,
+    check_call,
+    checked_module,
+    find_first_dense,
+    fingerprint,
+    module_victim,
+    own_victim,
+)
 from gdiff_jax.victims.torch_model import TorchModel, as_model
 
 if TYPE_CHECKING:
@@ -212,6 +220,7 @@ def _own_victim(loss: Any, params: Any, first: tuple[Any, Any], y: Any, client: 
         need(params is None, "params go with a loss, a torch module has its own: leave them out, module.load_state_dict(...)")
         victim, params = module_victim(model, _classes(y))
     else:
+        check_call(loss)
         need(params is not None, "params are needed with a loss: the weights that its gradients are of")
         loss = of_one_image(loss, params, *first) if client.group == 1 else loss
         victim, params = own_victim(loss, params, _classes(y))

@@ -89,8 +89,8 @@ def _load_plan(config: AuditConfig, sweep: SweepConfig) -> Plan:
         orders = saved_trees.parse_orders(config.model.flattened)
     except ValueError as error:
         raise ConfigError(f"--flattened: {error}") from None
-    plan = inputs.load(sweep, config.images_known)
-    if config.model.weights:
+    plan = inputs.load(sweep, config.images_known, partial(_with_state_dict, config.model, orders))
+    if config.model.weights and _model_of(plan.victims[audited(plan)[0].name]) is None:
         plan = _with_weights(plan, config.model, orders)
     if config.model.gradient:
         plan = _with_gradient(plan, config, orders)
@@ -118,8 +118,7 @@ def _fit(flag: str, path: str, plan: Plan, orders: saved_trees.Orders, weights: 
         if (model := _model_of(victim)) is not None:
             from gdiff_jax.victims import torch_files  # of the extra `torch`, which a module needs
 
-            in_order = (params, torch_files.state_of(model.module))
-            tree = saved_trees.fit(path, params, orders, weights=weights, in_order=in_order)
+            tree = saved_trees.fit(path, params, orders, used, weights=weights, module=torch_files.files_of(model.module))
         else:
             tree = saved_trees.fit(path, params, orders, used, weights=weights)
     except ValueError as error:
@@ -138,10 +137,12 @@ def _with_hash(plan: Plan, **hashes: Any) -> dict[str, Any]:
 
 def _with_weights(plan: Plan, model: Model, orders: saved_trees.Orders) -> Plan:
     state, _ = audited(plan)
-    if _model_of(plan.victims[state.name]) is not None:
-        return _with_state_dict(plan, model, orders)
     params = _fit("weights", model.weights, plan, orders, True)
-    plan = dataclasses.replace(plan, params={state: params}, identity=_with_hash(plan, weights=modules.digest(params)))
+    digest, trained = modules.digest(params), plan.identity["sha256"]["trained_victims"]
+    # In place of those that the function made, at random perhaps.
+    hashes = {name: digest if name == f"{state.name}/{state.training_steps}" else value for name, value in trained.items()}
+    identity = _with_hash(plan, weights=digest, trained_victims=hashes)
+    plan = dataclasses.replace(plan, params={state: params}, identity=identity)
     victim = plan.victims[state.name]
     if is_own(state.name) and plan.images_known:
         first = first_leak((plan.images, plan.labels), plan.client.group)
@@ -149,24 +150,17 @@ def _with_weights(plan: Plan, model: Model, orders: saved_trees.Orders) -> Plan:
     return plan
 
 
-def _with_state_dict(plan: Plan, model: Model, orders: saved_trees.Orders) -> Plan:
-    """Of a torch module: its buffers are weights too, and its loss another one with others."""
+def _with_state_dict(model: Model, orders: saved_trees.Orders, victim: OwnVictim, params: Any) -> tuple[OwnVictim, Any]:
+    """Of a torch module, before anything is asked of it: its buffers are weights too, and its loss another one with others."""
+    if not model.weights or victim.module is None:
+        return victim, params
     from gdiff_jax.victims import torch_files  # of the extra `torch`, which a module needs
 
-    state, _ = audited(plan)
-    victim: Any = plan.victims[state.name]
     need(not orders, f"--flattened {next(iter(orders), '')}: a torch module's files have its own order; leave it away")
     try:
-        loaded = torch_files.with_weights(victim.module, model.weights)
+        return module_victim(torch_files.with_weights(victim.module, model.weights), victim.num_classes)
     except ValueError as error:
         raise ConfigError(f"--weights: {error}") from None
-    victim, params = module_victim(loaded, victim.num_classes)
-    images = plan.images if plan.images_known else np.zeros_like(plan.images)
-    victim, loss = inputs.checked_own(state.name, victim, params, images, plan.labels, plan.client.group)
-    # In place of those of the weights that the function made, at random perhaps.
-    hashes = {f"{state.name} loss": loss, f"{state.name}/{state.training_steps}": modules.digest(params)}
-    identity = _with_hash(plan, trained_victims=hashes)
-    return dataclasses.replace(plan, victims={state.name: victim}, params={state: params}, identity=identity)
 
 
 def _with_gradient(plan: Plan, config: AuditConfig, orders: saved_trees.Orders) -> Plan:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -38,10 +39,14 @@ def parse_mechanisms(texts: tuple[str, ...]) -> dict[str, mechanism_text.Spec]:
         raise ConfigError(f"--mechanisms: {error}") from None
 
 
-def load(config: SweepConfig, images_known: bool = True) -> Plan:
+Weighted = Callable[[own.OwnVictim, Any], tuple[own.OwnVictim, Any]]
+
+
+def load(config: SweepConfig, images_known: bool = True, weighted: Weighted = lambda victim, params: (victim, params)) -> Plan:
     """Loads and checks what `config` names.
 
-    Without `images_known` one image of unknown pixels, nan, stands for the private ones.
+    Without `images_known` one image of unknown pixels, nan, stands for the private ones. A victim of the user's own and its
+    weights are what `weighted` makes of them.
 
     Raises:
       ConfigError: with the value and the remedy, for the first thing that cannot be used.
@@ -55,7 +60,7 @@ def load(config: SweepConfig, images_known: bool = True) -> Plan:
     data = load_private(config.private, config.prior.prior, shape) if images_known else _unknown_image(config.private, shape)
     images, labels = image_files.to_model(data.images), np.asarray(data.labels)
     group = config.client.group
-    victims, own_params, hashes = _load_victims(config.victims.victims, classes, group, images, labels)
+    victims, own_params, hashes = _load_victims(config.victims.victims, classes, group, images, labels, weighted)
     calibrated = not checks.hindrances(
         METHODS["calibrated-mean"], config.attacker, config.client, config.attacks.distance, mechanisms
     )
@@ -164,7 +169,7 @@ def _unknown_image(private: PrivateImages, shape: tuple[int, int, int]) -> image
 
 
 def _load_victims(
-    names: tuple[str, ...], num_classes: int, group: int, images: np.ndarray, labels: np.ndarray
+    names: tuple[str, ...], num_classes: int, group: int, images: np.ndarray, labels: np.ndarray, weighted: Weighted
 ) -> tuple[dict[str, Victim | own.OwnVictim], dict[str, Any], dict[str, str]]:
     """Victims by name; the weights of those of the user's own, checked at an image or a group; hashes of their losses."""
     victims: dict[str, Victim | own.OwnVictim] = {}
@@ -174,7 +179,7 @@ def _load_victims(
         name = shown(given)  # in records; only the file itself is found by bytes that are not UTF-8
         try:
             if own.is_own(name):
-                victim, params[name] = own.load_own(given, num_classes)
+                victim, params[name] = weighted(*own.load_own(given, num_classes))
                 victim, hashes[f"{name} loss"] = checked_own(name, victim, params[name], images, labels, group)
                 for line in victim.said if processes.is_first() else ():
                     say(f"victim {name}: {line}")

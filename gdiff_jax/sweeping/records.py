@@ -33,6 +33,11 @@ Row = dict[str, Any]
 # Raised with what a chunk holds, or what a method does: no run goes on from records that would not be its own.
 VERSION = 4
 
+DRAWN = (
+    "where weights are drawn at random at each call, seed them, as by torch.manual_seed(0), or load them from a file, as an "
+    "audit's --weights does"
+)
+
 
 def strict_json(value: Any) -> str:
     """Strict JSON: a number that is not finite becomes null, a byte of a path that is not UTF-8 is escaped."""
@@ -55,6 +60,17 @@ def _digest(*parts: bytes) -> str:
     for part in parts:
         sha.update(len(part).to_bytes(8, "little") + part)
     return sha.hexdigest()
+
+
+def _differ_in_weights(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether nothing but the weights of models of the user's own differ, and what follows from them."""
+    settings = lambda identity: {name: value for name, value in identity.items() if name != "sha256"}
+    hashes = lambda identity: {**identity.get("sha256", {}), **identity.get("sha256", {}).get("trained_victims", {})}
+    ours, theirs = hashes(one), hashes(other)
+    differ = {name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)} - {"trained_victims"}
+    weights = {name for name in differ if name == "params" or (":" in name and not name.endswith(" loss"))}
+    losses = {name for name in differ if name == "loss" or (":" in name and name.endswith(" loss"))}  # buffers are constants
+    return settings(one) == settings(other) and bool(weights) and differ == weights | losses
 
 
 class MemoryStore:
@@ -128,7 +144,8 @@ class Store:
             elif not intact:
                 raise ConfigError(f"{folder}: its manifest.json cannot be read or was altered; give another folder")
             else:
-                raise ConfigError(f"{folder} holds another configuration ({other}); give another folder")
+                remedy = f"{DRAWN}, or give" if _differ_in_weights(theirs, self.identity) else "give"
+                raise ConfigError(f"{folder} holds another configuration ({other}); {remedy} another folder")
         elif folder.exists() and (not folder.is_dir() or self._is_of_something_else()):
             raise ConfigError(f"{folder} exists and is not a sweep's output; give another folder")
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 _TORCH = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
 # What torch's wrappers put between the names of layers; at the front any word may stand.
 _WRAPPERS = {"module", "_module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+
+Tied = Mapping[str, Sequence[str]]  # of a parameter the other names that it has
 
 
 class Match(NamedTuple):
@@ -35,21 +37,21 @@ def torch_name(name: str) -> str:
     return f"{stem}.{_TORCH.get(leaf, leaf)}".removeprefix(".")
 
 
-def matches(expected: Iterable[str], found: Iterable[str]) -> list[Match]:
+def matches(expected: Iterable[str], found: Iterable[str], tied: Tied | None = None) -> list[Match]:
     """All readings in which every parameter has an array; the same arrays are read in one way only."""
     readings: dict[frozenset[str], Match] = {}
-    for reading in _readings(list(expected), list(found)):
+    for reading in _readings(list(expected), list(found), tied or {}):
         if len(set(reading.names.values())) == len(list(expected)):  # each its own
             readings.setdefault(frozenset(reading.names.values()), reading)
     return list(readings.values())
 
 
-def closest(expected: Iterable[str], found: Iterable[str]) -> Match:
+def closest(expected: Iterable[str], found: Iterable[str], tied: Tied | None = None) -> Match:
     """The reading in which the fewest parameters lack an array."""
-    return max(_readings(list(expected), list(found)), key=lambda match: len(match.names))
+    return max(_readings(list(expected), list(found), tied or {}), key=lambda match: len(match.names))
 
 
-def _readings(expected: list[str], found: list[str]) -> Iterable[Match]:
+def _readings(expected: list[str], found: list[str], tied: Tied) -> Iterable[Match]:
     ours, theirs = _plain(expected), _plain(found)
     for wrapped, change in ((False, lambda name: name), (True, _unwrapped)):
         if wrapped and not any(_WRAPPERS & set(name.split(".")) for name in [*ours, *theirs]):
@@ -62,8 +64,9 @@ def _readings(expected: list[str], found: list[str]) -> Iterable[Match]:
             for start in _common_prefixes(ours):
                 names = {}
                 for name, original in ours.items():
-                    short = change(name[len(start) :].removeprefix("."))
-                    array = by_name.get(short, by_name.get(torch_name(short)))
+                    called = [name, *(other for other in tied.get(original, ()) if _is_below(other, start))]
+                    shorts = [change(one[len(start) :].removeprefix(".")) for one in called]
+                    array = next((by_name[one] for one in (*shorts, torch_name(shorts[0])) if one in by_name), None)
                     if array is not None:
                         names[original] = theirs[array]
                 used = set(names.values())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import inspect
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -22,6 +23,7 @@ from gdiff_jax.victims.checks import gradient_at
 from gdiff_jax.victims.torch_model import TorchModel
 
 EXTRA = 'pip install "gdiff-jax[torch]"'
+MODELS = "docs/jax_models.md has a file for each of Flax, Equinox and Haiku"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,13 +52,16 @@ def own_victim(loss: Loss, params: Any, num_classes: int) -> tuple[OwnVictim, Pa
     The `.value` of NNX's variables is left out of the paths.
 
     Raises:
-      ValueError: naming what among the params is no array, or has the path of another.
+      ValueError: naming what among the params is no array, not trained, or has the path of another; or a loss that is none.
     """
+    check_call(loss)
+    _check_trained(params)
     leaves, structure = jax.tree.flatten_with_path(params)
     names = [_name(path) for path, _ in leaves]
     for name, (_, leaf) in zip(names, leaves, strict=True):
         if not hasattr(leaf, "dtype"):
-            raise ValueError(f"params.{name} is a {type(leaf).__name__}, not an array; leave it to loss")
+            how = ", as equinox.partition(model, equinox.is_inexact_array) does" if callable(leaf) else ""
+            raise ValueError(f"params.{name} is a {type(leaf).__name__}, not an array; leave it to loss{how}")
     if len(set(names)) < len(names):
         raise ValueError(f"two arrays of params have the same path; rename one of {', '.join(names[:9])}")
 
@@ -65,6 +70,27 @@ def own_victim(loss: Loss, params: Any, num_classes: int) -> tuple[OwnVictim, Pa
 
     flat = {n: jnp.asarray(leaf) for n, (_, leaf) in zip(names, leaves, strict=True)}
     return OwnVictim(flat_loss, num_classes), at_least_float32(flat)
+
+
+def check_call(loss: Any) -> None:
+    """ValueError where something cannot be called as `loss(params, x, y)`: a model of Flax, say, takes x alone."""
+    try:
+        inspect.signature(loss).bind("params", "x", "y")
+    except TypeError:
+        raise ValueError(f"loss is of the type {type(loss).__name__}, which takes no (params, x, y); {MODELS}") from None
+    except ValueError:  # some builtins do not tell what they take
+        pass
+
+
+def _check_trained(params: Any) -> None:
+    """ValueError where a BatchNorm's statistics of Flax lie among the params: floats, of which no gradient leaks."""
+    is_one = lambda node: type(node).__name__ == "BatchStat"  # of NNX; Linen has a collection of them
+    for path, node in jax.tree.leaves_with_path(params, is_leaf=is_one):
+        if is_one(node) or getattr(path[0] if path else None, "key", None) == "batch_stats":
+            raise ValueError(
+                f"params.{_name(path)} is a BatchNorm's statistic, of which no gradient leaks; leave it to loss, as "
+                "nnx.split(model, nnx.Param, ...) or variables['params'] does"
+            )
 
 
 def module_victim(model: TorchModel, num_classes: int) -> tuple[OwnVictim, Params]:
@@ -122,9 +148,10 @@ def load_own(name: str, num_classes: int) -> tuple[OwnVictim, Params]:
         except (Exception, SystemExit) as error:  # whatever the user's function raises
             raise ValueError(f"victim {name!r}: {attribute}() failed ({type(error).__name__}: {error})") from error
     model = torch_model.as_model(returned)
-    if model is None and not (isinstance(returned, tuple) and len(returned) == 2 and callable(returned[0])):
+    if model is None and not (type(returned) is tuple and len(returned) == 2 and callable(returned[0])):  # no pair of Haiku's
         raise ValueError(
-            f"victim {name!r}: {attribute}() must return (loss, params), a function and a pytree of arrays, or a torch module"
+            f"victim {name!r}: {attribute}() must return (loss, params), a function and a pytree of arrays, or a torch module, "
+            f"and no {type(returned).__name__}; {MODELS}"
         )
     try:
         return module_victim(model, num_classes) if model else own_victim(returned[0], returned[1], num_classes)

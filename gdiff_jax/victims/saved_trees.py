@@ -10,19 +10,32 @@ rows are (H, W, C), and no file says so: where a dense layer's input is no other
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from gdiff_jax import files, tensor_files
 from gdiff_jax.modules import Params
-from gdiff_jax.victims import layouts, names
+from gdiff_jax.victims import layouts, names, unnamed
 from gdiff_jax.victims.tree_files import Tree, read
 from gdiff_jax.victims.uses import Use, Uses
 
+FROZEN = "what the client does not train is to be frozen in the victim, by requires_grad_(False) in a torch module"
+
 Orders = dict[str, tuple[int, int, int] | None]  # by a dense kernel's name: (C, H, W); None: rows as they are
+
+
+class OfModule(NamedTuple):
+    """What a torch module tells of its files, which have its own layouts.
+
+    Attributes:
+      trees: arrays by name, in whose order arrays without names may be: what is trained, all parameters, the state dict.
+      tied: of a parameter the other names that it has.
+    """
+
+    trees: tuple[Mapping[str, Any], ...]
+    tied: names.Tied
 
 
 class _Unknown(Exception):
@@ -56,18 +69,21 @@ def fit(
     uses: Callable[[], Uses] | None = None,
     *,
     weights: bool = False,
-    in_order: Sequence[Mapping[str, Any]] = (),
+    module: OfModule | None = None,
     say: Callable[[str], None] = files.say,
 ) -> dict[str, np.ndarray]:
     """The file's arrays as the parameters `expected`, each used once, in float32.
+
+    None in a gradient's place is zero where the loss does not use the parameter, and refused where it does.
 
     Args:
       path: of a file that `tree_files.read` reads.
       expected: the victim's parameters.
       orders: of rows that torch flattened.
-      uses: what the victim's loss does with each, asked only where layouts may differ; without, names alone tell layouts.
+      uses: what the victim's loss does with each, asked only where layouts may differ, or a gradient is None; without, names
+        alone tell layouts.
       weights: whether weights are meant, and not what an optimiser keeps of the same shapes.
-      in_order: of a torch module, whose layouts its files have: trees in whose order arrays without names may be.
+      module: what is known of a torch module's files.
       say: takes a line of what was taken off names or left aside.
 
     Raises:
@@ -75,18 +91,22 @@ def fit(
         that must be told.
     """
     tree = read(path)
+    if weights:
+        tree = tree._replace(nones=())
     unknown = [name for name in orders if name not in expected]
     if unknown:
         raise ValueError(f"flattened {unknown[0]}: the victim has no such array; it has {', '.join(expected)}")
-    if in_order and orders:
+    if module and orders:
         raise ValueError(f"flattened {next(iter(orders))}: a torch module's files have its own order; leave it away")
-    found = _named(path, tree, expected, weights, in_order, say)
-    of_torch = {name for name, original in found.items() if _leaf(original) == "weight" and not in_order}
-    used = uses() if uses and of_torch else {}
-    arrays = [_Array(name, tree.arrays[found[name]], expected[name], used.get(name)) for name in expected]
+    found = _named(path, tree, expected, weights, module, say)
+    none = [name for name in expected if found[name] in tree.nones]
+    of_torch = {name for name, original in found.items() if _leaf(original) == "weight" and not module}
+    used = uses() if uses and (of_torch or none) else {}
+    arrays = [_Array(name, tree.arrays[found[name]], expected[name], used.get(name)) for name in expected if name not in none]
     told = layouts.is_torchs([a.layouts for a in arrays if a.name in of_torch and _leaf(a.name) == "weight"])
-    problems: dict[str, list[str]] = {}
-    fitted = {}
+    in_use = [name for name in none if used.get(name, True)]
+    problems = {"None, though the loss uses it": in_use} if in_use else {}
+    fitted = {name: np.zeros(expected[name].shape, np.float32) for name in none}
     for array in arrays:
         name, order = array.name, orders.get(array.name, ...)
         try:
@@ -103,8 +123,11 @@ def fit(
             kind, text = error.args
             problems.setdefault(kind, []).append(text)
     if problems:
-        raise ValueError(f"{path} does not fit the victim; {tensor_files.listed(problems)}")
-    return fitted
+        remedy = f"; {FROZEN}" if in_use else ""
+        raise ValueError(f"{path} does not fit the victim; {tensor_files.listed(problems)}{remedy}")
+    if none:
+        say(f"{path}: None is a gradient of zero of what the loss does not use: {', '.join(none)}")
+    return {name: fitted[name] for name in expected}
 
 
 class _Array(NamedTuple):
@@ -158,32 +181,41 @@ def _named(
     tree: Tree,
     expected: Params,
     weights: bool,
-    in_order: Sequence[Mapping[str, Any]],
+    module: OfModule | None,
     say: Callable[[str], None],
 ) -> dict[str, str]:
-    """Of each parameter the name of its array in the file."""
+    """Of each parameter the name of its array, or of its None, in the file."""
+    trees, tied = module or OfModule((expected,), {})
+    there = [*tree.arrays, *tree.nones]
     of_optimiser = lambda match: weights and any(part.startswith("opt") for part in match.prefix.split("."))
-    found = [match for match in names.matches(expected, tree.arrays) if not of_optimiser(match)]
+    found = [match for match in names.matches(expected, there, tied) if not of_optimiser(match)]
     if len(found) > 1:
         several = ", ".join(match.prefix or "the top" for match in found)
         raise ValueError(f"{path} holds several trees that fit the victim ({several}): save the one that is meant alone")
-    unnamed = None if found else _in_order(path, tree, in_order) if in_order else _unnamed(path, tree, expected)
-    if unnamed:
-        say(f"{path}: arrays without names are taken in the order of the victim's, which their shapes confirm")
-        return {name: unnamed[name] for name in expected}
-    match = found[0] if found else names.closest(expected, tree.arrays)
+    ordered = None if found else unnamed.in_order(path, tree, trees, module is not None)
+    if ordered:
+        more = [name for name, place in ordered.items() if name not in expected and place in tree.arrays]
+        rest = f"; {tensor_files.listed({'left aside': more})}" if more else ""
+        say(f"{path}: arrays without names are taken in the order of the victim's, which their shapes confirm{rest}")
+        return {name: ordered[name] for name in expected}
+    match = found[0] if found else names.closest(expected, there, tied)
     missing = [n if (t := names.torch_name(n)) == n else f"{n} or {t}" for n in expected if n not in match.names]
     below = [name for name in tree.others if match.prefix and name.startswith(f"{match.prefix}.")]
     arrays = list(match.names.values())
     shared = [name for name, array in match.names.items() if arrays.count(array) > 1]
-    known = {name for one in in_order for name in one}  # a module's buffers, which have no gradient, may lie beside
-    buffers = [name for name in match.left if name.removeprefix(f"{match.prefix}.") in known]
-    left = sorted({*match.left, *below}.difference(buffers))
-    problems = {"missing": missing, "one array for several": shared, "not of the victim": left}
+    # What has no gradient may lie beside: a module's buffers, what it does not train, and a tied parameter's other names.
+    short = {name: name.removeprefix(f"{match.prefix}.") for name in match.left}
+    aside = [name for name in match.left if name in tree.nones or any(short[name] in one for one in trees)]
+    left = sorted({*match.left, *below}.difference(aside))
+    first = {other: match.names.get(name) for name, others in tied.items() for other in others}
+    twins = {name: one for name in aside if (one := first.get(short[name])) is not None}
+    unequal = [f"{name}, {one}" for name, one in twins.items() if not _is_equal(tree, name, one)]
+    problems = {"missing": missing, "one array for several": shared, "tied, but not equal": unequal, "not of the victim": left}
     if any(problems.values()):
         remedy = "save the victim's parameters alone, under their names"
         raise ValueError(f"{path} does not fit the victim; {tensor_files.listed(problems)}; {remedy}")
-    beside = [*match.beside, *buffers, *(name for name in tree.others if name not in below)]
+    aside = [name for name in aside if name not in twins]
+    beside = [*match.beside, *aside, *(name for name in tree.others if name not in below)]
     if beside:
         under = f"the arrays under {match.prefix} are taken" if match.prefix else "its arrays are taken"
         say(f"{path}: {under}, {tensor_files.listed({'left aside': beside})}")
@@ -193,42 +225,10 @@ def _named(
     return match.names
 
 
-def _unnamed(path: str, tree: Tree, expected: Params) -> dict[str, str] | None:
-    """Arrays in the order of `jax.tree.leaves`, where shapes leave no other; None where arrays have names."""
-    numbers = [name.removeprefix("arr_") for name in tree.arrays]
-    if not all(number.isdigit() for number in numbers):
-        return None
-    ordered = sorted(tree.arrays, key=lambda name: int(name.removeprefix("arr_")))
-    shapes, ours = [tree.arrays[name].shape for name in ordered], [value.shape for value in expected.values()]
-    by_torch = "torch.save({n: g for (n, _), g in zip(model.named_parameters(), grads)}, 'leak.pt')"
-    # A matrix or kernel that is not square shows whose layout it is.
-    uneven = any(len(shape) > 1 and shape != shape[::-1] for shape in ours)
-    if tree.is_torch or shapes != ours or len(set(ours)) < len(ours) or not uneven:
-        raise ValueError(
-            f"{path} is a list of {len(shapes)} arrays without names, and shapes do not tell which is which; save them by the "
-            f"parameters' names, such as {by_torch}, or numpy.savez with names"
-        )
-    return dict(zip(expected, ordered, strict=True))
-
-
-def _in_order(path: str, tree: Tree, trees: Sequence[Mapping[str, Any]]) -> dict[str, str] | None:
-    """Arrays in the order of one of the trees, which their shapes confirm; None where arrays have names."""
-    numbers = [re.fullmatch(r"(.*\.)?(?:arr_)?(\d+)", name) for name in tree.arrays]
-    if not all(numbers) or len({n and n[1] for n in numbers}) > 1:
-        return None
-    ordered = [name for _, name in sorted((int(n[2]), n[0]) for n in numbers if n)]
-    shapes = [tree.arrays[name].shape for name in ordered]
-    for one in trees:
-        if [np.shape(value) for value in one.values()] == shapes:
-            return dict(zip(one, ordered, strict=True))
-    ours = {name: np.shape(value) for name, value in trees[0].items()}
-    differ = [
-        f" (a {shape} for {name} {own})" for shape, (name, own) in zip(shapes, ours.items(), strict=False) if shape != own
-    ]
-    raise ValueError(
-        f"{path} is a list of {len(shapes)} arrays without names, and not of the module's {len(ours)} parameters in their order"
-        f"{differ[0] if differ else ''}; save [p.grad for p in module.parameters()], or arrays by name"
-    )
+def _is_equal(tree: Tree, name: str, other: str) -> bool:
+    if name in tree.nones or other in tree.nones:
+        return name in tree.nones and other in tree.nones
+    return np.array_equal(tree.arrays[name], tree.arrays[other])
 
 
 def _as_floats(name: str, value: np.ndarray, target: Any) -> np.ndarray:

@@ -20,7 +20,7 @@ import torchax
 
 from gdiff_jax.modules import Params
 from gdiff_jax.victims.torch_model import TorchModel
-from gdiff_jax.victims.torch_words import described, normalisation
+from gdiff_jax.victims.torch_words import batch_normed, described, normalisation
 
 BATCH_NORM = ("running", "batch")
 _TRACED = threading.RLock()  # a module has one set of tensors, which tracing replaces; leaks are solved in several threads
@@ -105,9 +105,9 @@ def torch_loss(model: TorchModel) -> TorchLoss:
     scale, shift, normalised = normalisation(model, given)
     said = (normalised, *described(model, given))
     module = private(given).float().eval()
-    if model.batch_norm == "batch":
-        for part in module.modules():
-            part.training = isinstance(part, torch.nn.modules.batchnorm._BatchNorm)
+    of_batch = batch_normed(model, given)
+    for name, part in module.named_modules():
+        part.training = name in of_batch
     criterion = private(model.loss) if isinstance(model.loss, torch.nn.Module) else model.loss
     whole = Whole(module, criterion)
     trained = {id(p): name for name, p in module.named_parameters() if p.requires_grad}
@@ -130,25 +130,38 @@ def torch_loss(model: TorchModel) -> TorchLoss:
 def unwrapped(module: Any) -> Any:
     """The module that DataParallel, torch.compile or Opacus wraps."""
     wrappers = {"DataParallel": "module", "DistributedDataParallel": "module", "OptimizedModule": "_orig_mod"}
-    wrappers |= {"GradSampleModule": "_module"}
-    while (inner := wrappers.get(type(module).__name__)) is not None and hasattr(module, inner):
-        module = getattr(module, inner)
+    wrappers |= {"AbstractGradSampleModule": "_module"}
+    while inner := [wrappers[kind.__name__] for kind in type(module).__mro__ if kind.__name__ in wrappers]:
+        if not hasattr(module, inner[0]):
+            break  # of another library, under the same name
+        module = getattr(module, inner[0])
     return module
 
 
 def private(module: Any) -> Any:
-    """A copy on the CPU, in the same modes, without gradients.
+    """A copy on the CPU, in the same modes, without gradients, and without what Opacus hooks into it.
 
     Raises:
       ValueError: where torch cannot copy it.
     """
     try:
-        return copy.deepcopy(module).cpu()
+        copied = copy.deepcopy(module).cpu()
     except Exception as error:  # whatever an attribute of the user's module raises
         text = " ".join(str(error).split())[:200]
         raise ValueError(
             f"the module cannot be copied ({type(error).__name__}: {text}); give one that copy.deepcopy copies"
         ) from None
+    for part in copied.modules():
+        for hooks in (part._forward_hooks, part._backward_hooks):
+            for key in [key for key, hook in hooks.items() if _is_of_opacus(hook)]:
+                del hooks[key]
+    return copied
+
+
+def _is_of_opacus(hook: Any) -> bool:
+    """Whether it collects gradients by sample, for a wrapper that is not there any more."""
+    function = getattr(hook, "func", hook)  # of a partial
+    return str(getattr(function, "__module__", "")).startswith("opacus.")
 
 
 def _tensors(whole: Any) -> Iterator[tuple[str, Any]]:

@@ -24,8 +24,8 @@ class TorchModel:
         a model (`pretrained_cfg`), else nothing is done; 0 and 1 say that nothing is to be done.
       value_range: of pixels before that: (0, 1), as torchvision's ToTensor has them, (-1, 1) or (0, 255).
       batch_norm: "running", statistics as in eval mode; or "batch", those of the images that a gradient is of, as in train
-        mode. If None they are the running ones, and a module whose BatchNorms are in train mode is refused, for the two have
-        different gradients.
+        mode: in the BatchNorms that are in it, or, where none is, in all. If None they are the running ones, and a module with
+        BatchNorms in train mode is refused, for the two have different gradients.
     """
 
     module: Any

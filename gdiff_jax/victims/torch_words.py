@@ -64,17 +64,29 @@ def described(model: TorchModel, module: Any) -> list[str]:
     return said + _modes(model, module)
 
 
+def batch_normed(model: TorchModel, module: Any) -> set[str]:
+    """The names of the BatchNorms that take the statistics of the images; under "batch" those in train mode, or, where none is,
+    all of them."""
+    norms = _batch_norms(module)
+    always = {name for name, norm in norms.items() if norm.running_mean is None}
+    in_train = {name for name, norm in norms.items() if norm.training} - always
+    return always | ((in_train or set(norms)) if model.batch_norm == "batch" else set())
+
+
+def _batch_norms(module: Any) -> dict[str, Any]:
+    return {name: m for name, m in module.named_modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)}
+
+
 def _modes(model: TorchModel, module: Any) -> list[str]:
     said = []
-    norms = [m for m in module.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
-    kept = [m for m in norms if m.running_mean is not None]
-    in_train = [m for m in kept if m.training]
+    norms = _batch_norms(module)
+    in_train = [m for m in norms.values() if m.training and m.running_mean is not None]
     if in_train and model.batch_norm is None:
         raise ValueError(
-            f"the module is in train mode, and its BatchNorms ({len(in_train)}) would take the batch's statistics; call "
-            'module.eval() for the running ones, or give gdiff_jax.TorchModel(module, batch_norm="batch")'
+            f"BatchNorms in train mode ({len(in_train)} of {len(norms)}) would take the batch's statistics; call module.eval() "
+            'for the running ones in all, or give gdiff_jax.TorchModel(module, batch_norm="batch") for the batch\'s in these'
         )
-    of_batch = norms if model.batch_norm == "batch" else [m for m in norms if m.running_mean is None]
+    of_batch = batch_normed(model, module)
     if of_batch:
         said.append(f"its BatchNorms ({len(of_batch)}) take the statistics of the images that a gradient is of")
     if len(of_batch) < len(norms):

@@ -16,7 +16,7 @@ TAKEN = "give a .npz, .safetensors, torch .pt or Flax .msgpack file, or an orbax
 _LEGACY_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 _OTHERS = {
     b"\x89HDF": "an HDF5 file of Keras",
-    b"\x93NUMPY": "a .npy, one array without a name",
+    b"\x93NUMPY": "a .npy or what Equinox writes, arrays without names",
 }
 
 
@@ -27,11 +27,13 @@ class Tree(NamedTuple):
       arrays: by dotted name.
       others: names of what is no array, such as a number of steps.
       is_torch: whether torch wrote it.
+      nones: names of None, as a gradient is of what is not trained or not used.
     """
 
     arrays: dict[str, np.ndarray]
     others: tuple[str, ...] = ()
     is_torch: bool = False
+    nones: tuple[str, ...] = ()
 
 
 def read(path: str) -> Tree:
@@ -127,17 +129,18 @@ def _read_orbax(folder: Path) -> Any:
 def _flat(path: str, tree: Any) -> Tree:
     """Its arrays by dotted name; an array without a name is `params`."""
     arrays: dict[str, np.ndarray] = {}
-    others = []
+    others: list[str] = []
+    nones: list[str] = []
     for name, value in _leaves(tree, ""):
         if name in arrays:
             raise ValueError(f"two arrays are called {name}; {TAKEN}")
         if isinstance(value, np.ndarray | np.generic) and np.asarray(value).dtype.kind not in "OSU":
             arrays[name] = np.asarray(value)
         else:
-            others.append(name)
+            (nones if value is None else others).append(name)
     if not arrays:
         raise ValueError(f"{path} holds no array of numbers; {TAKEN}")
-    return Tree(arrays, tuple(others))
+    return Tree(arrays, tuple(others), nones=tuple(nones))
 
 
 def _leaves(tree: Any, prefix: str) -> Iterator[tuple[str, Any]]:

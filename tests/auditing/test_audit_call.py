@@ -113,6 +113,7 @@ def test_a_folder_of_another_audit_is_refused_with_both_values(kept, monkeypatch
         assert [key for key in was if was[key] != now[key]] == [name]
         assert re.fullmatch("[0-9a-f]{64} [0-9a-f]{64}", f"{was[name]} {now[name]}")
         assert "--" not in str(error.value)
+        assert ("seed them, as by torch.manual_seed(0), or load" in str(error.value)) == (name == "params")
     with pytest.raises(ValueError, match="sha256 was"):
         again(labels=labels)
     for changes, words in (

@@ -248,6 +248,27 @@ def test_weights_from_a_file_are_those_that_are_attacked(plan_of, tmp_path):
     assert plan.identity["sha256"]["weights"] == modules.digest(params)  # an audit of others does not go on from theirs
 
 
+def test_weights_drawn_at_random_go_on_only_from_a_file(monkeypatch, tiny_prior, tmp_path):
+    """A run is of its weights: a function that is not seeded makes others in the next process."""
+    made = "from own_models import *\nimport numpy as np\ndef drawn():\n    loss, params = make()\n"
+    made += "    params['out']['bias'] = np.random.default_rng().normal(size=10).astype(np.float32)\n    return loss, params\n"
+    (tmp_path / "random_model.py").write_text(made)
+    np.savez(tmp_path / "w.npz", **flattened(own_models.make()[1]))
+    monkeypatch.setattr(load, "run", lambda plan, question, store, *_: store.open({}))
+    usual = dict(victim=f"{tmp_path / 'random_model.py'}:drawn", num_images=1)
+    again = lambda out, **changes: audit_named(audit_config(tiny_prior, tmp_path / out, **usual, **changes))
+    again("drawn")
+    words = (
+        r"holds another configuration .* where weights are drawn at random at each call, seed them, .* --weights does, or give"
+    )
+    with pytest.raises(ConfigError, match=words):
+        again("drawn")
+    with pytest.raises(ConfigError, match=r"holds another configuration \(.*\); give another folder"):
+        again("drawn", seeds=2)
+    for _ in range(2):
+        again("from a file", weights=str(tmp_path / "w.npz"))
+
+
 @pytest.mark.parametrize("steps", [1, 2])
 def test_an_update_is_given_by_the_weights_at_its_ends(steps, plan_of, tiny_prior, tmp_path, capsys):
     """Of FedAvg: in the units in which `LocalSGD` releases what a client did."""

@@ -131,7 +131,8 @@ def test_normalisation_is_given_or_found_and_said():
 def test_statistics_of_batch_norms_are_chosen():
     module = seeded(torch_modules.cnn, norm=True)
     with pytest.raises(
-        ValueError, match=r"BatchNorms \(2\) would take the batch's statistics; call module\.eval\(\) .* batch_norm"
+        ValueError,
+        match=r"BatchNorms in train mode \(2 of 2\) would take the batch's statistics; call module\.eval\(\) .* batch_norm",
     ):
         own.module_victim(TorchModel(module), 4)
     of_batch, running = (TorchModel(module, batch_norm=choice) for choice in ("batch", "running"))
@@ -146,6 +147,25 @@ def test_statistics_of_batch_norms_are_chosen():
     ]
     assert all(part.training for part in module.modules())
     assert module[1].running_mean.abs().max() == 0
+
+
+def test_of_batch_norms_in_both_modes_each_keeps_its_own():
+    """As where a part is frozen, with its statistics."""
+    module = seeded(torch_modules.cnn, norm=True)
+    module[1].running_mean += 0.3
+    module[1].eval()
+    with pytest.raises(ValueError, match=r"BatchNorms in train mode \(1 of 2\) would take the batch's statistics"):
+        own.module_victim(TorchModel(module), 4)
+    x, y = np.random.default_rng(1).uniform(-1, 1, (3, *SHAPE)).astype(np.float32), np.array([0, 3, 1])
+    mixed = TorchModel(module, batch_norm="batch")
+    gradient = gradient_of(mixed, x, y.astype(np.int32))
+    assert own.module_victim(mixed, 4)[0].said[-2:] == (
+        "its BatchNorms (1) take the statistics of the images that a gradient is of",
+        "its BatchNorms (1) take their running statistics, as in eval mode",
+    )
+    assert_same(gradient, of_torch(module, x, y))  # in torch last, which changes the statistics
+    assert_same(gradient_of(TorchModel(module, batch_norm="running"), IMAGE, LABEL), of_torch(module.eval(), IMAGE[None], [2]))
+    assert_same(gradient_of(mixed, x, y.astype(np.int32)), of_torch(module.train(), x, y))  # of a module in eval mode all
 
 
 def test_dropout_is_off_and_said_to_be():

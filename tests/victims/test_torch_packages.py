@@ -1,4 +1,4 @@
-"""Models of torchvision, timm and transformers, with random weights: `pip install -e ".[torch,parity]"`."""
+"""Models of torchvision, timm and transformers, with random weights, and of Opacus: `pip install -e ".[torch,parity]"`."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +9,9 @@ pytest.importorskip("torchax", reason="needs the extra `torch`")
 torchvision = pytest.importorskip("torchvision", reason="needs the extra `parity`")
 timm = pytest.importorskip("timm", reason="needs the extra `parity`")
 transformers = pytest.importorskip("transformers", reason="needs the extra `parity`")
+grad_sample = pytest.importorskip("opacus.grad_sample", reason="needs the extra `parity`")
+
+import torch_modules
 
 from gdiff_jax import algebra
 from gdiff_jax.victims import TorchModel, own, torch_checks
@@ -85,3 +88,20 @@ def test_what_timm_and_hugging_face_keep_beside_a_model_is_found():
     )
     assert "it says that it was made for 224 x 224 pixels" in said
     assert "it says that it was made for 224 x 224 pixels" in made("transformers ViT")[0].said
+
+
+@pytest.mark.parametrize("mode", ["GradSampleModule", "GradSampleModuleFastGradientClipping"])
+def test_what_opacus_wraps_is_taken_out_of_its_hooks(mode):
+    """Also in the midst of a step; and the user's own goes on to collect gradients by sample."""
+    shape, x, y = (8, 8, 3), torch.rand(2, 3, 8, 8), torch.tensor([0, 1])
+    options = dict(max_grad_norm=1.0) if "Clipping" in mode else {}
+    wrapped = getattr(grad_sample, mode)(torch_modules.lenet(), **options)
+    torch.nn.functional.cross_entropy(wrapped(x), y).backward()
+    for module in (wrapped, wrapped._module):
+        victim, params = own.module_victim(TorchModel(module), 4)
+        assert list(params) == [name for name, _ in torch_modules.lenet().named_parameters()]
+        assert torch_checks.check_gradient(victim.loss, shape, LABEL % 4) < 1e-5
+    wrapped.zero_grad()
+    torch.nn.functional.cross_entropy(wrapped(x), y).backward()
+    collected = "_norm_sample" if "Clipping" in mode else "grad_sample"
+    assert all(len(getattr(p, collected)) == 2 for p in wrapped.parameters())

@@ -119,7 +119,7 @@ def test_a_list_is_taken_in_order_where_shapes_leave_no_other(tmp_path):
 
 BROKEN = {
     "leak.pkl": (lambda p: p.write_bytes(pickle.dumps(NESTED)), "is a pickle, which would run code"),
-    "leak.npy": (lambda p: np.save(p, OURS["a.kernel"]), "is a .npy, one array without a name"),
+    "leak.npy": (lambda p: np.save(p, OURS["a.kernel"]), "is a .npy or what Equinox writes, arrays without names"),
     "leak.h5": (lambda p: p.write_bytes(b"\x89HDF\r\n\x1a\n"), "is an HDF5 file of Keras"),
     "empty.npz": (lambda p: p.write_bytes(b""), "is empty"),
     "folder": (lambda p: p.mkdir(), "is a folder, and no orbax checkpoint"),
