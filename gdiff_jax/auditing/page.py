@@ -13,7 +13,7 @@ from typing import Any
 import jinja2
 import numpy as np
 
-from gdiff_jax.auditing import figures, pictures, sentences, summary
+from gdiff_jax.auditing import figures, markdown, pictures, sentences, summary
 from gdiff_jax.auditing.record import AuditRecord
 from gdiff_jax.files import write_atomic
 
@@ -155,11 +155,16 @@ def render(record: AuditRecord, drawn: dict[str, bytes]) -> str:
 
 
 def write(record: AuditRecord, folder: Path) -> Path:
-    """Writes report.html, audit.json, trials.csv and figures/, each file whole or not at all; returns the page's path."""
+    """Writes report.html, its summary, data and figures, each file whole or not at all; returns the page's path."""
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     drawn = figures.files(record)
     page = folder / "report.html"
-    texts = {"audit.json": record.to_json(), "trials.csv": record.to_csv(), page.name: render(record, drawn)}
+    texts = {
+        "summary.md": markdown.render(record),
+        "audit.json": record.to_json(),
+        "trials.csv": record.to_csv(),
+        page.name: render(record, drawn),
+    }
     files = {f"figures/{name}": data for name, data in drawn.items()} | {name: text.encode() for name, text in texts.items()}
     for name, data in files.items():
         write_atomic(folder / name, functools.partial(_put, data))

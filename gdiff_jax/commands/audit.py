@@ -4,12 +4,13 @@
     python experiments/audit.py --victim=my_model.py:make --images=FOLDER      your own model and pictures
     python experiments/audit.py --mechanism=clip:1+gaussian --epsilon_grid=1,10,100,1000
     python experiments/audit.py --victim=my_model.py:make --gradient=leak.safetensors --sigma_grid=0 --label=3
+    python experiments/audit.py --fail_if="recovered > 0.1"            in a pipeline: exit code 3 where that holds
     python experiments/audit.py --from_json=runs/audit/audit.json --out=FOLDER      the report again, from its data
 
 my_model.py:make is a function without arguments that returns (loss, params): a pure scalar loss(params, x, y) of one image x
 (H, W, C) in [-1, 1], and a pytree of weights; or, with the extra `torch`, a torch.nn.Module. The folder receives report.html
-(self-contained: open it from disk), audit.json, trials.csv and figures/. A run that was killed goes on where it stopped when
-the same command is given again. Where the package is installed the command is also called gdiff-audit.
+(self-contained: open it from disk), summary.md, audit.json, trials.csv and figures/. A run that was killed goes on where it
+stopped when the same command is given again. Where the package is installed the command is also called gdiff-audit.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 
 from gdiff_jax.auditing.settings import AuditConfig
 from gdiff_jax.commands import flags
-from gdiff_jax.errors import ConfigError
+from gdiff_jax.errors import ConfigError, need
 from gdiff_jax.files import need_folder
 
 
@@ -28,12 +29,17 @@ def main() -> None:
 
 def _audit() -> None:
     from gdiff_jax import parallel  # not with the module, nor what follows: --help need not wait for it
+    from gdiff_jax.auditing import condition
     from gdiff_jax.auditing.load import audit_named
     from gdiff_jax.auditing.result import Audit
 
     parallel.use_every_core()
     flags.need_devices()
     config = flags.read_flags(AuditConfig())
+    try:
+        fails = condition.parse(config.asked.fail_if) if config.asked.fail_if else None
+    except ValueError as error:
+        raise ConfigError(f"--fail_if: {error}") from None
     if config.from_json:
         need_folder(Path(config.run.out), "--out")
         try:
@@ -41,9 +47,15 @@ def _audit() -> None:
         except ValueError as error:
             raise ConfigError(f"--from_json: {error}") from None
     else:
+        need(
+            not fails or config.images_known, "--fail_if is of reconstructions beside the truth: give --images with --gradient"
+        )
         audit = audit_named(config)
     page = audit.report(Path(config.run.out))
     print(f"\n{audit.verdict()}\n")
     for warning in audit.warnings():
         print(f"! {warning}")
     print(f"report: {page}")
+    if fails and (met := fails.met(audit)):
+        print(f"failed: {fails} at {', '.join(met)}")
+        flags.leave(3)

@@ -128,7 +128,7 @@ def run(main: Callable[[], None]) -> None:
     app.run(guarded, flags_parser=parse)
 
 
-def _leave(code: int) -> typing.NoReturn:
+def leave(code: int) -> typing.NoReturn:
     """Ends the process; one of several without JAX's farewell, which waits for those that may be dead."""
     if "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized():
         sys.stdout.flush()
@@ -202,4 +202,4 @@ def _say(message: str) -> None:
 
 def _fail(message: str, code: int = 2) -> typing.NoReturn:
     _say(f"error: {' '.join(shown(message).split())}")
-    _leave(code)
+    leave(code)
