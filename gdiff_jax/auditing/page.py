@@ -14,6 +14,7 @@ import jinja2
 import numpy as np
 
 from gdiff_jax.auditing import figures, markdown, pictures, sentences, summary
+from gdiff_jax.auditing.enough import enough
 from gdiff_jax.auditing.record import AuditRecord
 from gdiff_jax.files import write_atomic
 
@@ -71,6 +72,16 @@ def _guarantees(record: AuditRecord) -> Table:
         figures_ = [_number(g[k]) for k in ("mu", "advantage", "tpr", "gamma", "gamma_1e-4")]
         with_ = [_number(g["epsilon"], 4), delta, *figures_, ""]
         rows.append([f"{g['sigma']:.3g}", *(with_ if g["epsilon"] is not None else ["none", *["-"] * 6, g["reason"]])])
+    return _table(head, rows)
+
+
+def _enough(record: AuditRecord) -> Table:
+    head = ["so that …", "σ", "ε", "cosine", "decrease of loss left"]
+    rows = []
+    for e in enough(record):
+        sigma = sentences.noise_text(record, e.noise) if e.measured else f"{e.noise.value:.3g}"
+        left = "-" if math.isnan(e.cosine) else f"{e.cosine**2:.1%}"
+        rows.append([e.wanted, sigma, _number(e.epsilon, 4), _number(e.cosine), left])
     return _table(head, rows)
 
 
@@ -146,6 +157,7 @@ def render(record: AuditRecord, drawn: dict[str, bytes]) -> str:
         figures=shown,
         gif=f"data:image/gif;base64,{pictures.gif(frames)}" if frames else "",
         levels=_levels(record),
+        enough=_enough(record),
         baselines=_baselines(record),
         guarantees=_guarantees(record),
         theory=theory,

@@ -36,7 +36,7 @@ def make(rows=None, images=12, seeds=2, **changes):
     steps = {"distance": [5.0 * 0.8**t for t in range(20)], "psnr": [float(t) for t in range(20)]}
     about = dict(
         victim="v", threshold=20.0, share=0.25, group=1, num_images=images, seeds=seeds, delta=1e-5, clip_norm=None,
-        candidates=10, has_truth=True, has_lpips=False,
+        candidates=10, has_truth=True, has_lpips=False, mechanism="gaussian", parameters=1000,
     )  # fmt: skip
     none = [dict(sigma=s, epsilon=None, reason="no clipping", gamma=None) for s in SIGMAS]
     parts = dict(about=about, trials=rows, curves={curve_key(r): steps for r in rows}, mean_image=[], guarantees=none)
