@@ -24,5 +24,5 @@ def render(record: AuditRecord) -> str:
 
 
 def _plain(text: str) -> str:
-    """Text that Markdown shows as it is: names of files hold what would be marks."""
-    return "".join(f"\\{c}" if c in "\\`*_{}[]<>#|" else c for c in text)
+    """Text that Markdown shows as it is: names of files hold what would be marks, or a link."""
+    return "".join(f"\\{c}" if c in "\\`*_<>#|" else c for c in text).replace("](", "]\\(")

@@ -41,9 +41,11 @@ def test_what_was_not_measured_counts_as_failed():
 
 def test_the_summary_holds_verdict_and_levels_and_no_mark_of_its_names():
     record = make()
-    record = dataclasses.replace(record, about={**record.about, "victim": "my_model.py:<make>|x", "threat_model": "Known."})
+    record = dataclasses.replace(
+        record, about={**record.about, "victim": "my_model.py:<make>|[x](y)", "threat_model": "Known."}
+    )
     text = markdown.render(record)
-    assert text.startswith("## Audit of my\\_model.py:\\<make\\>\\|x\n")
+    assert text.startswith("## Audit of my\\_model.py:\\<make\\>\\|[x]\\(y)\n")
     table = [line for line in text.splitlines() if line.startswith("|")]
     assert len(table) == 2 + len(SIGMAS)
     assert len({line.count("|") for line in table}) == 1
