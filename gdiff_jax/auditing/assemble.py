@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -79,8 +80,15 @@ def assemble(
 
 
 def _score(rows: list[Row], images: Sequence[np.ndarray], truth: np.ndarray, candidates: np.ndarray, has_lpips: bool) -> None:
-    """Puts `rank` and, where it can be had, `lpips` into the rows of trials that did not fail."""
+    """Puts `rank` and, where it can be had, `lpips` into the rows of trials that did not fail, and its image's hash into each.
+
+    By the hash two audits are compared on the same images, which their places in two sets do not tell.
+    """
     for i, x in enumerate(truth):
+        sha256 = hashlib.sha256(repr(x.shape).encode() + np.ascontiguousarray(x, np.float32).tobytes()).hexdigest()
+        for row in rows:
+            if row["image"] == i:
+                row["image_sha256"] = sha256[:16]
         scored = [(row, image) for row, image in zip(rows, images, strict=True) if row["image"] == i and not row["failed"]]
         reconstructions = np.array([image for _, image in scored]).reshape(-1, *x.shape)
         ranks = metrics.identification_ranks(reconstructions, x, candidates)

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import base64
 import functools
 import math
 from collections.abc import Iterable
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 
-from gdiff_jax.auditing import figures, markdown, pictures, sentences, summary
+from gdiff_jax.auditing import figures, markdown, pictures, sentences, summary, templates
 from gdiff_jax.auditing.enough import enough
 from gdiff_jax.auditing.record import AuditRecord
 from gdiff_jax.files import write_atomic
 
 Table = dict[str, list[Any]]
 LONG = 24  # entries of a setting that have no lines of their own
-_KINDS = {"svg": "image/svg+xml", "png": "image/png"}
 _RASTER = ("reconstructions", "recognised", "deviation", "attempts", "film")  # made of pixels: as PNG they are smaller
 
 
@@ -136,19 +132,17 @@ def _settings(record: AuditRecord) -> Table:
 
 def render(record: AuditRecord, drawn: dict[str, bytes]) -> str:
     """The page; `drawn` are the files of its figures, made by `figures.files`."""
-    uri = lambda kind, data: f"data:{kind};base64,{base64.b64encode(data).decode()}"
     shown = {}
     for name in figures.drawings(record):
         kind = "png" if name in _RASTER else "svg"
-        shown[name] = uri(_KINDS[kind], drawn[f"{name}.{kind}"])
+        shown[name] = templates.embedded(kind, drawn[f"{name}.{kind}"])
     frames = [v for k, v in record.pictures.items() if k.startswith("film/")]
     theory, limits = _theory(record)
     sections = [("threat", "Attacker"), ("images", "Images"), ("noise", "Noise"), ("guarantees", "Guarantees")]
     sections += [("steps", "Steps"), ("theory", "Theory"), ("reproduce", "Reproduce")]
     missing = {"noise": not record.has_truth, "theory": not theory}
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    template = environment.from_string((resources.files("gdiff_jax.auditing") / "page.html").read_text(encoding="utf-8"))
-    return template.render(
+    return templates.render(
+        "page.html",
         about=record.about,
         sections=[s for s in sections if not missing.get(s[0])],
         verdict=sentences.verdict(record),
