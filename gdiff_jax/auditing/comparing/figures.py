@@ -91,20 +91,18 @@ def _shown_images(paired: Paired) -> list[tuple[int, ...]]:
 
 def reconstructions(paired: Paired) -> Figure:
     """The truth, and beside it what the attacker chose in each audit, seed 0, not selected; numbers are PSNR in dB."""
-    levels, images = shown_sigmas(paired), _shown_images(paired)
-    columns = [(k, sigmas[k]) for sigmas in levels for k in range(len(paired.names))]
-    width = 1.25 * (1 + len(columns))
-    figure = Drawing(figsize=(width, 1.42 * len(images) + 0.45), layout=sheets.tight(0.02))
-    axes = figure.subplots(len(images), 1 + len(columns), squeeze=False)
-    for line, places in zip(axes, images, strict=True):
+    lines = [(sigmas, places) for sigmas in shown_sigmas(paired) for places in _shown_images(paired)]
+    audits = range(len(paired.names))
+    figure = Drawing(figsize=(1.25 * (1 + len(audits)) + 0.3, 1.42 * len(lines) + 0.3), layout=sheets.tight(0.02))
+    axes = figure.subplots(len(lines), 1 + len(audits), squeeze=False)
+    for line, (sigmas, places) in zip(axes, lines, strict=True):
         sheets.show(line[0], paired.shared[0].pictures[f"truth/{places[0]}"], "")
-        for ax, (k, sigma) in zip(line[1:], columns, strict=True):
-            row, picture = reconstruction(paired.shared[k], sigma, places[k])
-            sheets.show(ax, picture, f"{row['psnr']:.1f}" if row and row["psnr"] is not None else "failed")
-    axes[0, 0].set_title("truth", fontsize=9)
-    for ax, (k, sigma) in zip(axes[0, 1:], columns, strict=True):
-        name = paired.names[k] if len(paired.names[k]) <= 18 else f"{paired.names[k][:17]}…"
-        ax.set_title(f"{name}\nσ = {sigma:.3g}", fontsize=8)
+        line[0].set_ylabel(f"σ = {sigmas[0]:.3g}", fontsize=8)
+        for k in audits:
+            row, picture = reconstruction(paired.shared[k], sigmas[k], places[k])
+            sheets.show(line[1 + k], picture, f"{row['psnr']:.1f}" if row and row["psnr"] is not None else "failed")
+    for ax, name in zip(axes[0], ["truth", *paired.names], strict=True):
+        ax.set_title(name if len(name) <= 18 else f"{name[:17]}…", fontsize=9)
     return figure
 
 

@@ -27,7 +27,17 @@ FORMAT = 1
 def differences(paired: Paired) -> Table:
     """A level's first audit, then each other one at it, by level."""
     first = paired.names[0]
-    head = ["noise", "audit", "PSNR dB", f"less that of {first}", "recovered", "points", "recognised", "points", "pairs"]
+    head = [
+        "noise",
+        "audit",
+        "PSNR dB",
+        f"less that of {first}",
+        "recovered",
+        "less, points",
+        "recognised",
+        "less, points",
+        "pairs",
+    ]
     rows: list[list[str]] = []
     for at, first_sigma in dict.fromkeys(sorted((d.at != "sigma", d.first_sigma) for d in paired.differences)):
         at_level = [d for d in paired.differences if (d.at != "sigma", d.first_sigma) == (at, first_sigma)]
@@ -72,6 +82,7 @@ def render(paired: Paired, drawn: dict[str, bytes]) -> str:
     return templates.render(
         "compare.html",
         names=paired.names,
+        images=len(paired.places),
         sections=[s for s in [*sections, ("reproduce", "Reproduce")] if s[0] != "images" or "compare_reconstructions" in shown],
         verdict=words.verdict(paired),
         warnings=words.warnings(paired),

@@ -38,13 +38,13 @@ def told_apart(interval: Interval) -> bool | None:
 
 
 def judged(interval: Interval, images: int, scale: float = 1.0, digits: int = 1) -> str:
-    """A difference as a table shows it, and what so many images can say of it."""
+    """A difference as a table shows it, and whether so many images can tell it."""
     text = signed(interval, scale, digits)
     if math.isnan(interval.value):
         return text
     if told_apart(interval) is None:
         return f"{text} (no interval from {images} image{'s' * (images != 1)})"
-    return text if told_apart(interval) else f"{text}, not told apart by these {images} images"
+    return text if told_apart(interval) else f"{text}: not told apart"
 
 
 def level_text(difference: Difference) -> str:
