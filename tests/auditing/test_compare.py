@@ -143,7 +143,7 @@ def test_shares_are_differences_of_pairs_by_one_threshold():
         assert d.recognised.value == pytest.approx(-0.5)
         assert d.recognised.low < -0.5 < d.recognised.high < 0
     assert [audit.about["threshold"] for audit in found.shared] == [20.0, 20.0]
-    assert "took 35 dB for recovered; here 20 dB of audit 1 count" in " ".join(found.warnings())
+    assert "took 35 dB for recovered; all are compared by the 20 dB of audit 1" in " ".join(found.warnings())
     assert found.shared[1].levels()[0].recovered.value == pytest.approx(0.75)
     fewer = dataclasses.replace(b, about={**b.about, "candidates": 5})
     apart_ = gd.compare(a, fewer)

@@ -18,6 +18,7 @@ from gdiff_jax.sweeping.drawing import Drawing, house_style
 
 MARKS = "osD^vP"
 SIDE_BY_SIDE = 2  # levels of noise whose pictures are shown
+IMAGES = 3  # at each
 
 
 def quality(paired: Paired) -> Figure:
@@ -34,7 +35,7 @@ def quality(paired: Paired) -> Figure:
         above.fill_between(x, values[:, 1], values[:, 2], color=style["color"], alpha=0.16, lw=0)
     threshold = paired.shared[0].about["threshold"]
     above.axhline(threshold, color=BLACK, lw=0.8)
-    above.annotate(f"recovered: {threshold:g} dB", (len(sigmas) - 1, threshold), fontsize=8, ha="right", va="bottom")
+    above.annotate(f"recovered: {threshold:g} dB", (0, threshold), fontsize=8, ha="left", va="bottom")
     cut = any(level.psnr.value > EXACT for audit in paired.shared for level in summary.levels(audit))
     above.set_ylabel("PSNR, dB" + f", cut at {EXACT:g}" * cut)
     figure.legend(*above.get_legend_handles_labels(), loc="outside upper center", ncols=3, fontsize=9)
@@ -86,7 +87,7 @@ def _shown_images(paired: Paired) -> list[tuple[int, ...]]:
     """Places of the first images in common of which each audit keeps pictures."""
     first = paired.shared[0].pictures
     kept = lambda places: max(places) < SHOWN and f"truth/{places[0]}" in first
-    return [places for places in paired.places if kept(places)]
+    return [places for places in paired.places if kept(places)][:IMAGES]
 
 
 def reconstructions(paired: Paired) -> Figure:

@@ -45,8 +45,8 @@ def differences(paired: Paired) -> Table:
             audit, sigma = (d.audit, d.sigma) if d else (0, first_sigma)
             level = next(v for v in summary.levels(paired.shared[audit]) if v.sigma == sigma)
             noise = f"σ = {first_sigma:.3g}" if k == 0 else level_text(d).replace("sigma ", "σ = ") if at and d else ""
-            known = level.identified.percent() if paired.shared[audit].can_recognise else "-"
-            mine = [level.psnr.text(), level.recovered.percent(), known]
+            known = f"{level.identified.value:.0%}" if paired.shared[audit].can_recognise else "-"
+            mine = [level.psnr.text(), f"{level.recovered.value:.0%}", known]
             apart = [judged(d.psnr, d.images), *[_points(v, d.images) for v in (d.recovered, d.recognised)]] if d else [""] * 3
             cells = [cell for both in zip(mine, apart, strict=True) for cell in both]
             rows.append([noise, paired.names[audit], *cells, str(d.pairs) if d else ""])

@@ -72,9 +72,9 @@ def verdict(paired: Paired) -> list[str]:
     images, seeds = len(paired.places), len({row["seed"] for row in paired.shared[0].attacks})
     first = paired.names[0]
     every = f"{', '.join(paired.names[:-1])} and {paired.names[-1]}"
+    count = f"{images} image{'s' * (images != 1)} x {seeds} seed{'s' * (seeds != 1)}"
     lines = [
-        f"{every} on the same {images} images x {seeds} seed{'s' * (seeds != 1)}; medians of paired differences of PSNR, with "
-        f"intervals of 95 %. {differs_in(paired)}"
+        f"{every} on the same {count}; medians of paired differences of PSNR, with intervals of 95 %. {differs_in(paired)}"
     ]
     for k, name in enumerate(paired.names[1:], 1):
         lines.append(_against(paired.of(k), name, first))
@@ -110,8 +110,8 @@ def warnings(paired: Paired) -> list[str]:
     images = min(d.images for d in paired.differences)
     if images < FEW_IMAGES:
         signs.append(
-            f"Only {images} images, or leaks of several, are compared: intervals of a bootstrap over so few are rather too "
-            f"narrow, and what holds for each of them may fail for up to {1 - 0.05 ** (1 / images):.0%} of others."
+            f"No more than {images} image{'s' * (images != 1)}, or leaks of several, are compared: intervals of a bootstrap over "
+            f"so few are rather too narrow, and what holds for each may fail for up to {1 - 0.05 ** (1 / images):.0%} of others."
         )
     left_out = [len({row["image"] for row in audit.attacks}) - len(paired.places) for audit in audits]
     if any(left_out):
@@ -156,7 +156,7 @@ def _measures(paired: Paired) -> list[str]:
         own = audit.about
         if own["threshold"] != about["threshold"]:
             signs.append(
-                f"{name} took {own['threshold']:g} dB for recovered; here {about['threshold']:g} dB of {names[0]} count."
+                f"{name} took {own['threshold']:g} dB for recovered; all are compared by the {about['threshold']:g} dB of {names[0]}."
             )
         if own["share"] != about["share"]:
             signs.append(
