@@ -13,7 +13,7 @@ from tiny import ended
 
 import gdiff_jax as gd
 from gdiff_jax.auditing import pictures
-from gdiff_jax.auditing.comparing import apart, figures, pairs, words
+from gdiff_jax.auditing.comparing import apart, figures, page, pairs, words
 from gdiff_jax.commands import audit as command
 
 
@@ -143,7 +143,7 @@ def test_shares_are_differences_of_pairs_by_one_threshold():
         assert d.recognised.value == pytest.approx(-0.5)
         assert d.recognised.low < -0.5 < d.recognised.high < 0
     assert [audit.about["threshold"] for audit in found.shared] == [20.0, 20.0]
-    assert "took 35 dB for recovered; all are compared by the 20 dB of audit 1" in " ".join(found.warnings())
+    assert "has a threshold of 35 dB; all are compared by the 20 dB of audit 1" in " ".join(found.warnings())
     assert found.shared[1].levels()[0].recovered.value == pytest.approx(0.75)
     fewer = dataclasses.replace(b, about={**b.about, "candidates": 5})
     apart_ = gd.compare(a, fewer)
@@ -202,7 +202,9 @@ def test_levels_are_those_in_common_by_sigma_and_by_epsilon():
     assert no_epsilon(a, guaranteed(b, 0.1, lambda s: 0.5 / s, delta=1e-6))
     assert no_epsilon(a, guaranteed(b, 1.0, lambda s: 0.5 / s))
     assert no_epsilon(a, guaranteed(b, None, lambda s: 0.5 / s))
-    assert "epsilon 5.02 (sigma 0.1 for 1)" in words.level_text(gd.compare(a, b).differences[-1])
+    found = gd.compare(a, b)
+    assert words.level_text(found.differences[-1]) == "epsilon 5.02 (sigma 0.1 for 1)"
+    assert [row[:2] for row in page.differences(found)["rows"][-2:]] == [["ε ≈ 5, σ = 1", "audit 1"], ["σ = 0.1", "audit 2"]]
 
 
 def test_settings_that_differ_are_listed_by_what_they_are_of():

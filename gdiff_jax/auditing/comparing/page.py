@@ -14,8 +14,8 @@ from typing import Any
 from gdiff_jax.auditing import markdown, summary, templates
 from gdiff_jax.auditing.comparing import figures, words
 from gdiff_jax.auditing.comparing.apart import settings_apart
-from gdiff_jax.auditing.comparing.pairs import Difference, Paired
-from gdiff_jax.auditing.comparing.words import judged, level_text
+from gdiff_jax.auditing.comparing.pairs import Difference, Paired, epsilons
+from gdiff_jax.auditing.comparing.words import judged
 from gdiff_jax.auditing.record import plain
 from gdiff_jax.auditing.sentences import noise_text
 from gdiff_jax.auditing.templates import Table, table
@@ -27,28 +27,20 @@ FORMAT = 1
 def differences(paired: Paired) -> Table:
     """A level's first audit, then each other one at it, by level."""
     first = paired.names[0]
-    head = [
-        "noise",
-        "audit",
-        "PSNR dB",
-        f"less that of {first}",
-        "recovered",
-        "less, points",
-        "recognised",
-        "less, points",
-        "pairs",
-    ]
+    shares = ["recovered", "less, points", "recognised", "less, points"]
+    head = ["noise", "audit", "PSNR dB", f"less that of {first}", *shares, "pairs"]
     rows: list[list[str]] = []
-    for at, first_sigma in dict.fromkeys(sorted((d.at != "sigma", d.first_sigma) for d in paired.differences)):
-        at_level = [d for d in paired.differences if (d.at != "sigma", d.first_sigma) == (at, first_sigma)]
+    for by_epsilon, first_sigma in dict.fromkeys(sorted((d.at != "sigma", d.first_sigma) for d in paired.differences)):
+        at_level = [d for d in paired.differences if (d.at != "sigma", d.first_sigma) == (by_epsilon, first_sigma)]
         for k, d in enumerate([None, *at_level]):
             audit, sigma = (d.audit, d.sigma) if d else (0, first_sigma)
             level = next(v for v in summary.levels(paired.shared[audit]) if v.sigma == sigma)
-            noise = f"σ = {first_sigma:.3g}" if k == 0 else level_text(d).replace("sigma ", "σ = ") if at and d else ""
+            epsilon = f"ε ≈ {epsilons(paired.shared[0])[sigma]:.3g}, " if by_epsilon and k == 0 else ""
+            noise = f"{epsilon}σ = {sigma:.3g}" if by_epsilon or k == 0 else ""
             known = f"{level.identified.value:.0%}" if paired.shared[audit].can_recognise else "-"
             mine = [level.psnr.text(), f"{level.recovered.value:.0%}", known]
-            apart = [judged(d.psnr, d.images), *[_points(v, d.images) for v in (d.recovered, d.recognised)]] if d else [""] * 3
-            cells = [cell for both in zip(mine, apart, strict=True) for cell in both]
+            less = [judged(d.psnr, d.images), *[_points(v, d.images) for v in (d.recovered, d.recognised)]] if d else [""] * 3
+            cells = [cell for both in zip(mine, less, strict=True) for cell in both]
             rows.append([noise, paired.names[audit], *cells, str(d.pairs) if d else ""])
     return table(head, rows)
 
@@ -59,6 +51,7 @@ def _points(interval: Any, images: int) -> str:
 
 
 def apart(paired: Paired) -> Table:
+    """The settings that are not the same."""
     rows = [[f"{s.topic}: {s.name}", *s.values] for s in settings_apart(paired.audits)]
     return table(["setting", *paired.names], rows)
 

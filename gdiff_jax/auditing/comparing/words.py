@@ -109,9 +109,10 @@ def warnings(paired: Paired) -> list[str]:
             signs.append(f"{name} is not finished: {len(audit.attacks)} of its attacks are done, and these alone are compared.")
     images = min(d.images for d in paired.differences)
     if images < FEW_IMAGES:
+        count, rest = f"{images} image{'s' * (images != 1)}", 1 - 0.05 ** (1 / images)
         signs.append(
-            f"No more than {images} image{'s' * (images != 1)}, or leaks of several, are compared: intervals of a bootstrap over "
-            f"so few are rather too narrow, and what holds for each may fail for up to {1 - 0.05 ** (1 / images):.0%} of others."
+            f"No more than {count}, or leaks of several, are compared: intervals of a bootstrap over so few are rather too "
+            f"narrow, and what holds for each of them may fail for up to {rest:.0%} of others."
         )
     left_out = [len({row["image"] for row in audit.attacks}) - len(paired.places) for audit in audits]
     if any(left_out):
@@ -154,14 +155,10 @@ def _measures(paired: Paired) -> list[str]:
     signs = []
     for name, audit in zip(names[1:], audits[1:], strict=True):
         own = audit.about
-        if own["threshold"] != about["threshold"]:
-            signs.append(
-                f"{name} took {own['threshold']:g} dB for recovered; all are compared by the {about['threshold']:g} dB of {names[0]}."
-            )
-        if own["share"] != about["share"]:
-            signs.append(
-                f"{name} asked for a share of {own['share']:.0%}; here {about['share']:.0%} of {names[0]} count for all."
-            )
+        for what, form in (("threshold", "{:g} dB"), ("share", "{:.0%}")):
+            if own[what] != about[what]:
+                theirs, ours = form.format(own[what]), form.format(about[what])
+                signs.append(f"{name} has a {what} of {theirs}; all are compared by the {ours} of {names[0]}.")
         if audit.candidates != audits[0].candidates:
             signs.append(
                 f"{name} looks for the image among {audit.candidates} candidates, {names[0]} among {audits[0].candidates}: "
