@@ -109,9 +109,9 @@ def warnings(paired: Paired) -> list[str]:
             signs.append(f"{name} is not finished: {len(audit.attacks)} of its attacks are done, and these alone are compared.")
     images = min(d.images for d in paired.differences)
     if images < FEW_IMAGES:
-        count, rest = f"{images} image{'s' * (images != 1)}", 1 - 0.05 ** (1 / images)
+        few, rest = f"{images} image{'s' * (images != 1)}", 1 - 0.05 ** (1 / images)
         signs.append(
-            f"No more than {count}, or leaks of several, are compared: intervals of a bootstrap over so few are rather too "
+            f"No more than {few}, or leaks of several, are compared: intervals of a bootstrap over so few are rather too "
             f"narrow, and what holds for each of them may fail for up to {rest:.0%} of others."
         )
     left_out = [len({row["image"] for row in audit.attacks}) - len(paired.places) for audit in audits]
