@@ -317,10 +317,37 @@ def test_figures_answer_to_the_data():
 
 
 def test_pictures_are_of_the_image_and_not_of_its_place():
-    a, b = audit_of(spread, images=[0, 1, 2, 3]), audit_of(spread, images=[3, 9, 1, 8, 0])
-    found = gd.compare(a, b)
+    """Each image is of a shade of its own."""
+    shade = lambda image: pictures.png(np.full((8, 8, 1), image / 10))
+
+    def shaded(images):
+        audit = audit_of(lambda *_: 30.0, images=images)
+        kept = {
+            f"{kind}/{k}": shade(i) for k, i in enumerate(images[:4]) for kind in ("truth", *(f"found/{s!r}" for s in SIGMAS))
+        }
+        return dataclasses.replace(audit, pictures=kept)
+
+    found = gd.compare(shaded([0, 1, 2, 3]), shaded([3, 9, 1, 8, 0]))
     assert found.places == ((0, 4), (1, 2), (3, 0))
-    assert figures._shown_images(found) == [(1, 2), (3, 0)]  # of place 4 no picture is kept
+    drawn = [ax.images[0].get_array() for ax in figures.reconstructions(found).axes]
+    of_both = [np.array_equal(drawn[3 * line], drawn[3 * line + k]) for line in range(len(drawn) // 3) for k in (1, 2)]
+    assert len(drawn) == 3 * 2 * 1  # at one level, since all are as far from the threshold; of place 4 no picture is kept
+    assert all(of_both)
+
+
+def test_each_aim_has_its_own_pick():
+    """What comes closest recognises nobody in `b`, the other attack everybody; in `a` the other way round."""
+
+    def of_two(ranks):
+        rows = [
+            row(method, 0.1, i, 0, psnr, 1.0, rank=rank, image_sha256=known_by(i))
+            for i in range(4)
+            for (method, psnr), rank in zip((("calibrated-mean", 25.0), ("dsg", 15.0)), ranks, strict=True)
+        ]
+        return make(rows, 4, 1)
+
+    (d,) = gd.compare(of_two((0, 5)), of_two((5, 0))).differences
+    assert (d.psnr, d.recovered, d.recognised) == ((0, 0, 0), (0, 0, 0), (1, 1, 1))
 
 
 @pytest.mark.parametrize(

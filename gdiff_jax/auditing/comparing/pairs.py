@@ -224,11 +224,11 @@ def _units(places: list[tuple[int, int]], *audits: AuditRecord) -> list[int]:
 
 
 def _grouped(units: list[int], values: dict[Pair, float]) -> list[list[float]]:
-    """By what is resampled together, in one order whatever that of the trials is."""
+    """By what is resampled together, in the order of the pairs, whatever that of the trials was."""
     groups: dict[int, list[float]] = defaultdict(list)
-    for image, seed in sorted(values):
-        groups[units[image]].append(values[image, seed])
-    return [groups[unit] for unit in sorted(groups)]
+    for (image, _), value in values.items():
+        groups[units[image]].append(value)
+    return list(groups.values())
 
 
 def mean_interval(groups: Iterable[Iterable[float]]) -> Interval:
