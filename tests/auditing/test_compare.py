@@ -6,6 +6,8 @@ import json
 import math
 import re
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_audit_summary import SIGMAS, make, row
@@ -13,8 +15,10 @@ from tiny import ended
 
 import gdiff_jax as gd
 from gdiff_jax.auditing import pictures
+from gdiff_jax.auditing.call import OwnMechanism
 from gdiff_jax.auditing.comparing import apart, figures, page, pairs, words
 from gdiff_jax.commands import audit as command
+from gdiff_jax.mechanisms import text as mechanism_text
 
 
 def known_by(number):
@@ -222,7 +226,6 @@ def test_settings_that_differ_are_listed_by_what_they_are_of():
     b["hashes"] = hashes("b")
     both = gd.compare(a, dataclasses.replace(a, about=b))
     assert "differ in 2 things, victim and defence" in both.text
-    assert gd.compare(a, dataclasses.replace(a, about={**a.about, "seed": 1})).warnings()[-1].startswith("The audits were made")
 
 
 def test_what_misleads_is_said():
@@ -232,6 +235,41 @@ def test_what_misleads_is_said():
     said = " ".join(gd.compare(a, b).warnings())
     for text in ("audit 2 is not finished", "with different priors", "10 of the images have another label"):
         assert text in said
+
+
+@pytest.mark.parametrize(
+    ("first", "other", "same"),
+    [
+        (dict(mechanism="clip:1+gaussian"), dict(mechanism="topk:0.1+gaussian"), True),
+        (dict(mechanism="gaussian"), dict(mechanism="gaussian"), True),
+        (dict(mechanism="gaussian"), dict(mechanism="clip:1+gaussian"), False),
+        (dict(mechanism="clip:1+gaussian"), dict(mechanism="clip:1+laplace"), False),
+        (dict(mechanism="clip:1+gaussian"), dict(mechanism="topk:0.1+clip:1+gaussian"), False),
+        (dict(mechanism="topk:0.1"), dict(mechanism="rsparse:0.1"), False),
+        (dict(parameters=1000), dict(parameters=2000), False),
+        (dict(seed=0), dict(seed=1), False),
+    ],
+)
+def test_whether_a_pair_has_the_same_noise_is_said(first, other, same):
+    said = " ".join(gd.compare(audit_of(spread, **first), audit_of(spread, **other)).warnings())
+    assert ("pairs share their image" in said) == (not same)
+
+
+def test_the_noise_of_a_pair_is_as_it_is_said():
+    """By the mechanisms themselves: the noise is what is left of a gradient of zeros."""
+    named = ["gaussian", "clip:1+gaussian", "topk:0.5+gaussian", "topk:0.5+clip:1+gaussian", "clip:1+laplace", "laplace"]
+    made = [
+        gd.GaussianNoise,
+        lambda s: gd.Chain((gd.Clip(2.0), gd.GaussianNoise(s))),
+        lambda s: gd.Chain((gd.GaussianNoise(s),)),
+    ]
+    every = [(text, mechanism_text.parse(text).without_image(0.5)) for text in named]
+    every += [(OwnMechanism(make).text, make(0.5)) for make in made]
+    noise = lambda mechanism: mechanism(jax.random.key(3), {"w": jnp.zeros((4, 5)), "b": jnp.zeros(3)})["w"]
+    for one, first in every:
+        for other, second in every:
+            same = np.allclose(noise(first), noise(second))
+            assert (words._noise_of(one) == words._noise_of(other)) == same, (one, other)
 
 
 def test_an_unfinished_audit_is_compared_at_the_levels_it_has():

@@ -1,8 +1,9 @@
 """Audits of the same images beside each other: which trials make a pair, and by how much they differ. Pure NumPy.
 
 Trials of one image (by its pixels) and one seed's number make a pair. An audit's random numbers come from its --seed, the
-image's place and the seed's number alone (`sweeping.trials`), so a pair has the same noise, as far as the weights have the same
-shapes, and the same start. What is resampled for intervals are images, an image's seeds and a leak's images together.
+image's place and the seed's number alone (`sweeping.trials`), so a pair has the same start, and the same noise where weights
+have the same shapes and the noise has the same place in its mechanism; `words.warnings` says where that does not hold. What is
+resampled for intervals are images, an image's seeds and a leak's images together.
 """
 
 from __future__ import annotations

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+import re
 
 from gdiff_jax.auditing import sentences
 from gdiff_jax.auditing.comparing.apart import SHORT, settings_apart, topics_apart
 from gdiff_jax.auditing.comparing.pairs import EXACT, Difference, Paired
 from gdiff_jax.auditing.comparing.same_images import labels_apart
+from gdiff_jax.auditing.record import AuditRecord
 from gdiff_jax.auditing.sentences import FEW_IMAGES
 from gdiff_jax.auditing.summary import levels
 from gdiff_jax.intervals import Interval
 
+NOISES = ("gaussian", "laplace", "uniform")
 METHOD = (
     "A pair is one image and one seed's number, attacked in both. PSNR: median over pairs of the difference of the attacker's "
     f"picks, each cut at {EXACT:g} dB, above which an image is the truth to rounding. Shares: the mean over images of the "
@@ -124,8 +127,7 @@ def warnings(paired: Paired) -> list[str]:
             f"{moved} of {len(paired.places)} images have another place in another set: there noise and start are other draws, "
             "and pairs share their image alone."
         )
-    if len({audit.about.get("seed", 0) for audit in audits}) > 1:
-        signs.append("The audits were made with another --seed: pairs share their image, not their noise and start.")
+    signs += _other_draws(audits)
     if count := labels_apart(paired.shared, paired.places):
         signs.append(f"{count} of the images have another label in another audit, so another gradient.")
     signs += _measures(paired)
@@ -147,6 +149,35 @@ def warnings(paired: Paired) -> list[str]:
         sha256 = str(audits[0].about["hashes"]["images"])[:SHORT]
         signs.append(f"Images are paired by their places, in sets of the same hash, {sha256}.")
     return signs
+
+
+def _other_draws(audits: tuple[AuditRecord, ...]) -> list[str]:
+    """Why the noise of a pair, of the same random key, is not the same in all audits; empty where it is."""
+    if len({audit.about.get("seed", 0) for audit in audits}) > 1:
+        return ["The audits were made with another --seed: pairs share their image, not their noise and start."]
+    reasons = []
+    if len({audit.about["parameters"] for audit in audits}) > 1:
+        reasons.append("weights are of other shapes")
+    if len({_noise_of(audit.about["mechanism"]) for audit in audits}) > 1:
+        texts = dict.fromkeys(audit.about["mechanism"] for audit in audits)
+        reasons.append(f"a stage of a mechanism draws by its place in it, of {', '.join(texts)}")
+    if not reasons:
+        return []
+    return [f"The noise of a pair is not the same draw, since {' and '.join(reasons)}: pairs share their image and the start."]
+
+
+def _noise_of(mechanism: str) -> tuple[tuple[str, int], ...] | str:
+    """Its noises, each with what its key is folded with in a `Chain`, -1 alone; the text itself where there is no such noise.
+
+    Of a command it is like clip:1+gaussian, of a call like Chain(stages=(Clip(norm=1.0), GaussianNoise(sigma=sigma))).
+    """
+    called = re.findall(r"(\w+)\(", mechanism)
+    if called.count("Chain") > 1:
+        return mechanism
+    names = [name.removesuffix("Noise").lower() for name in called if name != "Chain"]
+    names = names or [stage.partition(":")[0] for stage in mechanism.split("+")]
+    alone = called[0] != "Chain" if called else len(names) == 1
+    return tuple((name, -1 if alone else i) for i, name in enumerate(names) if name in NOISES) or mechanism
 
 
 def _measures(paired: Paired) -> list[str]:
