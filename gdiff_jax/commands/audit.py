@@ -6,6 +6,7 @@
     python experiments/audit.py --victim=my_model.py:make --gradient=leak.safetensors --sigma_grid=0 --label=3
     python experiments/audit.py --fail_if="recovered > 0.1"            in a pipeline: exit code 3 where that holds
     python experiments/audit.py --from_json=runs/audit/audit.json --out=FOLDER      the report again, from its data
+    python experiments/audit.py compare runs/a runs/b --out=FOLDER     audits beside each other, image by image, from their data
 
 my_model.py:make is a function without arguments that returns (loss, params): a pure scalar loss(params, x, y) of one image x
 (H, W, C) in [-1, 1], and a pytree of weights; or, with the extra `torch`, a torch.nn.Module. The folder receives report.html
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from gdiff_jax import options
 from gdiff_jax.auditing.settings import AuditConfig
 from gdiff_jax.commands import flags
 from gdiff_jax.errors import ConfigError, need
@@ -24,7 +26,7 @@ from gdiff_jax.files import need_folder
 
 
 def main() -> None:
-    flags.command(_audit, AuditConfig(), text=__doc__)
+    flags.command(_audit, AuditConfig(), text=__doc__, others={"compare": _compare})
 
 
 def _audit() -> None:
@@ -59,3 +61,22 @@ def _audit() -> None:
     if fails and (met := fails.met(audit)):
         print(f"failed: {fails} at {', '.join(met)}")
         flags.leave(3)
+
+
+def _compare(paths: list[str]) -> None:
+    from gdiff_jax.auditing.comparing.result import compare_named
+
+    config = flags.read_flags(AuditConfig())
+    out = Path(config.run.out) if flags.given("out") else Path("runs/compare")
+    only_out = options.replace(AuditConfig(), out=config.run.out)
+    need(config == only_out, "compare reads what audits left, and takes folders and --out alone; leave the other flags away")
+    need_folder(out, "--out")
+    try:
+        comparison = compare_named(paths)
+    except ValueError as error:
+        raise ConfigError(f"compare: {error}") from None
+    page = comparison.report(out)
+    print(f"\n{comparison.text}\n")
+    for warning in comparison.warnings():
+        print(f"! {warning}")
+    print(f"comparison: {page}")

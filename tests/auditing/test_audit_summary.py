@@ -11,6 +11,7 @@ from gdiff_jax import intervals, metrics
 from gdiff_jax.auditing import figures, sentences, summary
 from gdiff_jax.auditing.record import AuditRecord, curve_key
 from gdiff_jax.auditing.result import Audit
+from gdiff_jax.auditing.run import Question
 
 SIGMAS = (0.0, 0.01, 0.1, 1.0)
 
@@ -260,6 +261,13 @@ def test_identification_among_candidates():
     assert ranks.max() == 5
     distances = np.square((guesses[:, None] - images[None]).astype(np.float64)).mean((2, 3, 4))
     np.testing.assert_array_equal(ranks, (distances <= distances[:, 2:3]).sum(1) - 1)
+
+
+def test_a_candidate_counts_once_however_often_it_is_there():
+    images = np.random.default_rng(0).uniform(-1, 1, (6, 8, 8, 3)).astype(np.float32)
+    asked = Question(np.concatenate([images[3:], images, images[:2]]))
+    np.testing.assert_array_equal(asked.candidates, np.concatenate([images[3:], images[:3]]))
+    assert metrics.candidate_count(asked.candidates, images[:2]) == 6
 
 
 @pytest.mark.skipif(not metrics.lpips_is_installed(), reason="needs the extra lpips")
