@@ -5,12 +5,14 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from objectives import float32, random_weights
 
 import gdiff_jax as gd
 from gdiff_jax import expected_masks
-from gdiff_jax.auto import DOUBT, Auto, _preferred, _weighed
+from gdiff_jax.analytic_mean import AnalyticMean
+from gdiff_jax.auto import AFAR, DOUBT, Auto, _preferred, _refined, _refinement, _weighed
 from gdiff_jax.methods import DSG
 from gdiff_jax.problem import Outcome, Problem
 from gdiff_jax.pytrees import pytree
@@ -29,6 +31,7 @@ def key():
 # Compiled whole: operation by operation each is a program of its own.
 distance = jax.jit(lambda match, image: match(image))
 search = jax.jit(lambda key, problem: DSG()(key, problem))
+estimate = jax.jit(lambda problem: AnalyticMean()(jax.random.key(4), problem))
 release = jax.jit(lambda mechanism, key, leak: mechanism(key, leak))
 
 
@@ -151,18 +154,51 @@ def test_two_images_are_weighed_by_what_they_explain():
     np.testing.assert_array_equal(_weighed(plain, other, jnp.full(SHAPE, jnp.nan)), other)
 
 
-def test_a_network_that_is_sure_of_its_labels_is_refined_from_the_mean_of_images():
-    """Where the search ends far off: what leaked of the delta leads to the image, that of the estimate does not."""
-    victim = cnn(SHAPE, CLASSES, channels=(12, 24))
-    params, label = random_weights(victim), jnp.asarray(2)
-    sigma = jnp.float32(1e-4)
-    head = jax.tree.leaves(params)[-1].shape
-    params = jax.tree.map(lambda a: 8 * a if a.shape == head else a, params)
-    leak = release(gd.GaussianNoise(sigma), jax.random.key(9), jax.jit(jax.grad(victim.loss))(params, IMAGE, label))
-    match = gd.GradientMatching(params, label, leak, victim.loss, mechanism=gd.GaussianNoise(sigma))
+def fitted(victim, image, label, other):
+    """Weights by which the image has its label, and the mean of images another."""
+    both = lambda p: victim.loss(p, image, label) + victim.loss(p, jnp.zeros(SHAPE), other)
+    step = jax.jit(lambda p: jax.tree.map(lambda a, g: a - 0.05 * g, p, jax.grad(both)(p)))
+    params = random_weights(victim)
+    for _ in range(200):
+        params = step(params)
+    return params
+
+
+def test_a_network_that_fits_its_image_is_refined_from_the_mean_of_images():
+    """The deltas of an estimate far off lead elsewhere, those that leaked to the image; what a search found does not count."""
+    victim, label, sigma = cnn(SHAPE, CLASSES, channels=(12, 24)), jnp.asarray(2), jnp.float32(1e-5)
+    params, mechanism = fitted(victim, IMAGE, label, jnp.asarray(3)), gd.GaussianNoise(sigma)
+    leak = release(mechanism, jax.random.key(9), jax.jit(jax.grad(victim.loss))(params, IMAGE, label))
+    match = gd.GradientMatching(params, label, leak, victim.loss, mechanism=mechanism)
     problem = dataclasses.replace(problem_of(victim, sigma=sigma), match=match)
-    image = jax.jit(expected_masks.refine, static_argnames="first")(problem, jnp.zeros(SHAPE), first=1.0)
-    assert jnp.square(image - IMAGE).mean() < 1e-3
+    refine = jax.jit(expected_masks.refine, static_argnames="first")
+    error = lambda image: float(jnp.square(image - IMAGE).mean())
+    assert error(refine(problem, jnp.zeros(SHAPE), first=AFAR)) < 1e-3
+    lost = jnp.full(SHAPE, jnp.nan)
+    assert not np.isfinite(refine(problem, lost)).any()
+    refined = jax.jit(lambda problem, lost: _refined(problem, _refinement(problem), lost))
+    assert error(refined(problem, lost)) < 1e-3
+
+
+def test_a_clipped_gradient_is_one_with_more_noise():
+    """How much was clipped is found: the image is about as good as of the gradient whole with noise as much larger."""
+    victim, sigma = mlp(SHAPE, CLASSES, widths=(128, 64)), 0.03
+    problem = problem_of(victim, first_dense=victim.first_dense)
+    size = optax.tree.norm(problem.match.leak)
+
+    def error(mechanism, sigma, key):
+        leak = release(mechanism, key, problem.match.leak)
+        match = dataclasses.replace(problem.match, leak=leak, mechanism=mechanism)
+        image, _ = estimate(dataclasses.replace(problem, match=match, sigma=sigma))
+        return float(jnp.square(image - IMAGE).mean())
+
+    share, plain = jnp.float32(0.05), gd.GaussianNoise(jnp.float32(sigma))
+    clip = gd.mechanisms.Chain((gd.mechanisms.Clip(share * size), gd.GaussianNoise(share * sigma)))
+    keys = jax.random.split(key(), 6)
+    clipped, whole = (
+        max(error(*released, k) for k in keys) for released in ((clip, share * sigma), (plain, jnp.float32(sigma)))
+    )
+    assert clipped < 2 * whole
 
 
 def test_it_is_said_that_what_could_not_be_solved_is_refined():
