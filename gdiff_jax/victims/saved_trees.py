@@ -22,6 +22,8 @@ from gdiff_jax.victims.tree_files import Tree, read
 from gdiff_jax.victims.uses import Use, Uses
 
 FROZEN = "what the client does not train is to be frozen in the victim, by requires_grad_(False) in a torch module"
+ALONE = "save the victim's parameters alone, under their names"
+UNEQUAL = "tied, but not equal"
 
 Orders = dict[str, tuple[int, int, int] | None]  # by a dense kernel's name: (C, H, W); None: rows as they are
 
@@ -192,9 +194,14 @@ def _named(
     if len(found) > 1:
         several = ", ".join(match.prefix or "the top" for match in found)
         raise ValueError(f"{path} holds several trees that fit the victim ({several}): save the one that is meant alone")
-    ordered = None if found else unnamed.in_order(path, tree, trees, module is not None)
+    ordered = None if found else unnamed.in_order(path, tree, expected, trees, module is not None)
     if ordered:
-        more = [name for name, place in ordered.items() if name not in expected and place in tree.arrays]
+        twins = {other: name for name, others in tied.items() for other in others if {name, other} <= ordered.keys()}
+        unequal = [f"{other}, {name}" for other, name in twins.items() if not _is_equal(tree, ordered[other], ordered[name])]
+        if unequal:
+            raise ValueError(f"{path} does not fit the victim; {tensor_files.listed({UNEQUAL: unequal})}; {ALONE}")
+        aside = [name for name in ordered if name not in expected and name not in twins]
+        more = [name for name in aside if ordered[name] in tree.arrays]
         rest = f"; {tensor_files.listed({'left aside': more})}" if more else ""
         say(f"{path}: arrays without names are taken in the order of the victim's, which their shapes confirm{rest}")
         return {name: ordered[name] for name in expected}
@@ -210,9 +217,9 @@ def _named(
     first = {other: match.names.get(name) for name, others in tied.items() for other in others}
     twins = {name: one for name in aside if (one := first.get(short[name])) is not None}
     unequal = [f"{name}, {one}" for name, one in twins.items() if not _is_equal(tree, name, one)]
-    problems = {"missing": missing, "one array for several": shared, "tied, but not equal": unequal, "not of the victim": left}
+    problems = {"missing": missing, "one array for several": shared, UNEQUAL: unequal, "not of the victim": left}
     if any(problems.values()):
-        remedy = "save the victim's parameters alone, under their names"
+        remedy = unnamed.STATE_DICT if weights and module and missing else ALONE
         raise ValueError(f"{path} does not fit the victim; {tensor_files.listed(problems)}; {remedy}")
     aside = [name for name in aside if name not in twins]
     beside = [*match.beside, *aside, *(name for name in tree.others if name not in below)]
