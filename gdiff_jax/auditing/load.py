@@ -37,6 +37,7 @@ from gdiff_jax.theory.summary import LARGEST_GRAM, prior_information
 from gdiff_jax.victims import saved_trees
 from gdiff_jax.victims.checks import check_gradients
 from gdiff_jax.victims.own import OwnVictim, is_own, module_victim
+from gdiff_jax.victims.reached import reached
 from gdiff_jax.victims.torch_model import TorchModel
 from gdiff_jax.victims.uses import uses
 
@@ -113,14 +114,16 @@ def _fit(flag: str, path: str, plan: Plan, orders: saved_trees.Orders, weights: 
     state, _ = audited(plan)
     params, victim = plan.params[state], plan.victims[state.name]
     first = first_leak((plan.images, plan.labels), plan.client.group)
-    used = lambda: uses(victim.loss, params, *jax.tree.map(jnp.asarray, first))
+    asked: Any = (victim.loss, params, *jax.tree.map(jnp.asarray, first))
+    used, with_one = partial(uses, *asked), partial(reached, *asked)
     try:
         if (model := _model_of(victim)) is not None:
             from gdiff_jax.victims import torch_files  # of the extra `torch`, which a module needs
 
-            tree = saved_trees.fit(path, params, orders, used, weights=weights, module=torch_files.files_of(model.module))
+            of_module = torch_files.files_of(model.module)
         else:
-            tree = saved_trees.fit(path, params, orders, used, weights=weights)
+            of_module = None
+        tree = saved_trees.fit(path, params, orders, used, reached=with_one, weights=weights, module=of_module)
     except ValueError as error:
         raise ConfigError(f"--{flag}: {error}") from None
     return {name: jnp.asarray(value) for name, value in tree.items()}

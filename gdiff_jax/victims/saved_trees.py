@@ -70,20 +70,21 @@ def fit(
     orders: Orders,
     uses: Callable[[], Uses] | None = None,
     *,
+    reached: Callable[[], set[str]] | None = None,
     weights: bool = False,
     module: OfModule | None = None,
     say: Callable[[str], None] = files.say,
 ) -> dict[str, np.ndarray]:
     """The file's arrays as the parameters `expected`, each used once, in float32.
 
-    None in a gradient's place is zero where the loss does not use the parameter, and refused where it does.
+    None in a gradient's place is zero where the loss has no gradient of the parameter, and refused where it has.
 
     Args:
       path: of a file that `tree_files.read` reads.
       expected: the victim's parameters.
       orders: of rows that torch flattened.
-      uses: what the victim's loss does with each, asked only where layouts may differ, or a gradient is None; without, names
-        alone tell layouts.
+      uses: what the victim's loss does with each, asked only where layouts may differ; without, names alone tell layouts.
+      reached: those that the victim's loss has a gradient of, asked only where a gradient is None; without, it is all.
       weights: whether weights are meant, and not what an optimiser keeps of the same shapes.
       module: what is known of a torch module's files.
       say: takes a line of what was taken off names or left aside.
@@ -103,11 +104,12 @@ def fit(
     found = _named(path, tree, expected, weights, module, say)
     none = [name for name in expected if found[name] in tree.nones]
     of_torch = {name for name, original in found.items() if _leaf(original) == "weight" and not module}
-    used = uses() if uses and (of_torch or none) else {}
+    used = uses() if uses and of_torch else {}
     arrays = [_Array(name, tree.arrays[found[name]], expected[name], used.get(name)) for name in expected if name not in none]
     told = layouts.is_torchs([a.layouts for a in arrays if a.name in of_torch and _leaf(a.name) == "weight"])
-    in_use = [name for name in none if used.get(name, True)]
-    problems = {"None, though the loss uses it": in_use} if in_use else {}
+    with_one = reached() if reached and none else set(expected)
+    lacking = [name for name in none if name in with_one]
+    problems = {"None, though the loss has a gradient of it": lacking} if lacking else {}
     fitted = {name: np.zeros(expected[name].shape, np.float32) for name in none}
     for array in arrays:
         name, order = array.name, orders.get(array.name, ...)
@@ -125,10 +127,10 @@ def fit(
             kind, text = error.args
             problems.setdefault(kind, []).append(text)
     if problems:
-        remedy = f"; {FROZEN}" if in_use else ""
+        remedy = f"; {FROZEN}" if lacking else ""
         raise ValueError(f"{path} does not fit the victim; {tensor_files.listed(problems)}{remedy}")
     if none:
-        say(f"{path}: None is a gradient of zero of what the loss does not use: {', '.join(none)}")
+        say(f"{path}: None is a gradient of zero of what the loss does not use, or detaches: {', '.join(none)}")
     return {name: fitted[name] for name in expected}
 
 
