@@ -228,13 +228,13 @@ def fingerprint(loss: Loss, params: Any, image: Any, label: Any) -> str:
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         program = jax.make_jaxpr(jax.value_and_grad(loss))(params, x, y)
     sha = hashlib.sha256(re.sub(r"0x[0-9a-f]+", "0x", str(program)).encode())  # addresses differ from process to process
-    for constant in _constants(program):
+    for constant in constants(program):
         sha.update(f"{constant.dtype}{constant.shape}".encode())
         sha.update(constant.tobytes())
     return sha.hexdigest()
 
 
-def _constants(program: Any) -> Iterator[np.ndarray]:
+def constants(program: Any) -> Iterator[np.ndarray]:
     """The arrays that a jaxpr, and those within it, hold: of them its text gives shapes alone."""
     inner = list(getattr(program, "consts", ()))
     for equation in getattr(program, "jaxpr", program).eqns:
@@ -242,7 +242,7 @@ def _constants(program: Any) -> Iterator[np.ndarray]:
         inner += jax.tree.leaves(list(equation.params.values()))
     for value in inner:
         if isinstance(value, core.ClosedJaxpr | core.Jaxpr):
-            yield from _constants(value)
+            yield from constants(value)
         elif isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
             yield np.asarray(jax.random.key_data(value))
         elif isinstance(value, jax.Array | np.ndarray | np.generic):

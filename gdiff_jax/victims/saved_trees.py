@@ -71,6 +71,7 @@ def fit(
     uses: Callable[[], Uses] | None = None,
     *,
     reached: Callable[[], set[str]] | None = None,
+    beside: Callable[[Mapping[str, np.ndarray]], None] | None = None,
     weights: bool = False,
     module: OfModule | None = None,
     say: Callable[[str], None] = files.say,
@@ -85,6 +86,7 @@ def fit(
       orders: of rows that torch flattened.
       uses: what the victim's loss does with each, asked only where layouts may differ; without, names alone tell layouts.
       reached: those that the victim's loss has a gradient of, asked only where a gradient is None; without, it is all.
+      beside: takes the arrays that lie beside the victim's own, by name, such as statistics of a collection of their own.
       weights: whether weights are meant, and not what an optimiser keeps of the same shapes.
       module: what is known of a torch module's files.
       say: takes a line of what was taken off names or left aside.
@@ -102,6 +104,9 @@ def fit(
     if module and orders:
         raise ValueError(f"flattened {next(iter(orders))}: a torch module's files have its own order; leave it away")
     found = _named(path, tree, expected, weights, module, say)
+    if beside:
+        own = set(found.values())
+        beside({name: value for name, value in tree.arrays.items() if name not in own})
     none = [name for name in expected if found[name] in tree.nones]
     of_torch = {name for name, original in found.items() if _leaf(original) == "weight" and not module}
     used = uses() if uses and of_torch else {}
