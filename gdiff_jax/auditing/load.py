@@ -36,7 +36,9 @@ from gdiff_jax.sweeping.run import run_trials
 from gdiff_jax.theory.summary import LARGEST_GRAM, prior_information
 from gdiff_jax.victims import saved_trees
 from gdiff_jax.victims.checks import check_gradients
+from gdiff_jax.victims.left_aside import not_loaded
 from gdiff_jax.victims.own import OwnVictim, is_own, module_victim
+from gdiff_jax.victims.reached import reached
 from gdiff_jax.victims.torch_model import TorchModel
 from gdiff_jax.victims.uses import uses
 
@@ -51,7 +53,7 @@ def audit_named(config: AuditConfig) -> Audit:
         config = config.completed()
         config.check()
         sweep = _with_methods(config)
-        plan = _load_plan(config, sweep)
+        plan, left_aside = _load_plan(config, sweep)
         question = dataclasses.replace(load_question(config.asked, sweep, plan), film=DSG(config.attacks.guidance_rate))
         _check_gradients(plan)
         doubt = check_leak(config.model.gradient, plan, config.model.update) if config.model.gradient else ""
@@ -59,7 +61,7 @@ def audit_named(config: AuditConfig) -> Audit:
             plan = with_analytic(plan)
         store = Store(Path(sweep.run.out), plan.identity, plan.reading)
         with contextlib.closing(store):
-            about = {**_about(config, sweep, plan), "doubt": doubt}
+            about = {**_about(config, sweep, plan), "doubt": f"{left_aside} {doubt}".strip()}
             return run(plan, question, store, partial(_attack, config.run), about, partial(_show, Path(config.run.out)))
 
 
@@ -84,17 +86,19 @@ def _with_methods(config: AuditConfig) -> SweepConfig:
     return replace(sweep, methods=DEFAULT_METHODS)
 
 
-def _load_plan(config: AuditConfig, sweep: SweepConfig) -> Plan:
+def _load_plan(config: AuditConfig, sweep: SweepConfig) -> tuple[Plan, str]:
+    """And what must be said of what the weights' file holds beside them; "" if nothing."""
     try:
         orders = saved_trees.parse_orders(config.model.flattened)
     except ValueError as error:
         raise ConfigError(f"--flattened: {error}") from None
+    left_aside = ""
     plan = inputs.load(sweep, config.images_known, partial(_with_state_dict, config.model, orders))
     if config.model.weights and _model_of(plan.victims[audited(plan)[0].name]) is None:
-        plan = _with_weights(plan, config.model, orders)
+        plan, left_aside = _with_weights(plan, config.model, orders)
     if config.model.gradient:
         plan = _with_gradient(plan, config, orders)
-    return plan
+    return plan, left_aside
 
 
 def _check_gradients(plan: Plan) -> None:
@@ -108,19 +112,28 @@ def _check_gradients(plan: Plan) -> None:
             raise ConfigError(f"victim {state.name}: {error}") from None
 
 
-def _fit(flag: str, path: str, plan: Plan, orders: saved_trees.Orders, weights: bool) -> dict[str, Any]:
-    """The arrays of a file, shaped as the victim's weights; whether they are weights, and not what an optimiser keeps."""
+def _fit(
+    flag: str, path: str, plan: Plan, orders: saved_trees.Orders, weights: bool, beside: dict[str, np.ndarray]
+) -> dict[str, Any]:
+    """The arrays of a file, shaped as the victim's weights; whether they are weights, and not what an optimiser keeps.
+
+    To `beside` go the file's other arrays.
+    """
     state, _ = audited(plan)
     params, victim = plan.params[state], plan.victims[state.name]
     first = first_leak((plan.images, plan.labels), plan.client.group)
-    used = lambda: uses(victim.loss, params, *jax.tree.map(jnp.asarray, first))
+    asked: Any = (victim.loss, params, *jax.tree.map(jnp.asarray, first))
+    used, with_one = partial(uses, *asked), partial(reached, *asked)
     try:
         if (model := _model_of(victim)) is not None:
             from gdiff_jax.victims import torch_files  # of the extra `torch`, which a module needs
 
-            tree = saved_trees.fit(path, params, orders, used, weights=weights, module=torch_files.files_of(model.module))
+            of_module = torch_files.files_of(model.module)
         else:
-            tree = saved_trees.fit(path, params, orders, used, weights=weights)
+            of_module = None
+        tree = saved_trees.fit(
+            path, params, orders, used, reached=with_one, beside=beside.update, weights=weights, module=of_module
+        )
     except ValueError as error:
         raise ConfigError(f"--{flag}: {error}") from None
     return {name: jnp.asarray(value) for name, value in tree.items()}
@@ -135,19 +148,26 @@ def _with_hash(plan: Plan, **hashes: Any) -> dict[str, Any]:
     return {**plan.identity, "sha256": {**plan.identity["sha256"], **hashes}}
 
 
-def _with_weights(plan: Plan, model: Model, orders: saved_trees.Orders) -> Plan:
+def _with_weights(plan: Plan, model: Model, orders: saved_trees.Orders) -> tuple[Plan, str]:
+    """And what must be said of what the file holds beside them."""
     state, _ = audited(plan)
-    params = _fit("weights", model.weights, plan, orders, True)
+    beside = dict[str, np.ndarray]()
+    params = _fit("weights", model.weights, plan, orders, True, beside)
     digest, trained = modules.digest(params), plan.identity["sha256"]["trained_victims"]
     # In place of those that the function made, at random perhaps.
     hashes = {name: digest if name == f"{state.name}/{state.training_steps}" else value for name, value in trained.items()}
     identity = _with_hash(plan, weights=digest, trained_victims=hashes)
     plan = dataclasses.replace(plan, params={state: params}, identity=identity)
     victim = plan.victims[state.name]
-    if is_own(state.name) and plan.images_known:
-        first = first_leak((plan.images, plan.labels), plan.client.group)
+    if not is_own(state.name):
+        return plan, ""
+    first = first_leak((plan.images, plan.labels), plan.client.group)
+    if plan.images_known:
         inputs.check_own_loss(state.name, victim, params, *first)  # type: ignore[arg-type]
-    return plan
+    left_aside = not_loaded(model.weights, beside, victim.loss, params, *jax.tree.map(jnp.asarray, first))
+    if left_aside:
+        say(f"--weights: {left_aside}")
+    return plan, left_aside
 
 
 def _with_state_dict(model: Model, orders: saved_trees.Orders, victim: OwnVictim, params: Any) -> tuple[OwnVictim, Any]:
@@ -165,7 +185,7 @@ def _with_state_dict(model: Model, orders: saved_trees.Orders, victim: OwnVictim
 
 def _with_gradient(plan: Plan, config: AuditConfig, orders: saved_trees.Orders) -> Plan:
     state, _ = audited(plan)
-    leak = _fit("gradient", config.model.gradient, plan, orders, config.model.update)
+    leak = _fit("gradient", config.model.gradient, plan, orders, config.model.update, {})
     path = config.model.gradient
     if config.model.update:
         leak = _of_update(plan.params[state], leak, config.client)

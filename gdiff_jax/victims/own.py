@@ -20,6 +20,7 @@ from gdiff_jax.modules import Params
 from gdiff_jax.pytrees import at_least_float32
 from gdiff_jax.victims import torch_model, user_files
 from gdiff_jax.victims.checks import gradient_at
+from gdiff_jax.victims.statistics import first_statistic
 from gdiff_jax.victims.torch_model import TorchModel
 
 EXTRA = 'pip install "gdiff-jax[torch]"'
@@ -83,14 +84,13 @@ def check_call(loss: Any) -> None:
 
 
 def _check_trained(params: Any) -> None:
-    """ValueError where a BatchNorm's statistics of Flax lie among the params: floats, of which no gradient leaks."""
-    is_one = lambda node: type(node).__name__ == "BatchStat"  # of NNX; Linen has a collection of them
-    for path, node in jax.tree.leaves_with_path(params, is_leaf=is_one):
-        if is_one(node) or getattr(path[0] if path else None, "key", None) == "batch_stats":
-            raise ValueError(
-                f"params.{_name(path)} is a BatchNorm's statistic, of which no gradient leaks; leave it to loss, as "
-                "nnx.split(model, nnx.Param, ...) or variables['params'] does"
-            )
+    """ValueError where a BatchNorm's statistics lie among the params."""
+    path = first_statistic(params)
+    if path is not None:
+        raise ValueError(
+            f"params.{_name(path)} is a BatchNorm's statistic, of which no gradient leaks; leave it to loss, as "
+            "nnx.split(model, nnx.Param, ...), variables['params'] and equinox.nn.make_with_state do"
+        )
 
 
 def module_victim(model: TorchModel, num_classes: int) -> tuple[OwnVictim, Params]:
@@ -148,7 +148,7 @@ def load_own(name: str, num_classes: int) -> tuple[OwnVictim, Params]:
         except (Exception, SystemExit) as error:  # whatever the user's function raises
             raise ValueError(f"victim {name!r}: {attribute}() failed ({type(error).__name__}: {error})") from error
     model = torch_model.as_model(returned)
-    if model is None and not (type(returned) is tuple and len(returned) == 2 and callable(returned[0])):  # no pair of Haiku's
+    if model is None and not _is_pair(returned):
         raise ValueError(
             f"victim {name!r}: {attribute}() must return (loss, params), a function and a pytree of arrays, or a torch module, "
             f"and no {type(returned).__name__}; {MODELS}"
@@ -157,6 +157,12 @@ def load_own(name: str, num_classes: int) -> tuple[OwnVictim, Params]:
         return module_victim(model, num_classes) if model else own_victim(returned[0], returned[1], num_classes)
     except ValueError as error:
         raise ValueError(f"victim {name!r}: {error}") from None
+
+
+def _is_pair(returned: Any) -> bool:
+    """Whether it may be (loss, params), as a NamedTuple too; such pairs of two functions are Haiku's `Transformed`."""
+    pair = isinstance(returned, tuple) and len(returned) == 2 and callable(returned[0])
+    return pair and (type(returned) is tuple or not callable(returned[1]))  # a model of NNX can be called, and is a pytree
 
 
 def _function(name: str) -> Callable[[], Any]:
@@ -222,13 +228,13 @@ def fingerprint(loss: Loss, params: Any, image: Any, label: Any) -> str:
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         program = jax.make_jaxpr(jax.value_and_grad(loss))(params, x, y)
     sha = hashlib.sha256(re.sub(r"0x[0-9a-f]+", "0x", str(program)).encode())  # addresses differ from process to process
-    for constant in _constants(program):
+    for constant in constants(program):
         sha.update(f"{constant.dtype}{constant.shape}".encode())
         sha.update(constant.tobytes())
     return sha.hexdigest()
 
 
-def _constants(program: Any) -> Iterator[np.ndarray]:
+def constants(program: Any) -> Iterator[np.ndarray]:
     """The arrays that a jaxpr, and those within it, hold: of them its text gives shapes alone."""
     inner = list(getattr(program, "consts", ()))
     for equation in getattr(program, "jaxpr", program).eqns:
@@ -236,7 +242,7 @@ def _constants(program: Any) -> Iterator[np.ndarray]:
         inner += jax.tree.leaves(list(equation.params.values()))
     for value in inner:
         if isinstance(value, core.ClosedJaxpr | core.Jaxpr):
-            yield from _constants(value)
+            yield from constants(value)
         elif isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
             yield np.asarray(jax.random.key_data(value))
         elif isinstance(value, jax.Array | np.ndarray | np.generic):

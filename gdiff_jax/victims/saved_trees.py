@@ -22,6 +22,8 @@ from gdiff_jax.victims.tree_files import Tree, read
 from gdiff_jax.victims.uses import Use, Uses
 
 FROZEN = "what the client does not train is to be frozen in the victim, by requires_grad_(False) in a torch module"
+ALONE = "save the victim's parameters alone, under their names"
+UNEQUAL = "tied, but not equal"
 
 Orders = dict[str, tuple[int, int, int] | None]  # by a dense kernel's name: (C, H, W); None: rows as they are
 
@@ -68,20 +70,23 @@ def fit(
     orders: Orders,
     uses: Callable[[], Uses] | None = None,
     *,
+    reached: Callable[[], set[str]] | None = None,
+    beside: Callable[[Mapping[str, np.ndarray]], None] | None = None,
     weights: bool = False,
     module: OfModule | None = None,
     say: Callable[[str], None] = files.say,
 ) -> dict[str, np.ndarray]:
     """The file's arrays as the parameters `expected`, each used once, in float32.
 
-    None in a gradient's place is zero where the loss does not use the parameter, and refused where it does.
+    None in a gradient's place is zero where the loss has no gradient of the parameter, and refused where it has.
 
     Args:
       path: of a file that `tree_files.read` reads.
       expected: the victim's parameters.
       orders: of rows that torch flattened.
-      uses: what the victim's loss does with each, asked only where layouts may differ, or a gradient is None; without, names
-        alone tell layouts.
+      uses: what the victim's loss does with each, asked only where layouts may differ; without, names alone tell layouts.
+      reached: those that the victim's loss has a gradient of, asked only where a gradient is None; without, it is all.
+      beside: takes the arrays that lie beside the victim's own, by name, such as statistics of a collection of their own.
       weights: whether weights are meant, and not what an optimiser keeps of the same shapes.
       module: what is known of a torch module's files.
       say: takes a line of what was taken off names or left aside.
@@ -99,13 +104,17 @@ def fit(
     if module and orders:
         raise ValueError(f"flattened {next(iter(orders))}: a torch module's files have its own order; leave it away")
     found = _named(path, tree, expected, weights, module, say)
+    if beside:
+        own = set(found.values())
+        beside({name: value for name, value in tree.arrays.items() if name not in own})
     none = [name for name in expected if found[name] in tree.nones]
     of_torch = {name for name, original in found.items() if _leaf(original) == "weight" and not module}
-    used = uses() if uses and (of_torch or none) else {}
+    used = uses() if uses and of_torch else {}
     arrays = [_Array(name, tree.arrays[found[name]], expected[name], used.get(name)) for name in expected if name not in none]
     told = layouts.is_torchs([a.layouts for a in arrays if a.name in of_torch and _leaf(a.name) == "weight"])
-    in_use = [name for name in none if used.get(name, True)]
-    problems = {"None, though the loss uses it": in_use} if in_use else {}
+    with_one = reached() if reached and none else set(expected)
+    lacking = [name for name in none if name in with_one]
+    problems = {"None, though the loss has a gradient of it": lacking} if lacking else {}
     fitted = {name: np.zeros(expected[name].shape, np.float32) for name in none}
     for array in arrays:
         name, order = array.name, orders.get(array.name, ...)
@@ -123,10 +132,10 @@ def fit(
             kind, text = error.args
             problems.setdefault(kind, []).append(text)
     if problems:
-        remedy = f"; {FROZEN}" if in_use else ""
+        remedy = f"; {FROZEN}" if lacking else ""
         raise ValueError(f"{path} does not fit the victim; {tensor_files.listed(problems)}{remedy}")
     if none:
-        say(f"{path}: None is a gradient of zero of what the loss does not use: {', '.join(none)}")
+        say(f"{path}: None is a gradient of zero of what the loss does not use, or detaches: {', '.join(none)}")
     return {name: fitted[name] for name in expected}
 
 
@@ -192,9 +201,14 @@ def _named(
     if len(found) > 1:
         several = ", ".join(match.prefix or "the top" for match in found)
         raise ValueError(f"{path} holds several trees that fit the victim ({several}): save the one that is meant alone")
-    ordered = None if found else unnamed.in_order(path, tree, trees, module is not None)
+    ordered = None if found else unnamed.in_order(path, tree, expected, trees, module is not None)
     if ordered:
-        more = [name for name, place in ordered.items() if name not in expected and place in tree.arrays]
+        twins = {other: name for name, others in tied.items() for other in others if {name, other} <= ordered.keys()}
+        unequal = [f"{other}, {name}" for other, name in twins.items() if not _is_equal(tree, ordered[other], ordered[name])]
+        if unequal:
+            raise ValueError(f"{path} does not fit the victim; {tensor_files.listed({UNEQUAL: unequal})}; {ALONE}")
+        aside = [name for name in ordered if name not in expected and name not in twins]
+        more = [name for name in aside if ordered[name] in tree.arrays]
         rest = f"; {tensor_files.listed({'left aside': more})}" if more else ""
         say(f"{path}: arrays without names are taken in the order of the victim's, which their shapes confirm{rest}")
         return {name: ordered[name] for name in expected}
@@ -210,9 +224,9 @@ def _named(
     first = {other: match.names.get(name) for name, others in tied.items() for other in others}
     twins = {name: one for name in aside if (one := first.get(short[name])) is not None}
     unequal = [f"{name}, {one}" for name, one in twins.items() if not _is_equal(tree, name, one)]
-    problems = {"missing": missing, "one array for several": shared, "tied, but not equal": unequal, "not of the victim": left}
+    problems = {"missing": missing, "one array for several": shared, UNEQUAL: unequal, "not of the victim": left}
     if any(problems.values()):
-        remedy = "save the victim's parameters alone, under their names"
+        remedy = unnamed.STATE_DICT if weights and module and missing else ALONE
         raise ValueError(f"{path} does not fit the victim; {tensor_files.listed(problems)}; {remedy}")
     aside = [name for name in aside if name not in twins]
     beside = [*match.beside, *aside, *(name for name in tree.others if name not in below)]

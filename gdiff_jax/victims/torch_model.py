@@ -25,7 +25,8 @@ class TorchModel:
       value_range: of pixels before that: (0, 1), as torchvision's ToTensor has them, (-1, 1) or (0, 255).
       batch_norm: "running", statistics as in eval mode; or "batch", those of the images that a gradient is of, as in train
         mode: in the BatchNorms that are in it, or, where none is, in all. If None they are the running ones, and a module with
-        BatchNorms in train mode is refused, for the two have different gradients.
+        BatchNorms in train mode is refused, for the two have different gradients. So it is of InstanceNorms that track
+        statistics.
     """
 
     module: Any

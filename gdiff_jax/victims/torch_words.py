@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -65,8 +65,8 @@ def described(model: TorchModel, module: Any) -> list[str]:
 
 
 def batch_normed(model: TorchModel, module: Any) -> set[str]:
-    """The names of the BatchNorms that take the statistics of the images; under "batch" those in train mode, or, where none is,
-    all of them."""
+    """The names of the norms that take the statistics of the images; under "batch" those in train mode, or, where none is, all
+    of them."""
     norms = _batch_norms(module)
     always = {name for name, norm in norms.items() if norm.running_mean is None}
     in_train = {name for name, norm in norms.items() if norm.training} - always
@@ -74,7 +74,15 @@ def batch_normed(model: TorchModel, module: Any) -> set[str]:
 
 
 def _batch_norms(module: Any) -> dict[str, Any]:
-    return {name: m for name, m in module.named_modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)}
+    """Those that have two modes: an InstanceNorm that tracks statistics is one in all but its name."""
+    of_batch, of_image = torch.nn.modules.batchnorm._BatchNorm, torch.nn.modules.instancenorm._InstanceNorm
+    tracks = lambda m: isinstance(m, of_image) and m.running_mean is not None
+    return {name: m for name, m in module.named_modules() if isinstance(m, of_batch) or tracks(m)}
+
+
+def _kinds(norms: Iterable[Any]) -> str:
+    are_instance = {isinstance(norm, torch.nn.modules.instancenorm._InstanceNorm) for norm in norms}
+    return " and ".join(("BatchNorms", "InstanceNorms")[is_instance] for is_instance in sorted(are_instance))
 
 
 def _modes(model: TorchModel, module: Any) -> list[str]:
@@ -83,14 +91,16 @@ def _modes(model: TorchModel, module: Any) -> list[str]:
     in_train = [m for m in norms.values() if m.training and m.running_mean is not None]
     if in_train and model.batch_norm is None:
         raise ValueError(
-            f"BatchNorms in train mode ({len(in_train)} of {len(norms)}) would take the batch's statistics; call module.eval() "
-            'for the running ones in all, or give gdiff_jax.TorchModel(module, batch_norm="batch") for the batch\'s in these'
+            f"{_kinds(in_train)} in train mode ({len(in_train)} of {len(norms)}) would take the batch's statistics; call "
+            'module.eval() for the running ones in all, or give gdiff_jax.TorchModel(module, batch_norm="batch") for the '
+            "batch's in these"
         )
-    of_batch = batch_normed(model, module)
+    names = batch_normed(model, module)
+    of_batch, others = ([norm for name, norm in norms.items() if (name in names) is taken] for taken in (True, False))
     if of_batch:
-        said.append(f"its BatchNorms ({len(of_batch)}) take the statistics of the images that a gradient is of")
-    if len(of_batch) < len(norms):
-        said.append(f"its BatchNorms ({len(norms) - len(of_batch)}) take their running statistics, as in eval mode")
+        said.append(f"its {_kinds(of_batch)} ({len(of_batch)}) take the statistics of the images that a gradient is of")
+    if others:
+        said.append(f"its {_kinds(others)} ({len(others)}) take their running statistics, as in eval mode")
     drops = [m for m in module.modules() if isinstance(m, torch.nn.modules.dropout._DropoutNd) and m.p > 0 and m.training]
     if drops:
         said.append(f"its Dropouts ({len(drops)}), in train mode when it was given, are off: nobody knows a client's own masks")

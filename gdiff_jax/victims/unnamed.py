@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from gdiff_jax import tensor_files
 from gdiff_jax.victims.tree_files import Tree
 
 _BY_NAME = "torch.save({n: p.grad for n, p in model.named_parameters()}, 'leak.pt')"
+STATE_DICT = "save module.state_dict(), which has buffers and what is frozen too"
 
 
-def in_order(path: str, tree: Tree, trees: Sequence[Mapping[str, Any]], of_module: bool) -> dict[str, str] | None:
+def in_order(
+    path: str, tree: Tree, expected: Iterable[str], trees: Sequence[Mapping[str, Any]], of_module: bool
+) -> dict[str, str] | None:
     """Of each array of the victim the name of the file's; None where the file's arrays have names.
 
     Args:
+      expected: names of the arrays that are asked for; a tree without one of them will not do.
       path: of the file, for errors.
       tree: what it holds; what is None in a list has its place there too.
       trees: arrays by name, in whose order the list may be.
@@ -24,7 +29,7 @@ def in_order(path: str, tree: Tree, trees: Sequence[Mapping[str, Any]], of_modul
         of `jax.tree.leaves`, and is sure only where no two shapes are equal and one shows whose layout it is.
 
     Raises:
-      ValueError: where the order is not sure, or the list is none of the trees.
+      ValueError: where the order is not sure, or the list is none of the trees, or of one that lacks what is expected.
     """
     ordered = _numbered(tree)
     if ordered is None:
@@ -40,6 +45,11 @@ def in_order(path: str, tree: Tree, trees: Sequence[Mapping[str, Any]], of_modul
     for one in trees:
         fits = (shape in (None, np.shape(value)) for shape, value in zip(shapes, one.values(), strict=False))
         if len(one) == len(shapes) and all(fits):
+            if missing := [name for name in expected if name not in one]:
+                raise ValueError(
+                    f"{path} is a list of {len(shapes)} arrays without names, in the order of the module's parameters; "
+                    f"{tensor_files.listed({'missing': missing})}; {STATE_DICT}"
+                )
             return dict(zip(one, ordered, strict=True))
     pairs = zip(shapes, ours.items(), strict=False)
     differ = [f" (a {shape} for {name} {own})" for shape, (name, own) in pairs if shape not in (None, own)]

@@ -227,13 +227,13 @@ def test_a_saved_gradient_needs_no_label_and_no_noise_level(tiny_prior, saved, t
     folder, _ = saved
     c = audit_config(tiny_prior, tmp_path / "out", gradient=str(folder / "flax.npz"), mechanism="none", sigma_grid=())
     c = replace(c, images="").completed()
-    plan = load._load_plan(c, load._with_methods(c))
+    plan, _ = load._load_plan(c, load._with_methods(c))
     assert plan.sigmas == {"none": (0.0,)}
     (label,), bias = plan.labels, next(v for v in plan.leak.values() if np.size(v) == 10)
     assert label == np.argmin(bias)
     assert "its label is the one that its last layer betrays" in c.assumed
     labelled = replace(c, label=1)
-    assert load._load_plan(labelled, load._with_methods(labelled)).labels == 1
+    assert load._load_plan(labelled, load._with_methods(labelled))[0].labels == 1
     assert not any("label" in text for text in labelled.assumed)
 
 

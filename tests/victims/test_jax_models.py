@@ -4,6 +4,7 @@ gradient is the one that the framework itself computes of the same model."""
 import dataclasses
 import re
 import types
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import haiku as hk
@@ -186,6 +187,60 @@ def test_statistics_of_batch_norms_are_no_params():
     variables = {"params": {"w": jnp.ones(3)}, "batch_stats": {"norm": {"mean": jnp.zeros(3)}}}
     with pytest.raises(ValueError, match=r"params\.batch_stats\.norm\.mean is a BatchNorm's statistic"):
         own.own_victim(of_model, variables, 4)
+
+
+class Both(NamedTuple):
+    params: Any
+    batch_stats: Any
+
+
+class NormedLinen(linen.Module):
+    @linen.compact
+    def __call__(self, x):
+        return linen.Dense(4)(linen.BatchNorm(use_running_average=True)(x).mean((1, 2)))
+
+
+def of_linen_within(put):
+    variables = NormedLinen().init(jax.random.key(0), IMAGE[None])
+    return put(variables["params"], variables["batch_stats"])
+
+
+def of_haiku():
+    net = hk.transform_with_state(lambda x: hk.Linear(4)(hk.BatchNorm(True, True, 0.9)(x, True).mean((1, 2))))
+    return net.init(jax.random.key(0), IMAGE[None])
+
+
+def of_equinox(with_state):
+    make = lambda: eqx.nn.BatchNorm(3, "batch", mode="ema")
+    model = eqx.nn.make_with_state(make)()[0] if with_state else make()
+    return eqx.partition(model, eqx.is_inexact_array)[0]
+
+
+AMONG = {
+    "nested": lambda: of_linen_within(lambda p, s: {"model": {"params": p, "batch_stats": s}}),
+    "attribute": lambda: of_linen_within(Both),
+    "tuple": lambda: of_linen_within(lambda p, s: (p, s)),
+    "list within": lambda: of_linen_within(lambda p, s: {"model": [s, p]}),
+    "haiku": of_haiku,
+    "equinox": lambda: of_equinox(with_state=False),
+}
+
+
+@pytest.mark.parametrize("where", AMONG)
+def test_statistics_are_found_wherever_they_lie(where):
+    with pytest.raises(ValueError, match=r"^params\.\S*(mean|hidden|average|counter|index) is a BatchNorm's statistic"):
+        own.own_victim(of_model, AMONG[where](), 4)
+
+
+def test_what_is_trained_may_be_called_a_mean():
+    layer = {"scale": jnp.ones(3), "bias": jnp.ones(3), "mean": jnp.ones(3)}
+    own.own_victim(of_model, [{"layer": layer}, {"other": {"mean": jnp.ones(3)}}, layer], 4)
+    own.own_victim(of_model, of_linen_within(lambda p, s: (p, p)), 4)
+
+
+def test_params_without_statistics_are_taken():
+    _, params = own.own_victim(of_model, of_equinox(with_state=True), 4)
+    assert list(params) == ["bias", "weight"]
     victim, params = own.own_victim(*without_statistics(), 4)
     checks.check_loss(victim.loss, params, IMAGE, LABEL)
     assert list(params) == ["norm.bias", "norm.scale", "out.bias", "out.kernel"]

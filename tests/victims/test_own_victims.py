@@ -30,6 +30,10 @@ def make():
         "z": {"w": 0.3 * jax.random.normal(k[1], (20, 10)), "b": jnp.zeros(10)},
     }
 
+def named():
+    import collections
+    return collections.namedtuple("Victim", "loss params")(*make())
+
 def no_pair(): return 3
 def fails(): raise RuntimeError("no such weights")
 def no_array(): return (lambda p, x, y: 1.0, {"w": 1.0})
@@ -57,6 +61,11 @@ def test_the_params_become_flat_and_the_loss_stays_what_it_is(model):
     checks.check_loss(victim.loss, params, IMAGE, LABEL)
 
 
+def test_the_pair_may_have_names(model):
+    (victim, params), (other, _) = (own.load_own(f"{model}:{name}", 10) for name in ("named", "make"))
+    assert victim.loss(params, IMAGE, LABEL) == other.loss(params, IMAGE, LABEL)
+
+
 def test_any_pytree_of_params_will_do():
     victim, params = own_victim(lambda w, x, y: (w * x).sum(), np.ones(3, np.float32), 2)
     assert list(params) == ["params"]
@@ -71,7 +80,7 @@ def test_any_pytree_of_params_will_do():
     [
         ("{d}/nowhere.py:make", "nowhere.py cannot be imported"),
         ("no_such_module:make", "no_such_module cannot be imported"),
-        ("{d}/own_model.py:nothing", "has no function 'nothing'; it has make, no_pair"),
+        ("{d}/own_model.py:nothing", "has no function 'nothing'; it has make, named, no_pair"),
         ("{d}/own_model.py:fails", r"fails\(\) failed \(RuntimeError: no such weights\)"),
         ("{d}/own_model.py:no_pair", r"must return \(loss, params\)"),
         ("{d}/own_model.py:no_array", "params.w is a float, not an array"),

@@ -227,7 +227,7 @@ def mixed(tiny_prior):
     return module
 
 
-UNUSED = r"leak\.pt: None is a gradient of zero of what the loss does not use: unused\.weight, unused\.bias"
+UNUSED = r"leak\.pt: None is a gradient of zero of what the loss does not use, or detaches: unused\.weight, unused\.bias"
 LEAKS = {
     "a list of all": lambda m: [p.grad for p in m.parameters()],
     "a list of what is trained": lambda m: [p.grad for p in m.parameters() if p.requires_grad],
@@ -257,13 +257,13 @@ def test_a_list_with_gradients_of_what_is_frozen_leaves_them_aside_and_says_so(p
     assert "which their shapes confirm; left aside: frozen.weight, frozen.bias" in capsys.readouterr().out
 
 
-def test_none_of_what_the_loss_uses_is_refused(plan_of, mixed, tmp_path):
+def test_none_of_what_has_a_gradient_is_refused(plan_of, mixed, tmp_path):
     """A client that does not train a layer sends no gradient of it, which is not one of zero."""
     mixed.first.weight.grad = None
-    words = r"None, though the loss uses it: first\.weight; what the client does not train is to be frozen in the victim, by "
+    words = r"None, though the loss has a gradient of it: first\.weight; what the client does not train is to be frozen in "
     for how in ("a list of all", "by name"):
         torch.save(LEAKS[how](mixed), tmp_path / "leak.pt")
-        with pytest.raises(ConfigError, match=words + r"requires_grad_\(False\)"):
+        with pytest.raises(ConfigError, match=words + r"the victim, by requires_grad_\(False\)"):
             plan_of(victim=MIXED, gradient=str(tmp_path / "leak.pt"))
 
 

@@ -168,6 +168,30 @@ def test_of_batch_norms_in_both_modes_each_keeps_its_own():
     assert_same(gradient_of(mixed, x, y.astype(np.int32)), of_torch(module.train(), x, y))  # of a module in eval mode all
 
 
+def test_an_instance_norm_that_tracks_statistics_is_a_batch_norm():
+    """In train mode its gradient is another; one that tracks none has one mode alone."""
+
+    def normed(**options):
+        norm = nn.InstanceNorm2d(4, **options)
+        if norm.running_mean is not None:
+            norm.running_mean += 0.3
+        return nn.Sequential(nn.Conv2d(3, 4, 3), norm, nn.Tanh(), nn.Flatten(), nn.Linear(144, 4))
+
+    tracking = lambda: seeded(lambda: normed(track_running_stats=True))
+    with pytest.raises(
+        ValueError, match=r"^InstanceNorms in train mode \(1 of 1\) would take .*; call module\.eval\(\) for the"
+    ):
+        own.module_victim(TorchModel(tracking()), 4)
+    of_image, running = (TorchModel(tracking(), batch_norm=choice) for choice in ("batch", "running"))
+    assert_same(gradient_of(of_image, IMAGE, LABEL), of_torch(tracking(), IMAGE[None], [2]))
+    assert_same(gradient_of(running, IMAGE, LABEL), of_torch(tracking().eval(), IMAGE[None], [2]))
+    assert [own.module_victim(model, 4)[0].said[-1] for model in (of_image, running)] == [
+        "its InstanceNorms (1) take the statistics of the images that a gradient is of",
+        "its InstanceNorms (1) take their running statistics, as in eval mode",
+    ]
+    assert_same(gradient_of(TorchModel(seeded(normed)), IMAGE, LABEL), of_torch(seeded(normed), IMAGE[None], [2]))
+
+
 def test_dropout_is_off_and_said_to_be():
     module = seeded(lambda: nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(192, 4)))
     gradient = gradient_of(TorchModel(module), IMAGE, LABEL)
