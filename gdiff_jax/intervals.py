@@ -29,10 +29,10 @@ class Interval(NamedTuple):
         bounds = "" if math.isnan(self.low) else f" [{self.low:.{digits}f}, {self.high:.{digits}f}]"
         return f"{self.value:.{digits}f}{bounds}"
 
-    def percent(self) -> str:
+    def percent(self, digits: int = 0) -> str:
         if math.isnan(self.value):
             return "-"
-        return f"{self.value:.0%} [{100 * self.low:.0f}, {100 * self.high:.0f}]"
+        return f"{self.value:.{digits}%} [{100 * self.low:.{digits}f}, {100 * self.high:.{digits}f}]"
 
 
 def _draws(groups: int) -> np.ndarray:

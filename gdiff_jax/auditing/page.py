@@ -13,7 +13,7 @@ from typing import Any
 import jinja2
 import numpy as np
 
-from gdiff_jax.auditing import figures, pictures, sentences, summary
+from gdiff_jax.auditing import against_bound, figures, pictures, sentences, summary
 from gdiff_jax.auditing.record import AuditRecord
 from gdiff_jax.files import write_atomic
 
@@ -71,6 +71,15 @@ def _guarantees(record: AuditRecord) -> Table:
         figures_ = [_number(g[k]) for k in ("mu", "advantage", "tpr", "gamma", "gamma_1e-4")]
         with_ = [_number(g["epsilon"], 4), delta, *figures_, ""]
         rows.append([f"{g['sigma']:.3g}", *(with_ if g["epsilon"] is not None else ["none", *["-"] * 6, g["reason"]])])
+    return _table(head, rows)
+
+
+def _identified(record: AuditRecord) -> Table:
+    head = ["σ", "ε", "K", "named", "expected", "worst gradients", "γ(1/K)", "blind"]
+    rows = []
+    for r in against_bound.identified(record):
+        shares = map(against_bound.share, (r.expected, r.worst, r.bound, 1 / r.count))
+        rows.append([f"{r.sigma:.3g}", f"{r.epsilon:.4g}", str(r.count), r.success.percent(1), *shares])
     return _table(head, rows)
 
 
@@ -148,6 +157,8 @@ def render(record: AuditRecord, drawn: dict[str, bytes]) -> str:
         levels=_levels(record),
         baselines=_baselines(record),
         guarantees=_guarantees(record),
+        identification=record.identification,
+        identified=_identified(record),
         theory=theory,
         limits=limits,
         settings=_settings(record),

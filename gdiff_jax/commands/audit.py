@@ -9,17 +9,21 @@
 my_model.py:make is a function without arguments that returns (loss, params): a pure scalar loss(params, x, y) of one image x
 (H, W, C) in [-1, 1], and a pytree of weights; or, with the extra `torch`, a torch.nn.Module. The folder receives report.html
 (self-contained: open it from disk), audit.json, trials.csv and figures/. A run that was killed goes on where it stopped when
-the same command is given again. Where the package is installed the command is also called gdiff-audit.
+the same command is given again. The exit status is 3 where a release gives away more than its mechanism can. Where the package
+is installed the command is also called gdiff-audit.
 """
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from gdiff_jax.auditing.settings import AuditConfig
 from gdiff_jax.commands import flags
 from gdiff_jax.errors import ConfigError
 from gdiff_jax.files import need_folder
+
+FINDING = 3  # the exit status where a release gave away more than its mechanism can
 
 
 def main() -> None:
@@ -47,3 +51,5 @@ def _audit() -> None:
     for warning in audit.warnings():
         print(f"! {warning}")
     print(f"report: {page}")
+    if audit.findings():
+        sys.exit(FINDING)

@@ -28,9 +28,10 @@ DRAWS_AT_ONCE = 2**22  # numbers, of scores
 
 
 def orthogonal_success(count: int, mu: float) -> float:
-    """Success of the best attacker among `count` orthogonal gradients of norm mu sigma: the integral of phi(x) Phi(x + mu)^(K-1).
+    """Success of the best attacker among `count` orthogonal gradients of norm mu sigma.
 
-    In units of sigma || g || the scores are x + mu of the record and K - 1 others, independent standard normals [derived].
+    It is the integral of phi(x) Phi(x + mu)^(K-1): in units of sigma || g || the scores are x + mu of the record and K - 1 others, independent standard
+    normals [derived].
 
     Args:
       count: K >= 1.
@@ -72,7 +73,8 @@ def identified(rng: np.random.Generator, scores: np.ndarray, order: np.ndarray, 
     Returns:
       (R, len(counts)) bool.
     """
-    mine, *_ = placed = np.take_along_axis(scores, order, axis=1).T
+    placed = np.take_along_axis(scores, order, axis=1).T
+    mine = placed[0]
     lot = rng.uniform(size=len(mine))
     higher, equal = placed > mine, placed == mine  # (M, R)
     named = lambda k: ~higher[:k].any(0) & (lot * equal[:k].sum(0) < 1)

@@ -1,0 +1,206 @@
+"""Measured against bound: how often a release names its record among K candidates, beside what gamma(1/K) allows.
+
+The candidates are the private images and those they are looked for among, each with its label. Releases go through the
+mechanism as the audit's trials do; scores are of gradients that are clipped here, apart from it. So a mechanism that forgets
+its noise or its clipping gives away more than it says, and is found.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gdiff_jax import numerics
+from gdiff_jax.matching import at_full_precision, released
+from gdiff_jax.sweeping import trials
+from gdiff_jax.sweeping.plan import Plan
+from gdiff_jax.theory import identification
+from gdiff_jax.victims.label_range import check_label_range
+
+COUNTS = (10, 100, 1000, 10_000)
+REPETITIONS = 1000  # releases at each noise level
+FEWEST = 100
+DRAWS = 20_000  # of what is to be expected; they cost no gradient
+AT_ONCE = 2**26  # numbers: gradients that are computed together
+LARGEST = 2**28  # numbers: gradients that are held, 1 GiB
+WORK = 1e12  # multiplications of all repetitions; a large model gets fewer of them
+LARGEST_GRAM = 1024  # candidates
+
+
+def counts_for(pool: int) -> tuple[int, ...]:
+    """The K that are asked of a pool of candidates: powers of ten, and all of them where those are twice as many or more."""
+    powers = tuple(count for count in COUNTS if count <= pool)
+    everything = min(pool, COUNTS[-1])
+    return powers if powers and everything < 2 * powers[-1] else (*powers, everything)
+
+
+def measured(plan: Plan, candidates: np.ndarray, labels: Any) -> dict[str, Any]:
+    """How often the best attacker names the record, at each noise level with a guarantee and for each K.
+
+    Args:
+      plan: of one victim and one mechanism.
+      candidates: (N, H, W, C) in [-1, 1], beside the private images.
+      labels: (N,) of the candidates as the private ones count them; None where they are not known, and none of them takes part.
+
+    Returns:
+      "reason", where nothing was measured, and only that; else it is "", and there are "pool" (how many candidates), "notes"
+      (sentences), "repetitions", "draws", "clip_norm", "norm" and "distance" (medians: norm of the clipped gradients, and how
+      far two of them are apart), and "levels": by sigma "mu", "epsilon" and "counts", by K "hits" of the repetitions,
+      "expected" of the draws (None where it was left out), "bound" (gamma) and "worst" (the most that any gradients are known
+      to give away).
+    """
+    (state,), (mechanism,) = plan.params, plan.mechanisms
+    norm, size = plan.mechanisms[mechanism].clip_norm, plan.size(state.name)
+    sigmas = [s for s in plan.sigmas[mechanism] if plan.guarantee(state.name, mechanism, s)]
+    if reason := _reason(plan, norm, sigmas):
+        return {"reason": reason}
+    assert norm is not None  # or there is a reason
+    x, y, notes = _pool(plan, candidates, labels, LARGEST // size)
+    group = trials.Group("", state.name, state.training_steps, mechanism)
+    shared = trials.shared_arguments(plan, group)
+    clean = _gradients(plan, group, shared, x, y, max(1, min(32, AT_ONCE // size)))
+    finite = np.isfinite(clean).all(1)
+    if not finite.all():
+        notes.append(f"{(~finite).sum()} of them have no finite gradient, and are left out.")
+        clean, x, y = clean[finite], x[finite], _take(y, finite)
+    if len(x) < 2:
+        return {"reason": "there is no second image with a label to take the private one for"}
+    factor = np.minimum(1, norm / np.maximum(_norms(clean), 1e-30)).astype(np.float32)
+    clipped = np.multiply(clean, factor[:, None], out=clean)
+    counts, rng = counts_for(len(x)), np.random.default_rng(plan.seed)
+    repetitions = int(np.clip(WORK // (size * (len(sigmas) * len(x) + 64)), FEWEST, REPETITIONS))
+    order = identification.orders(rng, repetitions, len(x), counts[-1])
+    together = max(1, min(32, AT_ONCE // (size * len(sigmas))))
+    scores = _scores(plan, group, shared, x, y, order[:, 0], np.array(sigmas, np.float32), clipped, together)
+    hits = [identification.identified(rng, of_level, order, counts).sum(0) for of_level in scores]
+    few = len(x) <= LARGEST_GRAM
+    gram = _gram(clipped) if few else None
+    expected = None if gram is None else identification.expected_hits(rng, gram, sigmas, counts, DRAWS)
+    levels = []
+    for i, sigma in enumerate(sigmas):
+        guarantee = plan.guarantee(state.name, mechanism, sigma)
+        rows = [
+            {
+                "count": count,
+                "hits": int(hits[i][j]),
+                "expected": None if expected is None else int(expected[i][j]),
+                "bound": guarantee.reconstruction_bound(1 / count),
+                "worst": identification.simplex_success(count, norm / sigma),
+            }
+            for j, count in enumerate(counts)
+        ]
+        levels.append({"sigma": float(sigma), "mu": guarantee.mu, "epsilon": guarantee.epsilon, "counts": rows})
+    return {
+        "reason": "", "pool": len(x), "notes": notes, "repetitions": repetitions, "draws": DRAWS, "clip_norm": norm,
+        "norm": float(np.median(_norms(clipped))), "distance": _distance(clipped[:LARGEST_GRAM]), "levels": levels,
+    }  # fmt: skip
+
+
+def _reason(plan: Plan, norm: float | None, sigmas: list[float]) -> str:
+    """Why nothing can be measured; "" where it can."""
+    if not plan.images_known or plan.leak is not None:
+        return "the gradient was made elsewhere, and is one release"
+    if plan.client.group > 1:
+        return f"a leak is of {plan.client.group} images, and the attacker would have to know the others"
+    if norm is None:
+        return "the mechanism is not clipping and then Gaussian noise, of which the best attacker and its bound are known"
+    return "" if sigmas else "no noise level has a guarantee"
+
+
+def _pool(plan: Plan, candidates: np.ndarray, labels: Any, most: int) -> tuple[np.ndarray, Any, list[str]]:
+    """Images and labels of the candidates, the private ones first, each once; and what is to be said of them."""
+    x, y, notes = plan.images, plan.labels, []
+    if labels is None:
+        notes.append("Other images have no label here, so only the private ones are candidates.")
+    else:
+        known = {image.tobytes() for image in x}
+        new = [i for i, image in enumerate(candidates) if image.tobytes() not in known]
+        others, their_labels = candidates[new], np.asarray(labels)[new].astype(np.asarray(y).dtype)
+        try:
+            _check_labels(plan, y, their_labels)
+            x, y = np.concatenate([x, others]), np.concatenate([y, their_labels])
+        except ValueError as error:
+            notes.append(f"Other images are no candidates: {error}.")
+    if len(x) > most:
+        notes.append(f"Of {len(x)} candidates the first {most} take part: the gradients of more do not fit in 1 GiB.")
+    return x[:most], _take(y, slice(most)), notes
+
+
+def _check_labels(plan: Plan, known: Any, others: np.ndarray) -> None:
+    """ValueError where a label beyond those of the private images, which were checked, is none of the loss's classes."""
+    if len(others) and (others.max() > np.max(known) or others.min() < 0):
+        (state,) = plan.params
+        check_label_range(plan.victims[state.name].loss, plan.params[state], plan.images[0], others)
+
+
+def _take(labels: Any, which: Any) -> Any:
+    return jax.tree.map(lambda a: np.asarray(a)[which], labels)
+
+
+def _flat(gradient: Any) -> jax.Array:
+    return jnp.concatenate([g.astype(jnp.float32).ravel() for g in jax.tree.leaves(gradient)])
+
+
+def _blocks(count: int, size: int) -> list[np.ndarray]:
+    """Indices in blocks of one size, for one compilation; the last one repeats its last."""
+    return [np.minimum(np.arange(start, start + size), count - 1) for start in range(0, count, size)]
+
+
+def _gradients(plan: Plan, group: trials.Group, shared: trials.Shared, x: np.ndarray, y: Any, size: int) -> np.ndarray:
+    """(N, p): what a client computes of each candidate, before any mechanism."""
+    loss = plan.victims[group.victim].loss
+    one = lambda params, x, y: _flat(released(plan.local_sgd, loss, params, x, y))
+    many = jax.jit(jax.vmap(one, (None, 0, 0)))
+    parts = [many(shared.params, jnp.asarray(x[b]), jax.tree.map(jnp.asarray, _take(y, b))) for b in _blocks(len(x), size)]
+    return np.concatenate([np.asarray(part) for part in parts])[: len(x)]
+
+
+def _scores(
+    plan: Plan, group: trials.Group, shared: trials.Shared, x: np.ndarray, y: Any, records: np.ndarray, sigmas: np.ndarray,
+    clipped: np.ndarray, size: int,
+) -> np.ndarray:  # fmt: skip
+    """(levels, R, N): of a release of each record, at each noise level, the score of each candidate.
+
+    The noise of a release is the same at every level, as it is in the audit's trials.
+    """
+
+    @at_full_precision
+    def one(shared: trials.Shared, clipped: jax.Array, key: jax.Array, x: jax.Array, y: Any) -> jax.Array:
+        def at(sigma: jax.Array) -> jax.Array:
+            own = trials.Private(key, sigma, x[None], jax.tree.map(lambda a: a[None], y))
+            leak = _flat(trials.release(plan, group, shared, own, key).leak)
+            return clipped @ leak - jnp.square(clipped).sum(1) / 2
+
+        return jax.vmap(at)(jnp.asarray(sigmas))
+
+    many = jax.jit(jax.vmap(one, (None, None, 0, 0, 0)))
+    base, on_device = jax.random.fold_in(numerics.key(plan.seed), 2**19), jnp.asarray(clipped)
+    parts = []
+    for block in _blocks(len(records), size):
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(base, jnp.asarray(block))
+        whose = records[block]
+        parts.append(many(shared, on_device, keys, jnp.asarray(x[whose]), jax.tree.map(jnp.asarray, _take(y, whose))))
+    return np.concatenate([np.asarray(part) for part in parts])[: len(records)].swapaxes(0, 1)
+
+
+def _norms(rows: np.ndarray) -> np.ndarray:
+    return np.sqrt(np.array([np.vdot(row, row) for row in rows.astype(np.float64)]))
+
+
+def _gram(rows: np.ndarray) -> np.ndarray:
+    """Inner products in float64, a block of coordinates at a time."""
+    total = np.zeros((len(rows), len(rows)))
+    for start in range(0, rows.shape[1], 2**14):
+        block = rows[:, start : start + 2**14].astype(np.float64)
+        total += block @ block.T
+    return total
+
+
+def _distance(rows: np.ndarray) -> float:
+    gram = _gram(rows)
+    squares = np.diag(gram)[:, None] + np.diag(gram)[None] - 2 * gram
+    return math.sqrt(max(0.0, float(np.median(squares[np.triu_indices(len(rows), 1)]))))
