@@ -119,8 +119,8 @@ def sentences(record: AuditRecord) -> list[str]:
         apart = math.sqrt(2 * most / (most - 1)) * data["clip_norm"]
         said.append(
             f"The bound is for the worst gradients: {most} of norm {data['clip_norm']:g}, each {apart:.3g} from the others, "
-            f"would give {share(r.worst)}. Those of these images have a median norm of {data['norm']:.3g} once clipped, and a "
-            f"median distance of {data['distance']:.3g}."
+            f"would give {share(r.worst)}. Those of these images have a median norm of {data['norm']:.3g} once clipped, and "
+            f"the nearest other is {data['nearest']:.3g} away, in the median."
         )
     return said
 

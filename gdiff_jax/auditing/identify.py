@@ -24,10 +24,10 @@ from gdiff_jax.victims.label_range import check_label_range
 COUNTS = (10, 100, 1000, 10_000)
 REPETITIONS = 1000  # releases at each noise level
 FEWEST = 100
-DRAWS = 20_000  # of what is to be expected; they cost no gradient
+DRAWS = 100_000  # of what is to be expected, at most; they cost no gradient
 AT_ONCE = 2**26  # numbers: gradients that are computed together
 LARGEST = 2**28  # numbers: gradients that are held, 1 GiB
-WORK = 1e12  # multiplications of all repetitions; a large model gets fewer of them
+WORK = 1e11  # of all repetitions, by `_work`: half a minute on two cores; a large model gets fewer of them
 LARGEST_GRAM = 1024  # candidates
 
 
@@ -48,8 +48,8 @@ def measured(plan: Plan, candidates: np.ndarray, labels: Any) -> dict[str, Any]:
 
     Returns:
       "reason", where nothing was measured, and only that; else it is "", and there are "pool" (how many candidates), "notes"
-      (sentences), "repetitions", "draws", "clip_norm", "norm" and "distance" (medians: norm of the clipped gradients, and how
-      far two of them are apart), and "levels": by sigma "mu", "epsilon" and "counts", by K "hits" of the repetitions,
+      (sentences), "repetitions", "draws", "clip_norm", "norm" and "nearest" (medians: norm of the clipped gradients, and
+      distance to the nearest other), and "levels": by sigma "mu", "epsilon" and "counts", by K "hits" of the repetitions,
       "expected" of the draws (None where it was left out), "bound" (gamma) and "worst" (the most that any gradients are known
       to give away).
     """
@@ -72,14 +72,16 @@ def measured(plan: Plan, candidates: np.ndarray, labels: Any) -> dict[str, Any]:
     factor = np.minimum(1, norm / np.maximum(_norms(clean), 1e-30)).astype(np.float32)
     clipped = np.multiply(clean, factor[:, None], out=clean)
     counts, rng = counts_for(len(x)), np.random.default_rng(plan.seed)
-    repetitions = int(np.clip(WORK // (size * (len(sigmas) * len(x) + 64)), FEWEST, REPETITIONS))
+    repetitions = int(np.clip(WORK // _work(size, len(sigmas), len(x)), FEWEST, REPETITIONS))
     order = identification.orders(rng, repetitions, len(x), counts[-1])
     together = max(1, min(32, AT_ONCE // (size * len(sigmas))))
     scores = _scores(plan, group, shared, x, y, order[:, 0], np.array(sigmas, np.float32), clipped, together)
     hits = [identification.identified(rng, of_level, order, counts).sum(0) for of_level in scores]
-    few = len(x) <= LARGEST_GRAM
-    gram = _gram(clipped) if few else None
-    expected = None if gram is None else identification.expected_hits(rng, gram, sigmas, counts, DRAWS)
+    gram, draws, expected = _gram(clipped[:LARGEST_GRAM]), min(DRAWS, 2**25 // len(x)), None
+    if len(x) <= LARGEST_GRAM:
+        expected = identification.expected_hits(rng, gram, sigmas, counts, draws)
+    else:
+        notes.append(f"What is to be expected is computed of at most {LARGEST_GRAM} candidates, and left out.")
     levels = []
     for i, sigma in enumerate(sigmas):
         guarantee = plan.guarantee(state.name, mechanism, sigma)
@@ -95,9 +97,14 @@ def measured(plan: Plan, candidates: np.ndarray, labels: Any) -> dict[str, Any]:
         ]
         levels.append({"sigma": float(sigma), "mu": guarantee.mu, "epsilon": guarantee.epsilon, "counts": rows})
     return {
-        "reason": "", "pool": len(x), "notes": notes, "repetitions": repetitions, "draws": DRAWS, "clip_norm": norm,
-        "norm": float(np.median(_norms(clipped))), "distance": _distance(clipped[:LARGEST_GRAM]), "levels": levels,
+        "reason": "", "pool": len(x), "notes": notes, "repetitions": repetitions, "draws": draws, "clip_norm": norm,
+        "norm": float(np.median(_norms(clipped))), "nearest": _nearest(gram), "levels": levels,
     }  # fmt: skip
+
+
+def _work(size: int, levels: int, pool: int) -> float:
+    """Of one repetition: noise for each coordinate costs as much as its part in the scores of 400 candidates [measured]."""
+    return size * (levels * pool / 4 + 100)
 
 
 def _reason(plan: Plan, norm: float | None, sigmas: list[float]) -> str:
@@ -200,7 +207,8 @@ def _gram(rows: np.ndarray) -> np.ndarray:
     return total
 
 
-def _distance(rows: np.ndarray) -> float:
-    gram = _gram(rows)
+def _nearest(gram: np.ndarray) -> float:
+    """How far the nearest other gradient is, the median over gradients."""
     squares = np.diag(gram)[:, None] + np.diag(gram)[None] - 2 * gram
-    return math.sqrt(max(0.0, float(np.median(squares[np.triu_indices(len(rows), 1)]))))
+    np.fill_diagonal(squares, np.inf)
+    return math.sqrt(max(0.0, float(np.median(squares.min(1)))))

@@ -30,8 +30,8 @@ DRAWS_AT_ONCE = 2**22  # numbers, of scores
 def orthogonal_success(count: int, mu: float) -> float:
     """Success of the best attacker among `count` orthogonal gradients of norm mu sigma.
 
-    It is the integral of phi(x) Phi(x + mu)^(K-1): in units of sigma || g || the scores are x + mu of the record and K - 1 others, independent standard
-    normals [derived].
+    It is the integral of phi(x) Phi(x + mu)^(K-1): in units of sigma || g || the scores are x + mu of the record and K - 1
+    others, independent standard normals [derived].
 
     Args:
       count: K >= 1.
