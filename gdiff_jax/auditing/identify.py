@@ -28,7 +28,7 @@ DRAWS = 100_000  # of what is to be expected, at most; they cost no gradient
 AT_ONCE = 2**26  # numbers: gradients that are computed together
 LARGEST = 2**28  # numbers: gradients that are held, 1 GiB
 WORK = 1e11  # of all repetitions, by `_work`: half a minute on two cores; a large model gets fewer of them
-LARGEST_GRAM = 1024  # candidates
+LARGEST_GRAM = 2048  # candidates, of whose inner products what is to be expected is computed
 
 
 def counts_for(pool: int) -> tuple[int, ...]:
