@@ -129,4 +129,6 @@ def share(value: float | None) -> str:
     """A probability in per cent, with two digits where it is small."""
     if value is None:
         return "-"
-    return f"{value:.0%}" if 0.1 <= value <= 0.99 or value in (0, 1) else f"{100 * value:.2g}%".replace("1e+02", ">99")
+    if 0.99 < value < 1:
+        return ">99%"
+    return f"{value:.0%}" if value == 0 or value >= 0.1 else f"{100 * value:#.2g}%"

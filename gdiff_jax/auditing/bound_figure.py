@@ -35,6 +35,8 @@ def identification(record: AuditRecord) -> Figure:
     ax.set_xticks([], minor=True)
     ax.set_xlim(counts.min() / 1.6, counts.max() * 1.6)
     ax.set_ylim(0.5 / counts.max(), 1.3)
+    ax.yaxis.set_major_formatter(lambda v, _: f"{100 * v:g} %")
+    ax.yaxis.set_minor_formatter(lambda v, _: "")
     ax.set_xlabel("K, candidates")
     ax.set_ylabel("share of releases whose record is named [95 %]")
     figure.legend(loc="outside upper center", ncols=2, fontsize=8)

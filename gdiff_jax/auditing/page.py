@@ -142,8 +142,9 @@ def render(record: AuditRecord, drawn: dict[str, bytes]) -> str:
     frames = [v for k, v in record.pictures.items() if k.startswith("film/")]
     theory, limits = _theory(record)
     sections = [("threat", "Attacker"), ("images", "Images"), ("noise", "Noise"), ("guarantees", "Guarantees")]
+    sections += [("named", "Against the bound")]
     sections += [("steps", "Steps"), ("theory", "Theory"), ("reproduce", "Reproduce")]
-    missing = {"noise": not record.has_truth, "theory": not theory}
+    missing = {"noise": not record.has_truth, "theory": not theory, "named": not against_bound.identified(record)}
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     template = environment.from_string((resources.files("gdiff_jax.auditing") / "page.html").read_text(encoding="utf-8"))
     return template.render(
