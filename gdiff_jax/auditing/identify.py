@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gdiff_jax import numerics
+from gdiff_jax.auditing.about import clip_norm
 from gdiff_jax.matching import at_full_precision, released
 from gdiff_jax.sweeping import trials
 from gdiff_jax.sweeping.plan import Plan
@@ -54,11 +55,16 @@ def measured(plan: Plan, candidates: np.ndarray, labels: Any) -> dict[str, Any]:
       to give away).
     """
     (state,), (mechanism,) = plan.params, plan.mechanisms
-    norm, size = plan.mechanisms[mechanism].clip_norm, plan.size(state.name)
-    sigmas = [s for s in plan.sigmas[mechanism] if plan.guarantee(state.name, mechanism, s)]
-    if reason := _reason(plan, norm, sigmas):
+    size, guarantees = plan.size(state.name), {s: plan.guarantee(state.name, mechanism, s) for s in plan.sigmas[mechanism]}
+    sigmas = [s for s, guarantee in guarantees.items() if guarantee]
+    norms = _clip_norms(plan, sigmas)
+    if reason := _reason(plan, norms):
         return {"reason": reason}
+    (norm,) = norms
     assert norm is not None  # or there is a reason
+    noise = [
+        norm / (guarantees[s].mu or math.inf) for s in sigmas
+    ]  # as the mechanism has it, whose sigma need not be the grid's
     x, y, notes = _pool(plan, candidates, labels, LARGEST // size)
     group = trials.Group("", state.name, state.training_steps, mechanism)
     shared = trials.shared_arguments(plan, group)
@@ -79,19 +85,19 @@ def measured(plan: Plan, candidates: np.ndarray, labels: Any) -> dict[str, Any]:
     hits = [identification.identified(rng, of_level, order, counts).sum(0) for of_level in scores]
     gram, draws, expected = _gram(clipped[:LARGEST_GRAM]), min(DRAWS, 2**25 // len(x)), None
     if len(x) <= LARGEST_GRAM:
-        expected = identification.expected_hits(rng, gram, sigmas, counts, draws)
+        expected = identification.expected_hits(rng, gram, noise, counts, draws)
     else:
         notes.append(f"What is to be expected is computed of at most {LARGEST_GRAM} candidates, and left out.")
     levels = []
     for i, sigma in enumerate(sigmas):
-        guarantee = plan.guarantee(state.name, mechanism, sigma)
+        guarantee = guarantees[sigma]
         rows = [
             {
                 "count": count,
                 "hits": int(hits[i][j]),
                 "expected": None if expected is None else int(expected[i][j]),
                 "bound": guarantee.reconstruction_bound(1 / count),
-                "worst": identification.simplex_success(count, norm / sigma),
+                "worst": identification.simplex_success(count, norm / noise[i]),
             }
             for j, count in enumerate(counts)
         ]
@@ -107,15 +113,26 @@ def _work(size: int, levels: int, pool: int) -> float:
     return size * (levels * pool / 4 + 100)
 
 
-def _reason(plan: Plan, norm: float | None, sigmas: list[float]) -> str:
+def _clip_norms(plan: Plan, sigmas: list[float]) -> set[float | None]:
+    """The norms that the mechanism clips to, over the levels: a user's own may have one for each."""
+    ((state, params),), (mechanism,) = plan.params.items(), plan.mechanisms.values()
+    if mechanism.clip_norm is None:
+        return {None}
+    at = lambda sigma: mechanism.for_image(numerics.key(0), sigma, plan.victims[state.name], params, plan.images[0])
+    return {clip_norm(at(sigma)) for sigma in sigmas}
+
+
+def _reason(plan: Plan, norms: set[float | None]) -> str:
     """Why nothing can be measured; "" where it can."""
     if not plan.images_known or plan.leak is not None:
         return "the gradient was made elsewhere, and is one release"
     if plan.client.group > 1:
         return f"a leak is of {plan.client.group} images, and the attacker would have to know the others"
-    if norm is None:
+    if None in norms:
         return "the mechanism is not clipping and then Gaussian noise, of which the best attacker and its bound are known"
-    return "" if sigmas else "no noise level has a guarantee"
+    if len(norms) > 1:
+        return "the mechanism clips to another norm at each noise level"
+    return "" if norms else "no noise level has a guarantee"
 
 
 def _pool(plan: Plan, candidates: np.ndarray, labels: Any, most: int) -> tuple[np.ndarray, Any, list[str]]:

@@ -150,6 +150,7 @@ def test_at_the_bound_itself_chance_is_no_finding():
     [
         (dict(mechanism=GaussianNoise), "not clipping and then Gaussian noise"),
         (dict(mechanism=lambda s: Chain((Clip(1.0), LaplaceNoise(s)))), "not clipping and then Gaussian noise"),
+        (dict(mechanism=lambda s: Chain((Clip(s + 1.0), GaussianNoise(s)))), "another norm at each noise level"),
         (dict(sigmas=(0,)), "no noise level has a guarantee"),
     ],
 )
@@ -163,6 +164,16 @@ def test_nothing_is_measured_without_a_bound(planned, data, changes, reason):
 
 def test_nothing_is_measured_of_several_images(plan):
     assert "2 images" in measure(dataclasses.replace(plan, client=Client(group=2)))["reason"]
+
+
+def test_the_noise_is_the_mechanisms_own_and_not_the_grids(planned, data):
+    """Which may say it in other units."""
+    twice = lambda s: Chain((Clip(NORM), GaussianNoise(2 * s)))
+    found = measure(planned(*own_models.make(), *data, sigmas=(0.125,), mechanism=twice))
+    (row,) = against_bound.identified(with_(found))
+    assert row.bound == pytest.approx(gaussian_guarantee(0.25 / NORM, 1e-5).reconstruction_bound(1 / 6))
+    assert row.expected < row.worst < row.bound
+    assert against_bound.findings(with_(found)) == against_bound.warnings(with_(found)) == []
 
 
 def test_of_local_steps_what_the_client_sends_is_told_apart(plan):
