@@ -62,9 +62,8 @@ def measured(plan: Plan, candidates: np.ndarray, labels: Any) -> dict[str, Any]:
         return {"reason": reason}
     (norm,) = norms
     assert norm is not None  # or there is a reason
-    noise = [
-        norm / (guarantees[s].mu or math.inf) for s in sigmas
-    ]  # as the mechanism has it, whose sigma need not be the grid's
+    # Of clipping and Gaussian noise there is always a mu. The mechanism's own sigma need not be the grid's.
+    noise = [norm / mu for mu in (guarantees[s].mu for s in sigmas) if mu is not None]
     x, y, notes = _pool(plan, candidates, labels, LARGEST // size)
     group = trials.Group("", state.name, state.training_steps, mechanism)
     shared = trials.shared_arguments(plan, group)
