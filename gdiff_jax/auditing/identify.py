@@ -49,10 +49,10 @@ def measured(plan: Plan, candidates: np.ndarray, labels: Any) -> dict[str, Any]:
 
     Returns:
       "reason", where nothing was measured, and only that; else it is "", and there are "pool" (how many candidates), "notes"
-      (sentences), "repetitions", "draws", "clip_norm", "norm" and "nearest" (medians: norm of the clipped gradients, and
-      distance to the nearest other), and "levels": by sigma "mu", "epsilon" and "counts", by K "hits" of the repetitions,
-      "expected" of the draws (None where it was left out), "bound" (gamma) and "worst" (the most that any gradients are known
-      to give away).
+      (sentences), "repetitions", "draws" of what is expected (0 where it was left out), "clip_norm", "norm" and "nearest"
+      (medians: norm of the clipped gradients, and distance to the nearest other), and "levels": by sigma "mu", "epsilon" and
+      "counts", by K "hits" of the repetitions, "expected" of the draws (None where it was left out), "bound" (gamma) and
+      "worst" (the most that any gradients are known to give away).
     """
     (state,), (mechanism,) = plan.params, plan.mechanisms
     size, guarantees = plan.size(state.name), {s: plan.guarantee(state.name, mechanism, s) for s in plan.sigmas[mechanism]}
@@ -82,8 +82,9 @@ def measured(plan: Plan, candidates: np.ndarray, labels: Any) -> dict[str, Any]:
     together = max(1, min(32, AT_ONCE // (size * len(sigmas))))
     scores = _scores(plan, group, shared, x, y, order[:, 0], np.array(sigmas, np.float32), clipped, together)
     hits = [identification.identified(rng, of_level, order, counts).sum(0) for of_level in scores]
-    gram, draws, expected = _gram(clipped[:LARGEST_GRAM]), min(DRAWS, 2**25 // len(x)), None
+    gram, draws, expected = _gram(clipped[:LARGEST_GRAM]), 0, None
     if len(x) <= LARGEST_GRAM:
+        draws = min(DRAWS, 2**25 // len(x))
         expected = identification.expected_hits(rng, gram, noise, counts, draws)
     else:
         notes.append(f"What is to be expected is computed of at most {LARGEST_GRAM} candidates, and left out.")
