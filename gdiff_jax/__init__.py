@@ -14,7 +14,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gdiff_jax.auditing import Audit, audit
+    from gdiff_jax.auditing import Audit, Comparison, audit, compare
     from gdiff_jax.federated import LocalSGD, guess_learning_rate
     from gdiff_jax.matching import GradientMatching, cosine, l1, l2, squared_l2, victim_gradient
     from gdiff_jax.mechanisms import Chain, Clip, GaussianNoise
@@ -30,7 +30,7 @@ __version__ = "0.1.0"
 # By the submodule that defines them. They are imported when they are asked for: a command, or who needs a metric alone, need
 # not wait two seconds for every library that some part of the package uses.
 _EXPORTS = {
-    "auditing": ("Audit", "audit"),
+    "auditing": ("Audit", "Comparison", "audit", "compare"),
     "federated": ("LocalSGD", "guess_learning_rate"),
     "matching": ("GradientMatching", "cosine", "l1", "l2", "squared_l2", "victim_gradient"),
     "mechanisms": ("Chain", "Clip", "GaussianNoise"),
@@ -48,6 +48,7 @@ __all__ = [
     "Audit",
     "Chain",
     "Clip",
+    "Comparison",
     "Denoiser",
     "GaussianNoise",
     "GradientMatching",
@@ -59,6 +60,7 @@ __all__ = [
     "TorchModel",
     "Victim",
     "audit",
+    "compare",
     "cosine",
     "dps_sample",
     "dsg_sample",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, ClassVar
 
 import jax
@@ -12,6 +13,7 @@ import optax
 from gdiff_jax import samplers
 from gdiff_jax.first_dense import FirstDense
 from gdiff_jax.matching import as_compared, at_full_precision, l2, released
+from gdiff_jax.mechanisms import Chain, Clip, Mechanism
 from gdiff_jax.problem import Info, Method, Problem
 from gdiff_jax.pytrees import pytree
 
@@ -45,25 +47,60 @@ class AnalyticMean(Method):
         def gradient(x: jax.Array) -> Any:
             return as_compared(match, released(match.client, match.loss, match.params, x, match.label))
 
+        def delta(x: jax.Array) -> jax.Array:
+            return gradient(x)[first.bias]
+
         @at_full_precision
         def rescaled(x: jax.Array) -> jax.Array:
             """By the factor that fits best: of a sum in place of a mean, say, or a rate that was guessed."""
             own = gradient(x)
-            factor = optax.tree.vdot(match.leak, own) / jnp.maximum(optax.tree.vdot(own, own), 1e-30)
-            return l2(jax.tree.map(lambda g: factor * g, own), match.leak)
+            return l2(jax.tree.map(lambda g: _factor(own, match.leak) * g, own), match.leak)
+
+        beside = lambda arrays: {name: g for name, g in arrays.items() if name != first.kernel}
+
+        def delta_beside(x: jax.Array) -> jax.Array:
+            """By the factor of the arrays beside the kernel, whose size is not the image's."""
+            own = gradient(x)
+            return jnp.maximum(_factor(beside(own), beside(match.leak)), 0.0) * own[first.bias]
+
+        @at_full_precision
+        def aside(x: jax.Array, length: jax.Array) -> jax.Array:
+            own = gradient(x)
+            square = jnp.vdot(own[first.bias], own[first.bias])
+            factor = length / jnp.sqrt(jnp.where(square > 0, square, 1.0))
+            return l2(jax.tree.map(lambda g: factor * g, beside(own)), beside(match.leak))
 
         numbers = {k: jnp.asarray(v).reshape(1, 1, -1) for k in ("scale", "shift") if (v := getattr(first, k)) is not None}
         leak = samplers.RankOne(first.kernel_of(match.leak), match.leak[first.bias], p.sigma, **numbers)
-        image, deviation, trace = samplers.rank_one_mean(
-            key,
-            p.denoise,
-            p.schedule,
-            leak,
-            lambda x: gradient(x)[first.bias],
-            match.in_l2(),
-            p.expected_image,
-            rescaled=rescaled,
-            clip=p.clip,
-            truth=p.truth,
-        )
+        mean = functools.partial(
+            samplers.rank_one_mean, key, p.denoise, p.schedule, leak, mean=p.expected_image, objective=match.in_l2(),
+            clip=p.clip, truth=p.truth,
+        )  # fmt: skip
+        found = mean(delta=delta, rescaled=rescaled)
+        if (bound := clip_norm(p.match.mechanism)) is not None:
+            # By how much a gradient was clipped the image decides, so that of one that is too pale the delta is too long, and
+            # makes it pale: there the arrays beside the kernel tell the factor.
+            unclipped = _is_below(match.leak, bound, p.sigma)
+            other = mean(delta=delta_beside, aside=aside)
+            found = jax.tree.map(lambda a, b: jnp.where(unclipped, a, b), found, other)
+        image, deviation, trace = found
         return image, Info(trace, p.outcome(image), deviation=deviation)
+
+
+def _factor(own: Any, leak: Any) -> jax.Array:
+    """By which one gradient fits another best."""
+    return optax.tree.vdot(leak, own) / jnp.maximum(optax.tree.vdot(own, own), 1e-30)
+
+
+def clip_norm(mechanism: Mechanism | None) -> jax.Array | float | None:
+    """By which a mechanism bounds the norm of a gradient; None where it does not."""
+    stages = mechanism.stages if isinstance(mechanism, Chain) else (mechanism,)
+    return next((stage.norm for stage in stages if isinstance(stage, Clip)), None)
+
+
+def _is_below(leak: Any, bound: jax.Array | float, sigma: jax.Array | float) -> jax.Array:
+    """Whether a leak's norm without its noise is, but for a chance of about 1 in 1,000, below a bound."""
+    square, numbers = optax.tree.vdot(leak, leak), sum(g.size for g in jax.tree.leaves(leak))
+    variance = jnp.square(jnp.asarray(sigma, square.dtype))
+    deviation = jnp.sqrt(2 * numbers * jnp.square(variance) + 4 * variance * jnp.square(bound))
+    return square - numbers * variance + 3 * deviation < jnp.square(bound)

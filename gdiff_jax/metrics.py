@@ -90,6 +90,12 @@ def _unlike(candidates: np.ndarray, truth: np.ndarray) -> np.ndarray:
     return (candidates != truth[None]).reshape(len(candidates), -1).any(1)
 
 
+def distinct_images(images: np.ndarray) -> np.ndarray:
+    """(K, H, W, C) without those that are equal to one before them."""
+    first = {image.tobytes(): i for i, image in reversed(list(enumerate(np.ascontiguousarray(images))))}
+    return images[sorted(first.values())]
+
+
 def candidate_count(candidates: np.ndarray, truths: np.ndarray) -> int:
     """Among how many images each truth (N, H, W, C) is looked for at least, itself included."""
     return 1 + min(int(_unlike(candidates, truth).sum()) for truth in truths)

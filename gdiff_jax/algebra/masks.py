@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from gdiff_jax.algebra.links import Kind
 from gdiff_jax.algebra.structure import Loss, Structure, structure_in_float32
 
 NARROWEST, WIDEST = 5e-4, 0.5  # share of a layer's deviation by which its outputs are taken to err, at least and at most
+CHANCE = 5.0  # deviations of a sum of squares, from which on it is no chance
 UNLIKE = 0.3  # how far, relatively, the features of an estimate mistake the length of a delta [our choice]
 ROUNDING = 1e-6  # of a measured feature and of the gradient, relative to its size, where no noise is larger
 
@@ -172,26 +174,28 @@ def _top_delta(chain: ReluChain, leaves: Leaves, gradient: Leaves, sigma: jax.Ar
     A network that fits its images well has deltas that an estimate far off has not: with those, the equations below lead to
     another image. The gradient of the last bias is the delta with all of the noise; that of the last kernel is features times
     delta, which the features of the estimate sum up to its direction with far less, and to its length as far as they are those
-    of the image. Shrunk is by the positive part of James and Stein's rule [our choice].
+    of the image. What may be chance is left out, and the rest shrunk by the positive part of James and Stein's rule [our
+    choice].
     """
     expected = chain.top_delta(leaves, values[-1])
     if chain.bias is None:
         return expected
-    seen, variance = gradient[chain.bias].reshape(expected.shape), expected.size * jnp.square(sigma)
+    b = along = gradient[chain.bias].reshape(expected.shape)
+    rows = jnp.ones_like(sigma)
     if (leaf := chain.head) is not None:
         layer = chain.below[-1]
         u = layer.prepared(values[-2])
-        rows = jnp.vdot(u, u) + 1
-        along = seen + jax.vjp(lambda d: layer.gradient(leaves, d, u, leaf), expected)[1](gradient[leaf])[0]
-        length = jnp.maximum(jnp.sqrt(jnp.vdot(along, along)), 1e-30)
-        line, by_features = along / length, length / rows
-        # The length by the bias and by the features, each by the inverse of its variance.
-        one, other = 1 / jnp.square(sigma), 1 / (jnp.square(UNLIKE * by_features) + jnp.square(sigma) / rows)
-        length = (one * jnp.vdot(line, seen) + other * by_features) / (one + other)
-        seen, variance = line * jnp.maximum(length, 0.0), 1 / (one + other) + variance / rows
-    away = seen - expected
-    square = jnp.vdot(away, away)
-    return expected + jnp.maximum(1 - variance / jnp.where(square > 0, square, 1.0), 0.0) * away
+        rows = rows + jnp.vdot(u, u)
+        along = b + jax.vjp(lambda d: layer.gradient(leaves, d, u, leaf), expected)[1](gradient[leaf])[0]
+    square, noise, n = jnp.vdot(along, along), rows * jnp.square(sigma), b.size
+    line, by_features = along / jnp.sqrt(jnp.maximum(square, 1e-30)), jnp.sqrt(square) / rows
+    # The length by the bias and by the features, each by the inverse of its variance.
+    one, other = 1 / jnp.square(sigma), 1 / (jnp.square(UNLIKE * by_features) + noise / rows**2)
+    length = (one * jnp.vdot(line, b) + other * by_features) / (one + other)
+    away, variance = line * jnp.maximum(length, 0.0) - expected, 1 / (one + other) + n * noise / rows**2
+    left = lambda of, square: jnp.maximum(1 - of / jnp.where(square > 0, square, 1.0), 0.0)
+    chance = n * noise * (1 + CHANCE * math.sqrt(2 / n))  # that noise alone may reach
+    return expected + left(chance, square) * left(variance, jnp.vdot(away, away)) * away
 
 
 def _pulled_variance(layer: Layer, squares: Leaves, value: jax.Array, v: jax.Array) -> jax.Array:

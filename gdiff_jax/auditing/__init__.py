@@ -5,11 +5,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gdiff_jax.auditing.call import audit
+    from gdiff_jax.auditing.comparing.result import Comparison, compare
     from gdiff_jax.auditing.result import Audit
 
-__all__ = ["Audit", "audit"]
+__all__ = ["Audit", "Comparison", "audit", "compare"]
 
-_HOME = {"Audit": "result", "audit": "call"}
+_HOME = {"Audit": "result", "Comparison": "comparing.result", "audit": "call", "compare": "comparing.result"}
 
 
 def __getattr__(name: str) -> Any:

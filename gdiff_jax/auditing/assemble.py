@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -82,7 +83,13 @@ def assemble(
 
 
 def _score(rows: list[Row], images: Sequence[np.ndarray], truth: np.ndarray, candidates: np.ndarray, has_lpips: bool) -> None:
-    """Puts `rank` and, where it can be had, `lpips` into the rows of trials that did not fail."""
+    """Puts `rank` and, where it can be had, `lpips` into the rows of trials that did not fail, and its image's hash into each.
+
+    By the hash two audits are compared on the same images, which their places in two sets do not tell.
+    """
+    hashes = [_sha256(x)[:16] for x in truth]
+    for row in rows:
+        row["image_sha256"] = hashes[row["image"]]
     for i, x in enumerate(truth):
         scored = [(row, image) for row, image in zip(rows, images, strict=True) if row["image"] == i and not row["failed"]]
         reconstructions = np.array([image for _, image in scored]).reshape(-1, *x.shape)
@@ -91,6 +98,11 @@ def _score(rows: list[Row], images: Sequence[np.ndarray], truth: np.ndarray, can
             row["rank"] = int(rank)
             if has_lpips:
                 row["lpips"] = float(metrics.lpips(image, x))
+
+
+def _sha256(image: np.ndarray) -> str:
+    """Of an image's shape and pixels, on [-1, 1]."""
+    return hashlib.sha256(repr(image.shape).encode() + np.ascontiguousarray(image, np.float32).tobytes()).hexdigest()
 
 
 def _mean_image_scores(mean_image: np.ndarray, truth: np.ndarray) -> list[Row]:

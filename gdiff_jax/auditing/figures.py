@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import matplotlib
@@ -275,10 +276,15 @@ def drawings(record: AuditRecord) -> dict[str, Callable[[AuditRecord], Figure]]:
 
 def files(record: AuditRecord) -> dict[str, bytes]:
     """Every figure as NAME.png and NAME.svg; the same audit gives the same bytes."""
+    return saved({name: functools.partial(draw, record) for name, draw in drawings(record).items()})
+
+
+def saved(draws: Mapping[str, Callable[[], Figure]]) -> dict[str, bytes]:
+    """What is drawn, in the house's style, as NAME.png and NAME.svg."""
     drawn = {}
     with house_style(STYLE):
-        for name, draw in drawings(record).items():
-            figure = draw(record)
+        for name, draw in draws.items():
+            figure = draw()
             for kind, metadata in (("svg", {"Date": None}), ("png", {"Software": None})):
                 file = io.BytesIO()
                 figure.savefig(file, format=kind, dpi=150, metadata=metadata)

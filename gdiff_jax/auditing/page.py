@@ -2,29 +2,18 @@
 
 from __future__ import annotations
 
-import base64
-import functools
 import math
-from collections.abc import Iterable
-from importlib import resources
 from pathlib import Path
-from typing import Any
 
-import jinja2
 import numpy as np
 
-from gdiff_jax.auditing import against_bound, figures, pictures, sentences, summary
+from gdiff_jax.auditing import against_bound, figures, markdown, pictures, sentences, summary, templates
+from gdiff_jax.auditing.enough import enough
 from gdiff_jax.auditing.record import AuditRecord
-from gdiff_jax.files import write_atomic
+from gdiff_jax.auditing.templates import Table, table
 
-Table = dict[str, list[Any]]
 LONG = 24  # entries of a setting that have no lines of their own
-_KINDS = {"svg": "image/svg+xml", "png": "image/png"}
 _RASTER = ("reconstructions", "recognised", "deviation", "attempts", "film")  # made of pixels: as PNG they are smaller
-
-
-def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> Table:
-    return {"head": list(head), "rows": [list(r) for r in rows]}
 
 
 def _number(value: float | None, digits: int = 3) -> str:
@@ -51,7 +40,7 @@ def _levels(record: AuditRecord) -> Table:
         shares = [s.percent() for s in (v.recovered, v.recovered_oracle, *[v.identified] * record.can_recognise)]
         chosen = [v.methods] if v.methods == v.methods_to_recognise else [v.methods, f"to recognise {v.methods_to_recognise}"]
         rows.append([f"{v.sigma:.3g}", v.psnr.text(), v.oracle.text(), *scores, *shares, "; ".join(chosen) or "-", trials])
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def _baselines(record: AuditRecord) -> str:
@@ -71,7 +60,17 @@ def _guarantees(record: AuditRecord) -> Table:
         figures_ = [_number(g[k]) for k in ("mu", "advantage", "tpr", "gamma", "gamma_1e-4")]
         with_ = [_number(g["epsilon"], 4), delta, *figures_, ""]
         rows.append([f"{g['sigma']:.3g}", *(with_ if g["epsilon"] is not None else ["none", *["-"] * 6, g["reason"]])])
-    return _table(head, rows)
+    return table(head, rows)
+
+
+def _enough(record: AuditRecord) -> Table:
+    head = ["so that …", "σ", "ε", "cosine", "decrease of loss left"]
+    rows = []
+    for e in enough(record):
+        sigma = sentences.noise_text(record, e.noise) if e.measured else f"{e.noise.value:.3g}"
+        left = "-" if math.isnan(e.cosine) else f"{e.cosine**2:.1%}"
+        rows.append([e.wanted, sigma, _number(e.epsilon, 4), _number(e.cosine), left])
+    return table(head, rows)
 
 
 def _identified(record: AuditRecord) -> Table:
@@ -80,13 +79,13 @@ def _identified(record: AuditRecord) -> Table:
     for r in against_bound.identified(record):
         shares = map(against_bound.share, (r.expected, r.worst, r.bound, 1 / r.count))
         rows.append([f"{r.sigma:.3g}", f"{r.epsilon:.4g}", str(r.count), r.success.percent(1), *shares])
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def _theory(record: AuditRecord) -> tuple[Table | None, Table]:
     t = record.theory
     if not t:
-        return None, _table((), ())
+        return None, table((), ())
     rows = [
         ["parameters", f"{t['parameters']:,}"],
         ["||J||, median over images", f"{np.median(t['frobenius']):.4g}"],
@@ -102,7 +101,7 @@ def _theory(record: AuditRecord) -> tuple[Table | None, Table]:
     columns = [t["i2f"], t.get("cramer_rao_psnr"), t.get("van_trees_psnr")]
     cell = lambda column, j: "-" if not column else ("unbounded error" if column[j] is None else f"{column[j]:.3g}")
     limits = [[f"{s:.3g}", *[cell(c, j) for c in columns]] for j, s in enumerate(t["sigmas"])]
-    return _table(("quantity", "value"), rows), _table(head, limits if t["i2f"] else [])
+    return table(("quantity", "value"), rows), table(head, limits if t["i2f"] else [])
 
 
 def _cards(record: AuditRecord) -> list[tuple[str, str]]:
@@ -129,25 +128,23 @@ def _settings(record: AuditRecord) -> Table:
             flat += [[f"{key}.{k}", str(v)] for k, v in value.items() if v not in (None, {}, "")]
         elif key not in ("command", "threat_model"):
             flat.append([key, ", ".join(map(str, value)) if isinstance(value, list) else str(value)])
-    return _table(("setting", "value"), flat)
+    return table(("setting", "value"), flat)
 
 
 def render(record: AuditRecord, drawn: dict[str, bytes]) -> str:
     """The page; `drawn` are the files of its figures, made by `figures.files`."""
-    uri = lambda kind, data: f"data:{kind};base64,{base64.b64encode(data).decode()}"
     shown = {}
     for name in figures.drawings(record):
         kind = "png" if name in _RASTER else "svg"
-        shown[name] = uri(_KINDS[kind], drawn[f"{name}.{kind}"])
+        shown[name] = templates.embedded(kind, drawn[f"{name}.{kind}"])
     frames = [v for k, v in record.pictures.items() if k.startswith("film/")]
     theory, limits = _theory(record)
     sections = [("threat", "Attacker"), ("images", "Images"), ("noise", "Noise"), ("guarantees", "Guarantees")]
     sections += [("named", "Against the bound")]
     sections += [("steps", "Steps"), ("theory", "Theory"), ("reproduce", "Reproduce")]
     missing = {"noise": not record.has_truth, "theory": not theory, "named": not against_bound.identified(record)}
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    template = environment.from_string((resources.files("gdiff_jax.auditing") / "page.html").read_text(encoding="utf-8"))
-    return template.render(
+    return templates.render(
+        "page.html",
         about=record.about,
         sections=[s for s in sections if not missing.get(s[0])],
         verdict=sentences.verdict(record),
@@ -156,6 +153,7 @@ def render(record: AuditRecord, drawn: dict[str, bytes]) -> str:
         figures=shown,
         gif=f"data:image/gif;base64,{pictures.gif(frames)}" if frames else "",
         levels=_levels(record),
+        enough=_enough(record),
         baselines=_baselines(record),
         guarantees=_guarantees(record),
         identification=record.identification,
@@ -167,16 +165,13 @@ def render(record: AuditRecord, drawn: dict[str, bytes]) -> str:
 
 
 def write(record: AuditRecord, folder: Path) -> Path:
-    """Writes report.html, audit.json, trials.csv and figures/, each file whole or not at all; returns the page's path."""
-    (folder / "figures").mkdir(parents=True, exist_ok=True)
+    """Writes report.html, its summary, data and figures, each file whole or not at all; returns the page's path."""
     drawn = figures.files(record)
-    page = folder / "report.html"
-    texts = {"audit.json": record.to_json(), "trials.csv": record.to_csv(), page.name: render(record, drawn)}
-    files = {f"figures/{name}": data for name, data in drawn.items()} | {name: text.encode() for name, text in texts.items()}
-    for name, data in files.items():
-        write_atomic(folder / name, functools.partial(_put, data))
-    return page
-
-
-def _put(data: bytes, path: Path) -> None:
-    path.write_bytes(data)
+    texts = {
+        "summary.md": markdown.render(record),
+        "audit.json": record.to_json(),
+        "trials.csv": record.to_csv(),
+        "report.html": render(record, drawn),
+    }
+    templates.write_files(folder, texts, drawn)
+    return folder / "report.html"

@@ -48,7 +48,7 @@ class Audit(AuditRecord):
         return figures.overview(self)
 
     def report(self, folder: str | Path) -> Path:
-        """Writes report.html (self-contained), audit.json, trials.csv and every figure as PNG and SVG; returns the page."""
+        """Writes report.html (self-contained), summary.md, audit.json, trials.csv, figures as PNG and SVG; returns the page."""
         from gdiff_jax.auditing import page
 
         return page.write(self, Path(folder))

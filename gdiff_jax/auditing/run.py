@@ -21,7 +21,7 @@ from gdiff_jax.auditing.film import film, film_steps
 from gdiff_jax.auditing.identify import measured
 from gdiff_jax.auditing.result import Audit
 from gdiff_jax.methods import DSG, Analytic, AnalyticDSG, Problem
-from gdiff_jax.metrics import candidate_count
+from gdiff_jax.metrics import candidate_count, distinct_images
 from gdiff_jax.sweeping import trials, words
 from gdiff_jax.sweeping.checks import hindrances
 from gdiff_jax.sweeping.plan import Plan, VictimState
@@ -38,7 +38,8 @@ class Question:
     """What is asked beside the attacks.
 
     Attributes:
-      candidates: (K, H, W, C) images among which the private ones are looked for; none where those are not known.
+      candidates: (K, H, W, C) images among which the private ones are looked for, of equal ones the first; none where the
+        private are not known.
       threshold: PSNR in dB from which on an image counts as recovered.
       share: look for the noise from which on fewer than this share of the images is recovered.
       spectra: images whose spectrum of J^T J is computed.
@@ -54,6 +55,10 @@ class Question:
     information: np.ndarray | None = None
     candidate_labels: np.ndarray | None = None
     film: DSG = DSG()
+
+    def __post_init__(self) -> None:
+        # One that is there twice is as easily named as one: counted twice, a blind guess would look worse than it is.
+        object.__setattr__(self, "candidates", distinct_images(self.candidates))
 
 
 def audited(plan: Plan) -> tuple[VictimState, str]:

@@ -50,6 +50,11 @@ class Asked:
     share: float = option(0.1, "look for the noise from which on fewer than this share of the images is recovered")
     data: str = option("", "images like the private ones, whose covariance the van Trees limit takes; without, it is left out")
     spectra: int = option(1, "images whose spectrum of J^T J is computed")
+    fail_if: str = option(
+        "",
+        "end with exit code 3 where this holds at a noise level: recovered, recognised, psnr or ssim, then >, >=, < or <= and "
+        "a number, such as 'recovered > 0.1'",
+    )
 
     def check(self) -> None:
         need(math.isfinite(self.threshold), f"--threshold {self.threshold} must be a finite PSNR in dB, such as 20")

@@ -13,7 +13,7 @@ from gdiff_jax.auditing import pictures, summary
 from gdiff_jax.auditing.record import SHOWN, AuditRecord, Row
 
 
-def _tight(pad: float) -> ConstrainedLayoutEngine:
+def tight(pad: float) -> ConstrainedLayoutEngine:
     return ConstrainedLayoutEngine(w_pad=pad, h_pad=pad, wspace=0, hspace=0)
 
 
@@ -49,19 +49,19 @@ def _sheet(
     note_at = {(s, r["image"]): note(r) for s, rows in picks.items() for r in rows if r["seed"] == 0}
     figure = Figure(
         figsize=(1.05 * len(heads) + 0.2, 1.22 * len(shown) + 0.3),
-        layout=_tight(0.02),
+        layout=tight(0.02),
     )
     axes = figure.subplots(len(shown), len(heads), squeeze=False)
     for line, i in zip(axes, shown, strict=True):
         notes = ["", *[note_at.get((s, i), "failed") for s in record.sigmas], *[""] * len(last)]
         for ax, key, text in zip(line, keys(i), notes, strict=True):
-            _picture(ax, record.pictures.get(key), text)
+            show(ax, record.pictures.get(key), text)
     for ax, head in zip(axes[0], heads, strict=True):
         ax.set_title(head, fontsize=9)
     return figure
 
 
-def _picture(ax: Axes, picture: str | None, note: str) -> None:
+def show(ax: Axes, picture: str | None, note: str) -> None:
     ax.set_xticks([])
     ax.set_yticks([])
     ax.set_frame_on(False)
@@ -87,9 +87,9 @@ def attempts(record: AuditRecord) -> Figure:
         row = best[seed]
         relative = row["distance"] / row["gradient_norm"]
         note = f"{row['method']}, seed {seed}\n{relative:.1%} unexplained"
-        _picture(axes[0, k], record.pictures[f"found/{record.sigmas[0]!r}/{seed}"], note)
+        show(axes[0, k], record.pictures[f"found/{record.sigmas[0]!r}/{seed}"], note)
         if lines == 2:
-            _picture(axes[1, k], errors, f"expects {_expected(row)} dB" if errors else "not told")
+            show(axes[1, k], errors, f"expects {_expected(row)} dB" if errors else "not told")
     return figure
 
 
@@ -97,8 +97,8 @@ def film(record: AuditRecord) -> Figure:
     """One reconstruction over the reverse steps, from noise to image."""
     names = [n for n in record.pictures if n.startswith("film/")]
     some = [names[round(k)] for k in np.linspace(0, len(names) - 1, min(10, len(names)))]
-    figure = Figure(figsize=(1.02 * len(some), 1.25), layout=_tight(0.01))
+    figure = Figure(figsize=(1.02 * len(some), 1.25), layout=tight(0.01))
     times = record.about["film_steps"]
     for ax, name in zip(figure.subplots(1, len(some), squeeze=False)[0], some, strict=True):
-        _picture(ax, record.pictures[name], f"t = {times[int(name[5:])]}")
+        show(ax, record.pictures[name], f"t = {times[int(name[5:])]}")
     return figure

@@ -164,17 +164,39 @@ def smallest_noise(record: AuditRecord, oracle: bool = False) -> Interval:
     for sigma in record.sigmas:
         rows = record.at(sigma)
         scores.append(oracle_psnr(rows) if oracle else {(r["image"], r["seed"]): r["psnr"] for r in attacker_picks(rows)})
-    units = {(r["image"], r["seed"]): r for r in record.at(record.sigmas[0])}
 
     def crossing_of(row: Row) -> float:
         psnr = [at_level.get((row["image"], row["seed"])) for at_level in scores]
         return crossing(record.sigmas, [-math.inf if v is None else v for v in psnr], record.about["threshold"])
 
-    groups = [np.array(g) for g in by_leak(units.values(), crossing_of)]
+    return _enough(record, crossing_of)
 
-    def enough(crossings: np.ndarray) -> float:
-        allowed = math.ceil(record.about["share"] * len(crossings)) - 1  # so many may still be recovered
-        return float(np.sort(crossings)[::-1][allowed])
+
+def smallest_noise_to_hide(record: AuditRecord) -> Interval:
+    """The noise from which on fewer than the audit's share of images is recognised, as in `smallest_noise`.
+
+    An image is or is not, so its own noise is the first level tried from which on it never is.
+    """
+    found = [
+        {(r["image"], r["seed"]) for r in attacker_picks(record.at(sigma), recognise=True) if r["rank"] == 0}
+        for sigma in record.sigmas
+    ]
+
+    def first_hidden(row: Row) -> float:
+        last = max((j for j, at_level in enumerate(found) if (row["image"], row["seed"]) in at_level), default=-1)
+        return 0.0 if last < 0 else (*record.sigmas, math.inf)[last + 1]
+
+    return _enough(record, first_hidden)
+
+
+def _enough(record: AuditRecord, noise_of: Callable[[Row], float]) -> Interval:
+    """Of the noise that each trial needs, what leaves fewer than the audit's share of them without enough."""
+    units = {(r["image"], r["seed"]): r for r in record.at(record.sigmas[0])}
+    groups = [np.array(g) for g in by_leak(units.values(), noise_of)]
+
+    def enough(needed: np.ndarray) -> float:
+        allowed = math.ceil(record.about["share"] * len(needed)) - 1  # so many may still be recovered
+        return float(np.sort(needed)[::-1][allowed])
 
     value = enough(np.concatenate(groups))
     if len(groups) < 3:

@@ -9,7 +9,7 @@ import sys
 import threading
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from absl import app, flags, logging
@@ -20,6 +20,7 @@ from gdiff_jax.errors import ConfigError, RunError
 from gdiff_jax.files import cache_folder, shown
 
 C = TypeVar("C")
+Others = Mapping[str, Callable[[list[str]], None]]
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -82,34 +83,42 @@ def read_flags(defaults: C) -> C:
     return options.replace(defaults, **{name: flags.FLAGS[name].value for name in options.flat(defaults)})
 
 
-def command(main: Callable[[], None], *settings: Any, text: str | None) -> None:
+def command(main: Callable[[], None], *settings: Any, text: str | None, others: Others = types.MappingProxyType({})) -> None:
     """`run` with the flags of these settings, and with this text at the top of --help."""
     sys.modules["__main__"].__doc__ = text  # which is what absl shows, whatever script or entry point calls
     for defaults in settings:
         define_flags(defaults)
-    run(main)
+    run(main, others)
 
 
-def run(main: Callable[[], None]) -> None:
-    """Parses the flags and calls main; bad input ends with one line on stderr and exit code 2."""
+def given(name: str) -> bool:
+    """Whether a flag was said, be it with its default."""
+    return flags.FLAGS[name].present > 0
+
+
+def run(main: Callable[[], None], others: Others = types.MappingProxyType({})) -> None:
+    """Parses the flags and calls main; bad input ends with one line on stderr and exit code 2.
+
+    Where the first word that is no flag is one of `others`, that is called in its place, with the words after it.
+    """
 
     def parse(argv: list[str]) -> list[str]:
         try:
             rest = flags.FLAGS(argv)
         except flags.Error as error:
             _fail(f"{str(error).splitlines()[0]} (--help lists the flags)")
-        if len(rest) > 1:
+        if len(rest) > 1 and rest[1] not in others:
             _fail(f"{rest[1]!r} is not a flag; flags are written --name=value (--help lists them)")
         return rest
 
-    def guarded(_: list[str]) -> None:
+    def guarded(rest: list[str]) -> None:
         keep_compiled()
         from gdiff_jax import numerics  # not with the module, as JAX: --help need not wait for it
 
         allow_transfers()
         try:
             with numerics.without_debugging(_say):
-                main()
+                others[rest[1]](rest[2:]) if len(rest) > 1 else main()
         except ConfigError as error:
             _fail(str(error))
         except RunError as error:
@@ -128,7 +137,7 @@ def run(main: Callable[[], None]) -> None:
     app.run(guarded, flags_parser=parse)
 
 
-def _leave(code: int) -> typing.NoReturn:
+def leave(code: int) -> typing.NoReturn:
     """Ends the process; one of several without JAX's farewell, which waits for those that may be dead."""
     if "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized():
         sys.stdout.flush()
@@ -202,4 +211,4 @@ def _say(message: str) -> None:
 
 def _fail(message: str, code: int = 2) -> typing.NoReturn:
     _say(f"error: {' '.join(shown(message).split())}")
-    _leave(code)
+    leave(code)

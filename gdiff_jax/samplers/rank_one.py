@@ -51,6 +51,8 @@ class _State(NamedTuple):
     owed: jax.Array  # (neurons,), what kernel^T u is expected to hold of the noise that has gone into u
     estimate: jax.Array  # that `image` was expected of, and the deviation of its error
     std: jax.Array
+    length: jax.Array  # of delta, by which the estimate was scaled, and that of the first step; nan before there are
+    first: jax.Array
 
 
 def _measured(leak: RankOne, u: jax.Array, owed: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -92,6 +94,7 @@ def rank_one_mean(
     mean: jax.Array,
     *,
     rescaled: Objective | None = None,
+    aside: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
     clip: bool = True,
     steps: int = STEPS,
     truth: jax.Array | None = None,
@@ -106,8 +109,11 @@ def rank_one_mean(
       delta: delta (neurons,) of an image (H, W, C) by the network, such as the gradient of the layer's bias.
       objective: distance of an image to the whole leak; reported, and asked for the scale of the image.
       mean: (H, W, C), of the images one may expect.
-      rescaled: the same, with the gradient times the factor that fits best. Where an image as it is explains the leak better by
-        that than at another scale, its scale is not changed.
+      rescaled: the same as `objective`, with the gradient times the factor that fits best. Where an image as it is explains
+        the leak better by that than at another scale, its scale is not changed.
+      aside: for a leak that is known but for a factor, as a clipped one: distance(image, length) of its arrays beside the
+        kernel to an image's, times the factor that gives delta that length. They then tell the scale of the image in each
+        step, among lengths near the first step's, which is right to a third [measured], and `rescaled` does not count.
       clip: clip to [-1, 1].
       steps: of the iteration; each is a call of the denoiser and its derivative.
       truth: (H, W, C); only fills `x0_error` of the trace.
@@ -121,10 +127,26 @@ def rank_one_mean(
     """
     scale, shift = (jnp.broadcast_to(jnp.asarray(a), mean.shape) for a in (leak.scale, leak.shift))
 
+    def times(s: jax.Array, image: jax.Array) -> jax.Array:
+        """The image whose layer's input is s times as large."""
+        return (s * (scale * image + shift) - shift) / scale
+
+    def scale_aside(state: _State) -> jax.Array:
+        """By how much the input must be larger, and delta's length smaller, by the arrays beside the kernel."""
+        assert aside is not None
+        costs = lambda s: jnp.square(aside(times(s, state.image), state.length / s))
+        return _scale_of(costs, leak.sigma, jnp.zeros_like(state.std), jnp.log(state.length / state.first))
+
     def step(state: _State, i: jax.Array) -> tuple[_State, StepInfo]:
+        if aside is not None:
+            s = jnp.where(i == 0, 1.0, scale_aside(state))
+            state = state._replace(image=times(s, state.image), owed=s * state.owed, length=state.length / s)
         u = (scale * state.image + shift).ravel()
         probe = jax.random.rademacher(jax.random.fold_in(key, i), mean.shape, mean.dtype)
-        direction, length, overlap = _delta(leak, u, state.owed, delta(state.image + JITTER * probe), i == 0)
+        network = delta(state.image + JITTER * probe)
+        if aside is not None:
+            network = jnp.where(i == 0, 1.0, state.length / norm(network)) * network
+        direction, length, overlap = _delta(leak, u, state.owed, network, i == 0)
         estimate = ((leak.kernel @ direction - overlap * u) / length).reshape(mean.shape)
         estimate, std = (estimate - shift) / scale, leak.sigma / length / jnp.abs(scale).min()
         lost = (norm(leak.kernel) == 0) | (length <= 0)
@@ -133,24 +155,24 @@ def rank_one_mean(
         x, pull = jax.vjp(denoised, estimate)
         divergence = jnp.where(lost, 0.0, jnp.vdot(probe, pull(probe)[0]))
         owed = jnp.where(lost, 0.0, jnp.square(leak.sigma) * divergence / length * direction)
-        return _State(x, owed, estimate, std), StepInfo(objective(x), std, x0_error(x, truth))
+        state = _State(x, owed, estimate, std, length, jnp.where(i == 0, length, state.first))
+        return state, StepInfo(objective(x), std, x0_error(x, truth))
 
-    start = _State(mean, jnp.zeros_like(leak.bias), mean, jnp.asarray(jnp.inf, mean.dtype))
+    start = _State(mean, jnp.zeros_like(leak.bias), mean, *jnp.asarray([jnp.inf, jnp.nan, jnp.nan], mean.dtype))
     state, trace = jax.lax.scan(step, start, jnp.arange(steps))
     deviation = posterior_deviation(jax.random.fold_in(key, steps), denoise, schedule, state.estimate, state.std)
-
-    def times(s: jax.Array, image: jax.Array) -> jax.Array:
-        """The image whose layer's input is s times as large."""
-        return (s * (scale * image + shift) - shift) / scale
 
     def cost(s: jax.Array) -> jax.Array:
         """Squared distance to the leak, less what it owes to the noise that has gone into the image."""
         image = times(s, state.image)
         return jnp.square(objective(image)) + 2 * s * jnp.vdot(state.owed, delta(image))
 
-    factor = _scale_of(cost, leak.sigma, norm(deviation) / norm(state.image + shift / scale))
-    if rescaled is not None:
-        factor = jnp.where(jnp.square(rescaled(state.image)) < cost(factor), 1.0, factor)
+    if aside is not None:
+        factor = scale_aside(state)
+    else:
+        factor = _scale_of(cost, leak.sigma, norm(deviation) / norm(state.image + shift / scale))
+        if rescaled is not None:
+            factor = jnp.where(jnp.square(rescaled(state.image)) < cost(factor), 1.0, factor)
     other = denoise_estimate(denoise, schedule, times(factor, state.estimate), factor * state.std, mean, clip=clip)
     image = jnp.where(factor == 1, state.image, other)
     network = delta(image)
@@ -159,12 +181,15 @@ def rank_one_mean(
     return jnp.where(chance, mean, image), jnp.where(chance, jnp.nan, jnp.minimum(factor * deviation, 1.0)), trace
 
 
-def _scale_of(cost: Callable[[jax.Array], jax.Array], sigma: jax.Array | float, error: jax.Array) -> jax.Array:
-    """The s of least cost, of a likelihood exp(-cost(s) / (2 sigma^2)) and a broad prior around 1; 1 where that may be chance.
+def _scale_of(
+    cost: Callable[[jax.Array], jax.Array], sigma: jax.Array | float, error: jax.Array, prior: jax.Array | float = 0.0
+) -> jax.Array:
+    """The s of least cost, of a likelihood exp(-cost(s) / (2 sigma^2)) and a broad prior; 1 where that may be chance.
 
     The length of delta decides the image's. By a network that fits an image well it is the network's confidence, which errs by
     more than its direction says. The whole gradient tells, on a grid that is drawn closer LEVELS times, but as if the image had
-    no error but its scale: what is nearer to 1 than REJECTED times its relative error, or LEAST, is not believed.
+    no error but its scale: what is nearer to 1 than REJECTED times its relative error, or LEAST, is not believed. `prior` is
+    the log of what is expected.
     """
     dtype = error.dtype
     sigma = jnp.asarray(sigma, dtype)
@@ -175,7 +200,7 @@ def _scale_of(cost: Callable[[jax.Array], jax.Array], sigma: jax.Array | float, 
         logs = centre + half * jnp.linspace(-1, 1, POINTS, dtype=dtype)
         costs = jax.lax.map(cost, jnp.exp(logs))
         costs = jnp.where(jnp.isfinite(costs), costs, jnp.inf)
-        weights = jax.nn.softmax(-costs / (2 * variance) - jnp.square(logs) / (2 * DEVIATION**2))
+        weights = jax.nn.softmax(-costs / (2 * variance) - jnp.square(logs - prior) / (2 * DEVIATION**2))
         found = jnp.vdot(weights, logs)
         spread = jnp.sqrt(jnp.vdot(weights, jnp.square(logs - found)))
         return (found, jnp.clip(3 * spread, 2 * half / POINTS, half)), None

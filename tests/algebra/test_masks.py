@@ -105,10 +105,9 @@ def test_measured_features_settle_their_masks():
     assert (sure[true == 0] < 0.6).all()
 
 
-@pytest.mark.parametrize("sigma", [1e-6, 1e-3, 1e2])
-def test_the_delta_is_measured_however_wrong_the_estimate_is(sigma):
-    """Of a network that is sure of another label at the estimate; under noise that hides the leak it is the estimate's."""
-    victim = CHAINS[0]
+@pytest.mark.parametrize("victim", [CHAINS[0], CHAINS[3]], ids=["cnn", "mlp"])
+def test_the_delta_is_measured_however_wrong_the_estimate_is(victim):
+    """Of a network that is sure of another label at the estimate; of noise alone it makes nothing, whatever is drawn."""
     chain, leaves, _ = of(victim)
     sure = random_weights(victim)
     sure = jax.tree.map(lambda a: 20 * a if a.shape == leaves[chain.head].shape else a, sure)
@@ -117,16 +116,25 @@ def test_the_delta_is_measured_however_wrong_the_estimate_is(sigma):
     @jax.jit
     def deltas(image, other, sigma):
         gradient = jax.tree.leaves(gd.victim_gradient(victim.loss, sure, image, LABEL))
-        keys = jax.random.split(jax.random.key(1), len(gradient))
-        noisy = [g + sigma * jax.random.normal(key, g.shape) for g, key in zip(gradient, keys, strict=True)]
         values = chain.forward(leaves, other)
-        found = masks._top_delta(chain, leaves, noisy, sigma, values)
+
+        def found(key):
+            keys = jax.random.split(key, len(gradient))
+            noisy = [g + sigma * jax.random.normal(key, g.shape) for g, key in zip(gradient, keys, strict=True)]
+            return masks._top_delta(chain, leaves, noisy, sigma, values)
+
+        found = jax.vmap(found)(jax.random.split(jax.random.key(0), 200))
         return chain.top_delta(leaves, chain.forward(leaves, image)[-1]), chain.top_delta(leaves, values[-1]), found
 
-    true, own, found = deltas(IMAGE, -IMAGE, jnp.float32(sigma))
-    assert np.linalg.norm(true - own) > 0.1 * np.linalg.norm(true)
-    expected = own if sigma > 1 else true
-    assert np.linalg.norm(found - expected) < max(5 * sigma if sigma < 1 else 0, 1e-3) + 0.02 * np.linalg.norm(true)
+    for sigma in (1e-6, 1e-3, 1e1, 1e3):
+        true, own, found = jax.device_get(deltas(IMAGE, -IMAGE, jnp.float32(sigma)))
+        length = np.linalg.norm(true)
+        assert np.linalg.norm(true - own) > 0.1 * length
+        errors = np.linalg.norm(found - (true if sigma < 1 else own), axis=1)
+        if sigma < 1:
+            assert np.quantile(errors, 0.99) < 5 * sigma + 0.02 * length
+        else:
+            assert np.quantile(errors, 0.97) == 0
 
 
 OTHERS = [resnet(SHAPE, CLASSES, channels=(8,)), cnn(SHAPE, CLASSES, channels=(6, 8), activation=jax.nn.sigmoid)]

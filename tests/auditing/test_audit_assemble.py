@@ -47,6 +47,14 @@ def test_an_audit_is_assembled_from_its_trials():
         assembled(images, dataclasses.replace(trials, images=trials.images[1:]), images)
 
 
+def test_an_image_is_known_by_its_pixels_whatever_its_place():
+    images = np.random.default_rng(0).uniform(-1, 1, (6, 16, 16, 3)).astype(np.float32)
+    known_by = lambda order: [r["image_sha256"] for r in assembled(images, trials_of(images), images[order]).trials]
+    first = known_by([0, 1, 2, 3, 4, 5])
+    assert len(set(first)) == 6
+    assert known_by([5, 0, 1, 2, 3, 4]) == [first[5], *first[:5]]
+
+
 def test_what_the_attacker_expects_is_shown_where_a_method_says_it():
     images = np.random.default_rng(0).uniform(-1, 1, (6, 16, 16, 3)).astype(np.float32)
     trials = trials_of(images)

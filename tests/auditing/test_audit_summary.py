@@ -11,6 +11,7 @@ from gdiff_jax import intervals, metrics
 from gdiff_jax.auditing import figures, sentences, summary
 from gdiff_jax.auditing.record import AuditRecord, curve_key
 from gdiff_jax.auditing.result import Audit
+from gdiff_jax.auditing.run import Question
 
 SIGMAS = (0.0, 0.01, 0.1, 1.0)
 
@@ -36,7 +37,7 @@ def make(rows=None, images=12, seeds=2, **changes):
     steps = {"distance": [5.0 * 0.8**t for t in range(20)], "psnr": [float(t) for t in range(20)]}
     about = dict(
         victim="v", threshold=20.0, share=0.25, group=1, num_images=images, seeds=seeds, delta=1e-5, clip_norm=None,
-        candidates=10, has_truth=True, has_lpips=False,
+        candidates=10, has_truth=True, has_lpips=False, mechanism="gaussian", parameters=1000,
     )  # fmt: skip
     none = [dict(sigma=s, epsilon=None, reason="no clipping", gamma=None) for s in SIGMAS]
     parts = dict(about=about, trials=rows, curves={curve_key(r): steps for r in rows}, mean_image=[], guarantees=none)
@@ -260,6 +261,13 @@ def test_identification_among_candidates():
     assert ranks.max() == 5
     distances = np.square((guesses[:, None] - images[None]).astype(np.float64)).mean((2, 3, 4))
     np.testing.assert_array_equal(ranks, (distances <= distances[:, 2:3]).sum(1) - 1)
+
+
+def test_a_candidate_counts_once_however_often_it_is_there():
+    images = np.random.default_rng(0).uniform(-1, 1, (6, 8, 8, 3)).astype(np.float32)
+    asked = Question(np.concatenate([images[3:], images, images[:2]]))
+    np.testing.assert_array_equal(asked.candidates, np.concatenate([images[3:], images[:3]]))
+    assert metrics.candidate_count(asked.candidates, images[:2]) == 6
 
 
 @pytest.mark.skipif(not metrics.lpips_is_installed(), reason="needs the extra lpips")

@@ -221,7 +221,7 @@ def test_a_large_model_has_fewer_candidates_and_says_so(plan, monkeypatch):
     assert "the first 4 take part" in found["notes"][-1]
 
 
-def test_the_command_ends_with_a_status_of_its_own(tiny_prior, tmp_path, monkeypatch, capsys):
+def test_the_command_ends_with_a_code_of_its_own(tiny_prior, tmp_path, monkeypatch, capsys):
     """Where a fault is planted; and with 0 without."""
     monkeypatch.setattr(run, "_theory", lambda *_: None)
     monkeypatch.setattr(run, "_film", lambda *_: [])
@@ -237,7 +237,7 @@ def test_the_command_ends_with_a_status_of_its_own(tiny_prior, tmp_path, monkeyp
     monkeypatch.setattr(command.flags, "read_flags", lambda _: asked("faulty"))
     with pytest.raises(SystemExit) as end:
         command._audit()
-    assert end.value.code == 3
+    assert end.value.code == 4
     assert "FINDING: among 6 candidates" in capsys.readouterr().out
     assert "FINDING: among 6 candidates" in (tmp_path / "faulty" / "report.html").read_text()
     assert gd.Audit.load(tmp_path / "faulty" / "audit.json").findings()

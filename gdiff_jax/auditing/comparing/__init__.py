@@ -1,0 +1,1 @@
+"""Audits beside each other: paired differences of the same images, at the same noise."""
