@@ -29,10 +29,10 @@ class Interval(NamedTuple):
         bounds = "" if math.isnan(self.low) else f" [{self.low:.{digits}f}, {self.high:.{digits}f}]"
         return f"{self.value:.{digits}f}{bounds}"
 
-    def percent(self) -> str:
+    def percent(self, digits: int = 0) -> str:
         if math.isnan(self.value):
             return "-"
-        return f"{self.value:.0%} [{100 * self.low:.0f}, {100 * self.high:.0f}]"
+        return f"{self.value:.{digits}%} [{100 * self.low:.{digits}f}, {100 * self.high:.{digits}f}]"
 
 
 def _draws(groups: int) -> np.ndarray:
@@ -86,7 +86,11 @@ def share_interval(groups: Iterable[Iterable[float]]) -> Interval:
     if not arrays:
         return Interval(math.nan, math.nan, math.nan)
     n, share = len(arrays), float(np.mean([a.mean() for a in arrays]))
-    hits = share * n
-    low = float(betaincinv(hits, n - hits + 1, 0.025)) if hits > 0 else 0.0
-    high = float(betaincinv(hits + 1, n - hits, 0.975)) if hits < n else 1.0
-    return Interval(share, low, high)
+    return clopper_pearson(share * n, n)
+
+
+def clopper_pearson(hits: float, draws: int, error: float = 0.05) -> Interval:
+    """Of a probability by independent draws: its interval leaves the true one out in `error` of cases at most, half a side."""
+    low = float(betaincinv(hits, draws - hits + 1, error / 2)) if hits > 0 else 0.0
+    high = float(betaincinv(hits + 1, draws - hits, 1 - error / 2)) if hits < draws else 1.0
+    return Interval(hits / draws, low, high)

@@ -232,3 +232,4 @@ def attacks_alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(run, "_theory", lambda *_: None)
     monkeypatch.setattr(run, "_film", lambda *_: [])
+    monkeypatch.setattr(run, "measured", lambda *_: None)

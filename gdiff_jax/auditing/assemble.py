@@ -45,6 +45,7 @@ def assemble(
     guarantees: list[dict[str, Any]],
     theory: dict[str, Any] | None,
     film: Sequence[np.ndarray],
+    identification: dict[str, Any] | None = None,
 ) -> Audit:
     """The audit of these trials, exactly as it will be read back from its file.
 
@@ -57,6 +58,7 @@ def assemble(
       guarantees: one a noise level.
       theory: of `theory.summary.summarise`, or None.
       film: images (H, W, C) of one reconstruction over the steps.
+      identification: of `identify.measured`, or None.
 
     Raises:
       ValueError: where there are not as many rows as images, traces and deviations.
@@ -74,6 +76,7 @@ def assemble(
         guarantees=guarantees,
         theory=theory,
         pictures={},
+        identification=identification,
     )
     shown = _pictures(record, trials, truth, film)
     return Audit(**plain(dataclasses.asdict(dataclasses.replace(record, pictures=shown))))

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from gdiff_jax import intervals
-from gdiff_jax.auditing import sheets, summary
+from gdiff_jax.auditing import bound_figure, sheets, summary
 from gdiff_jax.auditing.record import AuditRecord, curve_key
 from gdiff_jax.intervals import Interval
 from gdiff_jax.sweeping.drawing import Drawing, house_style, logarithmic
@@ -258,6 +258,7 @@ def drawings(record: AuditRecord) -> dict[str, Callable[[AuditRecord], Figure]]:
         "quality": record.has_truth,
         "recovered": record.has_truth,
         "epsilon": record.can_recognise and sum(g["epsilon"] is not None for g in record.guarantees) > 1,
+        "identification": bool((record.identification or {}).get("levels")),
         "steps": True,
         "signal": bool(calibrated(record)),
         "film": any(n.startswith("film/") for n in record.pictures),
@@ -266,8 +267,9 @@ def drawings(record: AuditRecord) -> dict[str, Callable[[AuditRecord], Figure]]:
     }
     every: dict[str, Callable[[AuditRecord], Figure]] = dict(
         reconstructions=sheets.reconstructions, recognised=sheets.recognised, deviation=sheets.deviation,
-        attempts=sheets.attempts, quality=quality, recovered=recovered, epsilon=epsilon, steps=steps, signal=signal,
-        film=sheets.film, layers=layers, spectrum=spectrum,
+        attempts=sheets.attempts, quality=quality, recovered=recovered, epsilon=epsilon,
+        identification=bound_figure.identification, steps=steps, signal=signal, film=sheets.film, layers=layers,
+        spectrum=spectrum,
     )  # fmt: skip
     return {name: draw for name, draw in every.items() if has[name]}
 

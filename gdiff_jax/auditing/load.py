@@ -215,12 +215,12 @@ def _of_update(before: dict[str, Any], after: dict[str, Any], client: Client) ->
 def load_question(asked: Asked, sweep: SweepConfig, plan: Plan) -> Question:
     """What is asked, with its images."""
     shape, prior, source = plan.prior.image_shape, sweep.prior.prior, asked.candidates or sweep.private.images
-    others = np.zeros((0, *shape), np.float32)
+    others, labels = np.zeros((0, *shape), np.float32), None
     if plan.images_known:
         read = inputs.read_images("candidates", source, "test", prior, shape)
         if asked.candidates:  # else they are those of --images, of which it was told
             inputs.tell(source, dataclasses.replace(read, classes=()))
-        others = image_files.to_model(read.images)
+        others, labels = image_files.to_model(read.images), _labels_of(read, asked, sweep, plan)
         more = candidate_count(others, plan.images) >= 2
         need(more or not asked.candidates, f"--candidates {source} holds nothing but the private images; give more images")
         if not more:
@@ -232,7 +232,17 @@ def load_question(asked: Asked, sweep: SweepConfig, plan: Plan) -> Question:
         alike = inputs.read_images("data", asked.data, "train", prior, shape)
         inputs.tell(asked.data, dataclasses.replace(alike, classes=()))
         information = prior_information(alike.images)
-    return Question(others, asked.threshold, asked.share, asked.spectra, information)
+    return Question(others, asked.threshold, asked.share, asked.spectra, information, labels)
+
+
+def _labels_of(candidates: image_files.ImageSet, asked: Asked, sweep: SweepConfig, plan: Plan) -> np.ndarray | None:
+    """As the private images have theirs; None where nothing says them, or another folder's classes count otherwise."""
+    if sweep.private.label >= 0:
+        return np.full(len(candidates), sweep.private.label, np.int32)
+    if not asked.candidates:
+        return np.zeros(len(candidates), np.int32) if candidates.labels is None else candidates.labels
+    alike = {name: label for label, name in enumerate(candidates.classes)} == plan.reading.get("classes", {})
+    return candidates.labels if alike else None
 
 
 def _about(config: AuditConfig, sweep: SweepConfig, plan: Plan) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gdiff_jax.auditing import figures, markdown, pictures, sentences, summary, templates
+from gdiff_jax.auditing import against_bound, figures, markdown, pictures, sentences, summary, templates
 from gdiff_jax.auditing.enough import enough
 from gdiff_jax.auditing.record import AuditRecord
 from gdiff_jax.auditing.templates import Table, table
@@ -73,6 +73,15 @@ def _enough(record: AuditRecord) -> Table:
     return table(head, rows)
 
 
+def _identified(record: AuditRecord) -> Table:
+    head = ["σ", "ε", "K", "named", "expected", "worst gradients", "γ(1/K)", "blind"]
+    rows = []
+    for r in against_bound.identified(record):
+        shares = map(against_bound.share, (r.expected, r.worst, r.bound, 1 / r.count))
+        rows.append([f"{r.sigma:.3g}", f"{r.epsilon:.4g}", str(r.count), r.success.percent(1), *shares])
+    return table(head, rows)
+
+
 def _theory(record: AuditRecord) -> tuple[Table | None, Table]:
     t = record.theory
     if not t:
@@ -131,8 +140,9 @@ def render(record: AuditRecord, drawn: dict[str, bytes]) -> str:
     frames = [v for k, v in record.pictures.items() if k.startswith("film/")]
     theory, limits = _theory(record)
     sections = [("threat", "Attacker"), ("images", "Images"), ("noise", "Noise"), ("guarantees", "Guarantees")]
+    sections += [("named", "Against the bound")]
     sections += [("steps", "Steps"), ("theory", "Theory"), ("reproduce", "Reproduce")]
-    missing = {"noise": not record.has_truth, "theory": not theory}
+    missing = {"noise": not record.has_truth, "theory": not theory, "named": not against_bound.identified(record)}
     return templates.render(
         "page.html",
         about=record.about,
@@ -146,6 +156,8 @@ def render(record: AuditRecord, drawn: dict[str, bytes]) -> str:
         enough=_enough(record),
         baselines=_baselines(record),
         guarantees=_guarantees(record),
+        identification=record.identification,
+        identified=_identified(record),
         theory=theory,
         limits=limits,
         settings=_settings(record),

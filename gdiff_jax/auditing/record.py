@@ -39,6 +39,8 @@ class AuditRecord:
       pictures: PNG files, base64, by name: `truth/IMAGE`, `found/SIGMA/IMAGE` (attacker's pick, seed 0),
         `recognised/SIGMA/IMAGE` (the pick to recognise it by, where another is in the running), `deviation/SIGMA/IMAGE` (what
         each pixel of what was found is expected to err by, where its method says), `prior/IMAGE`, `film/STEP`.
+      identification: how often the best attacker names the record among K candidates (`identify.measured`); None where it was
+        not asked, as of audits of before.
     """
 
     about: dict[str, Any]
@@ -48,6 +50,7 @@ class AuditRecord:
     guarantees: list[dict[str, Any]]
     theory: dict[str, Any] | None
     pictures: dict[str, str]
+    identification: dict[str, Any] | None = None
 
     @functools.cached_property
     def attacks(self) -> list[Row]:

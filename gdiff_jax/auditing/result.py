@@ -6,7 +6,7 @@ import html
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gdiff_jax.auditing import sentences, summary
+from gdiff_jax.auditing import against_bound, sentences, summary
 from gdiff_jax.auditing.record import AuditRecord
 from gdiff_jax.intervals import Interval
 
@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 class Audit(AuditRecord):
     """What an audit found. `report(folder)` writes all that can be read of it, `load(file)` reads it back.
 
-    Its data are the attributes of `record.AuditRecord`: about, trials, curves, mean_image, guarantees, theory, pictures.
+    Its data are the attributes of `record.AuditRecord`: about, trials, curves, mean_image, guarantees, theory, pictures,
+    identification.
     """
 
     def levels(self) -> list[summary.Level]:
@@ -35,6 +36,10 @@ class Audit(AuditRecord):
     def warnings(self) -> list[str]:
         """Signs that the figures may mislead."""
         return sentences.warnings(self)
+
+    def findings(self) -> list[str]:
+        """What must not be: a release that gives away more than its mechanism can. The verdict begins with them."""
+        return against_bound.findings(self)
 
     def plot(self) -> Figure:
         """PSNR and the share of recovered and recognised images over the noise; a notebook shows the figure."""

@@ -18,6 +18,7 @@ from gdiff_jax import numerics
 from gdiff_jax.auditing.about import about_run, guarantee_row
 from gdiff_jax.auditing.assemble import Trials, assemble
 from gdiff_jax.auditing.film import film, film_steps
+from gdiff_jax.auditing.identify import measured
 from gdiff_jax.auditing.result import Audit
 from gdiff_jax.methods import DSG, Analytic, AnalyticDSG, Problem
 from gdiff_jax.metrics import candidate_count, distinct_images
@@ -43,6 +44,7 @@ class Question:
       share: look for the noise from which on fewer than this share of the images is recovered.
       spectra: images whose spectrum of J^T J is computed.
       information: (d, d) inverse covariance of images like the private ones, for the van Trees limit; None leaves it out.
+      candidate_labels: (K,) of the candidates, as the private images' labels count; None where they are not known.
       film: the DSG by which one reconstruction is made again, to be looked at while it comes into being.
     """
 
@@ -51,6 +53,7 @@ class Question:
     share: float = 0.1
     spectra: int = 1
     information: np.ndarray | None = None
+    candidate_labels: np.ndarray | None = None
     film: DSG = DSG()
 
     def __post_init__(self) -> None:
@@ -97,17 +100,19 @@ def run(
     started = time.time()
     seconds = lambda: {"seconds": round(time.time() - started, 1)}
     early = lambda done: _assemble(
-        plan, question, store, store.rows(done), {**about, **seconds(), "unfinished": True}, None, []
+        plan, question, store, store.rows(done), {**about, **seconds(), "unfinished": True}, None, [], None
     )
     rows = attack(plan, store, after=_now_and_then(early, show) if show else None)
-    theory, frames = None, []
+    theory, frames, identification = None, [], None
     failed: list[str] = []
     with _told(failed, "theory"):
         theory = _theory(plan, question)
     with _told(failed, "the film"):
         frames = _film(plan, question.film)
+    with _told(failed, "identification"):
+        identification = measured(plan, question.candidates, question.candidate_labels)
     parts = {"failed_parts": failed} if failed else {}
-    return _assemble(plan, question, store, rows, {**about, **parts, **seconds()}, theory, frames)
+    return _assemble(plan, question, store, rows, {**about, **parts, **seconds()}, theory, frames, identification)
 
 
 def _now_and_then(early: Callable[[list[int]], Audit], show: Callable[[Audit], None]) -> Callable[[list[int]], None]:
@@ -138,6 +143,7 @@ def _assemble(
     about: dict[str, Any],
     theory: dict[str, Any] | None,
     frames: list[np.ndarray],
+    identification: dict[str, Any] | None,
 ) -> Audit:
     """The audit of these rows: of all that were asked for, or of those that have finished."""
     state, mechanism = audited(plan)
@@ -149,7 +155,7 @@ def _assemble(
     return assemble(
         {**_about(plan, question), "num_images": len({row["image"] for row in rows}), **about}, gather(rows, store),
         plan.images if known else None, candidates=question.candidates, mean_image=plan.prior.mean_image, guarantees=guarantees,
-        theory=theory, film=frames,
+        theory=theory, film=frames, identification=identification,
     )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ from collections import defaultdict
 
 import numpy as np
 
+from gdiff_jax.auditing import against_bound
 from gdiff_jax.auditing.record import AuditRecord
 from gdiff_jax.auditing.summary import Level, attacker_picks, levels, smallest_noise
 from gdiff_jax.intervals import Interval
@@ -36,9 +37,10 @@ def verdict(record: AuditRecord) -> list[str]:
     what = "images" if about["group"] == 1 else f"groups of {about['group']} images"
     count = f"{about['num_images']} images" if about["group"] == 1 else f"{images} groups of {about['group']} images"
     lines = [
+        *against_bound.findings(record),
         f"If a gradient of {about['victim']} leaks {noise}, {first.recovered.percent()} of images are recovered at "
         f"{about['threshold']:g} dB PSNR or better, with a median of {first.psnr.text()} dB{_among(record, first)} "
-        f"({count} x {about['seeds']} seeds; 95 % intervals)."
+        f"({count} x {about['seeds']} seeds; 95 % intervals).",
     ]
     chosen, best = smallest_noise(record), smallest_noise(record, oracle=True)
     share = f"Fewer than {about['share']:.0%} of images are recovered "
@@ -63,6 +65,7 @@ def verdict(record: AuditRecord) -> list[str]:
         reason = next((g["reason"] for g in record.guarantees if g["sigma"] == last.sigma), "no noise")
         lines.append(f"There is no differential-privacy guarantee: {reason}. Stronger attacks than these may exist.")
     else:
+        lines += against_bound.sentences(record)
         lines.append("Attacks show what is possible today; the guarantees below hold against every attack.")
     return lines + how(record) + _of_module(record)
 
@@ -171,7 +174,7 @@ def warnings(record: AuditRecord) -> list[str]:
         )
     signs += [record.about["doubt"]] if record.about.get("doubt") else []
     signs += [f"Left out, because it failed: {part}." for part in record.about.get("failed_parts", [])]
-    signs += _rank_warnings(record) + _curve_warnings(record)
+    signs += against_bound.warnings(record) + _rank_warnings(record) + _curve_warnings(record)
     if not record.has_truth:
         return signs
     noise_levels, leaks = levels(record), len({r["leak"] for r in record.attacks})

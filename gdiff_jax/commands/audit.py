@@ -11,7 +11,8 @@
 my_model.py:make is a function without arguments that returns (loss, params): a pure scalar loss(params, x, y) of one image x
 (H, W, C) in [-1, 1], and a pytree of weights; or, with the extra `torch`, a torch.nn.Module. The folder receives report.html
 (self-contained: open it from disk), summary.md, audit.json, trials.csv and figures/. A run that was killed goes on where it
-stopped when the same command is given again. Where the package is installed the command is also called gdiff-audit.
+stopped when the same command is given again. The exit code is 4 where a release gives away more than its mechanism can.
+Where the package is installed the command is also called gdiff-audit.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from gdiff_jax.auditing.settings import AuditConfig
 from gdiff_jax.commands import flags
 from gdiff_jax.errors import ConfigError, need
 from gdiff_jax.files import need_folder
+
+FINDING = 4  # the exit code where a release gave away more than its mechanism can
 
 
 def main() -> None:
@@ -58,8 +61,12 @@ def _audit() -> None:
     for warning in audit.warnings():
         print(f"! {warning}")
     print(f"report: {page}")
-    if fails and (met := fails.met(audit)):
+    met = fails.met(audit) if fails else []
+    if met:
         print(f"failed: {fails} at {', '.join(met)}")
+    if audit.findings():
+        flags.leave(FINDING)
+    if met:
         flags.leave(3)
 
 

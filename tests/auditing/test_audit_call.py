@@ -61,6 +61,7 @@ def kept(plain_prior, data, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(auditing, "_theory", lambda *_: None)
         patch.setattr(auditing, "_film", lambda *_: [])
+        patch.setattr(auditing, "measured", lambda *_: None)
         yield again, again()
 
 

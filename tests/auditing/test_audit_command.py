@@ -15,6 +15,7 @@ def quick(monkeypatch):
     """The trials alone, by the programs of `small`."""
     monkeypatch.setattr(run, "_theory", lambda *_: None)
     monkeypatch.setattr(run, "_film", lambda *_: [])
+    monkeypatch.setattr(run, "measured", lambda *_: None)
 
 
 def test_an_audit_goes_on_where_it_was_ended(tiny_prior, tmp_path):

@@ -52,15 +52,18 @@ def test_every_figure_answers_to_the_data(small):
     names = {name.partition(".")[0] for name in drawn}
     assert names == set(figures.drawings(audit))
     assert names == {
-        "reconstructions", "recognised", "quality", "recovered", "epsilon", "steps", "signal", "film", "layers", "spectrum"
+        "reconstructions", "recognised", "quality", "recovered", "epsilon", "identification", "steps", "signal", "film",
+        "layers", "spectrum",
     }  # fmt: skip
     worse = lambda r: {**r, "psnr": r["psnr"] and r["psnr"] + 1, "rank": 1, "noise_norm": 2 * (r.get("noise_norm") or 0)}
     theory = {**audit.theory, "shares": {k: v / 2 for k, v in audit.theory["shares"].items()}}
     theory["spectra"] = [{**s, "eigenvalues": [2 * v for v in s["eigenvalues"]]} for s in theory["spectra"]]
     black = {k: pictures.png(np.zeros((16, 16, 3))) for k in audit.pictures}
     halved = {k: {**c, "signal": [v and v / 2 for v in c["signal"]]} if "signal" in c else c for k, c in audit.curves.items()}
+    levels = [{**v, "counts": [{**c, "hits": c["hits"] // 2} for c in v["counts"]]} for v in audit.identification["levels"]]
     other = dataclasses.replace(
-        audit, trials=[worse(r) for r in audit.trials], theory=theory, pictures=black, curves=halved
+        audit, trials=[worse(r) for r in audit.trials], theory=theory, pictures=black, curves=halved,
+        identification={**audit.identification, "levels": levels},
     )  # fmt: skip
     changed = figures.files(other)
     assert changed.keys() == drawn.keys()

@@ -1,0 +1,134 @@
+"""What an audit's identification says: beside its bound, and whether the release is what its mechanism is said to be.
+
+Pure NumPy. A finding is an error of the mechanism that is audited, or of this audit, and not a risk that was weighed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from gdiff_jax.auditing.record import AuditRecord
+from gdiff_jax.intervals import Interval, clopper_pearson
+
+ERROR = 1e-4  # at most, of a comparison that makes a finding of what is none; there are a few dozen at most
+
+
+@dataclasses.dataclass(frozen=True)
+class Identified:
+    """What came of one noise level and one number of candidates.
+
+    Attributes:
+      sigma: standard deviation of the noise.
+      epsilon: at the audit's delta.
+      count: K, candidates.
+      success: share of releases in which the best attacker named the record, and its interval of 95 %.
+      expected: the same of the mechanism as it is said to be, at these gradients; None where it was left out.
+      bound: gamma(1/K), which no attack passes.
+      worst: what the most telling gradients that are known would give.
+      above_bound, above_expected, below_expected: whether chance does not explain where `success` lies, by `ERROR`.
+    """
+
+    sigma: float
+    epsilon: float
+    count: int
+    success: Interval
+    expected: float | None
+    bound: float
+    worst: float
+    above_bound: bool
+    above_expected: bool
+    below_expected: bool
+
+
+def identified(record: AuditRecord) -> list[Identified]:
+    """By noise level, then by K, both ascending; empty where nothing was measured."""
+    data = record.identification or {}
+    releases, draws = data.get("repetitions", 0), data.get("draws", 0)
+    found = []
+    for level in data.get("levels", []):
+        for row in level["counts"]:
+            sure = clopper_pearson(row["hits"], releases, 2 * ERROR)  # each side errs by ERROR
+            expected = None if row["expected"] is None else clopper_pearson(row["expected"], draws, 2 * ERROR)
+            found.append(
+                Identified(
+                    sigma=level["sigma"],
+                    epsilon=level["epsilon"],
+                    count=row["count"],
+                    success=clopper_pearson(row["hits"], releases),
+                    expected=expected and expected.value,
+                    bound=row["bound"],
+                    worst=row["worst"],
+                    above_bound=sure.low > row["bound"],
+                    above_expected=expected is not None and sure.low > expected.high,
+                    below_expected=expected is not None and sure.high < expected.low,
+                )
+            )
+    return found
+
+
+def findings(record: AuditRecord) -> list[str]:
+    """What must not be: a release that gives away more than its mechanism can; [] where there is nothing of the kind."""
+    rows, data = identified(record), record.identification or {}
+    above = [r for r in rows if r.above_bound]
+    more = [r for r in rows if r.above_expected]
+    if not above and not more:
+        return []
+    cause = (
+        "The release is not what its mechanism says: is noise forgotten or too small, or the gradient not clipped? The "
+        "guarantees that are told here do not hold for it."
+    )
+    if above:
+        worst = max(above, key=lambda r: r.success.low - r.bound)
+        allowed = f"above gamma(1/{worst.count}) = {share(worst.bound)}, which no attack on such a release can pass"
+    else:
+        worst = max(more, key=lambda r: r.success.low - (r.expected or 0))
+        allowed = f"where clipping to {data['clip_norm']:g} and noise of sigma {worst.sigma:.3g} leave {share(worst.expected)}"
+    return [
+        f"FINDING: among {worst.count} candidates the record was named in {worst.success.percent()} of {data['repetitions']} "
+        f"releases at sigma {worst.sigma:.3g}, {allowed}. {cause}"
+    ]
+
+
+def warnings(record: AuditRecord) -> list[str]:
+    """Where less is named than the mechanism leaves: it is another, or the attack errs, and its figures reassure wrongly."""
+    less = [r for r in identified(record) if r.below_expected]
+    if not less:
+        return []
+    r = max(less, key=lambda r: (r.expected or 0) - r.success.high)
+    return [
+        f"Among {r.count} candidates the record was named in {r.success.percent()} of releases at sigma {r.sigma:.3g}, where "
+        f"{share(r.expected)} are to be expected: the mechanism is not the clipping and noise that it is taken for. Do not "
+        "rely on what is measured against the bound."
+    ]
+
+
+def sentences(record: AuditRecord) -> list[str]:
+    """Measured against bound in words: at the noise level that tells most, among the most candidates."""
+    rows, data = identified(record), record.identification or {}
+    if not rows:
+        return []
+    most = max(r.count for r in rows)
+    r = min((r for r in rows if r.count == most), key=lambda r: abs(r.bound - 0.5))
+    said = [
+        f"Told which {most} images it may be of, the best attacker names the right one in {r.success.percent()} of "
+        f"{data['repetitions']} releases at sigma {r.sigma:.3g} (epsilon {r.epsilon:.4g}); no attack can in more than "
+        f"gamma(1/{most}) = {share(r.bound)}, a blind guess does in {share(1 / most)}."
+    ]
+    if r.success.high < r.worst and not r.above_expected:
+        apart = math.sqrt(2 * most / (most - 1)) * data["clip_norm"]
+        said.append(
+            f"The bound is for the worst gradients: {most} of norm {data['clip_norm']:g}, each {apart:.3g} from the others, "
+            f"would give {share(r.worst)}. Those of these images have a median norm of {data['norm']:.3g} once clipped, and "
+            f"the nearest other is {data['nearest']:.3g} away, in the median."
+        )
+    return said
+
+
+def share(value: float | None) -> str:
+    """A probability in per cent, with two digits where it is small."""
+    if value is None:
+        return "-"
+    if 0.99 < value < 1:
+        return ">99%"
+    return f"{value:.0%}" if value == 0 or value >= 0.1 else f"{100 * value:#.2g}%"
