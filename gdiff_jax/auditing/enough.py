@@ -47,7 +47,9 @@ def enough(record: AuditRecord) -> list[Enough]:
         words = f"no attack succeeds in more than {SELDOM:.0%} of cases where a blind guess does in {RARE:.2%} (γ)"
         found.append(_of(record, words, exact(SELDOM, RARE), False))
         if 1 / record.candidates < share:
-            words = f"no attack recognises more than {share:.0%} among {record.candidates} candidates (γ)"
+            words = (
+                f"no attack recognises more than {share:.0%} among {record.candidates} candidates that are equally likely (γ)"
+            )
             found.append(_of(record, words, exact(share, 1 / record.candidates), False))
     found.append(_of(record, f"these attacks recover fewer than {share:.0%}", smallest_noise(record), True))
     if record.can_recognise:
