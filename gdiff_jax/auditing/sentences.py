@@ -211,7 +211,7 @@ def warnings(record: AuditRecord) -> list[str]:
         advice = " For an attacker who knows the noise, calibrated-mean may do better there."
         signs.append(
             f"At sigma {sigmas} the attack fits the noise: its gradient is closer to the leak than the true one. Read these "
-            f"levels as a lower bound of the risk.{advice * ('calibrated-mean' not in record.methods)}"
+            f"levels as a lower bound of the risk.{advice * (not {'calibrated-mean', 'auto'} & set(record.methods))}"
         )
     accuracy = np.mean([r["label_accuracy"] for r in record.attacks])
     if accuracy < 1:
