@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import jax
@@ -72,18 +72,37 @@ class AnalyticMean(Method):
 
         numbers = {k: jnp.asarray(v).reshape(1, 1, -1) for k in ("scale", "shift") if (v := getattr(first, k)) is not None}
         leak = samplers.RankOne(first.kernel_of(match.leak), match.leak[first.bias], p.sigma, **numbers)
-        mean = functools.partial(
-            samplers.rank_one_mean, key, p.denoise, p.schedule, leak, mean=p.expected_image, objective=match.in_l2(),
-            clip=p.clip, truth=p.truth,
-        )  # fmt: skip
-        found = mean(delta=delta, rescaled=rescaled)
+
+        def found(delta: Callable[[jax.Array], jax.Array], **tell: Any) -> Any:
+            """From what the network makes of the mean image and from the leak's singular vector; the one that fits better."""
+            begins = jnp.stack(
+                [samplers.first_delta(jax.random.fold_in(key, 0), delta, p.expected_image), samplers.leading_delta(leak)]
+            )
+            mean = lambda begin: samplers.rank_one_mean(
+                key,
+                p.denoise,
+                p.schedule,
+                leak,
+                delta,
+                objective,
+                p.expected_image,
+                begin=begin,
+                clip=p.clip,
+                truth=p.truth,
+                **tell,
+            )
+            ends = jax.lax.map(mean, begins)
+            distances = jax.lax.map(objective, ends[0])
+            return jax.tree.map(lambda a: a[jnp.argmin(distances)], ends)
+
+        objective = match.in_l2()
+        ended = found(delta, rescaled=rescaled)
         if (bound := clip_norm(p.match.mechanism)) is not None:
             # By how much a gradient was clipped the image decides, so that of one that is too pale the delta is too long, and
             # makes it pale: there the arrays beside the kernel tell the factor.
-            unclipped = _is_below(match.leak, bound, p.sigma)
-            other = mean(delta=delta_beside, aside=aside)
-            found = jax.tree.map(lambda a, b: jnp.where(unclipped, a, b), found, other)
-        image, deviation, trace = found
+            unclipped, other = _is_below(match.leak, bound, p.sigma), found(delta_beside, aside=aside)
+            ended = jax.tree.map(lambda a, b: jnp.where(unclipped, a, b), ended, other)
+        image, deviation, trace = ended
         return image, Info(trace, p.outcome(image), deviation=deviation)
 
 

@@ -29,6 +29,7 @@ LENGTH = 4.0  # variance of the network's || delta ||, in that of an entry of it
 # many relative errors of the image, or so small, is not believed [our choice, measured].
 LEVELS, POINTS, WIDEST, DEVIATION = 3, 17, 1.1, 0.5
 REJECTED, LEAST = 2.0, 0.02
+POWER = 30  # iterations; nearer to where noise drowns the singular value they would be more
 
 
 class RankOne(NamedTuple):
@@ -61,27 +62,42 @@ def _measured(leak: RankOne, u: jax.Array, owed: jax.Array) -> tuple[jax.Array, 
     return (leak.kernel.T @ u + leak.bias - owed) / size, jnp.square(leak.sigma) / size
 
 
-def _delta(leak: RankOne, u: jax.Array, owed: jax.Array, network: jax.Array, first: jax.Array) -> tuple[jax.Array, ...]:
+def _delta(leak: RankOne, u: jax.Array, owed: jax.Array, network: jax.Array) -> tuple[jax.Array, ...]:
     """The posterior mean of delta as its direction and length, and the weight of u's noise in kernel @ direction.
 
-    Where network = delta + e with || network || = || delta || and e white, E[delta | network] = c network, c their cosine. The
-    first time nothing is measured, as u is the mean image.
+    Where network = delta + e with || network || = || delta || and e white, E[delta | network] = c network, c their cosine.
     """
     network = jnp.where(norm(network) > 0, network, leak.bias)  # at an image that activates no neuron
     m, square = network.size, jnp.vdot(network, network)
     measured, noise = _measured(leak, u, owed)
     away = jnp.maximum(jnp.mean(jnp.square(measured - network)) - noise, 0.1 * noise)
-    cosine = jnp.where(first, FIRST_COSINE, jnp.clip(1 - m * away / (2 * square), 0.0, 1.0))
+    cosine = jnp.clip(1 - m * away / (2 * square), 0.0, 1.0)
     error = square * jnp.maximum(1 - jnp.square(cosine), 1e-12) / m  # of cosine * network
-    weight = jnp.where(first, 0.0, error / (error + noise))
+    weight = error / (error + noise)
     mean = weight * measured + (1 - weight) * cosine * network
     direction = mean / norm(mean)
     # Its length by the network, and by the bias, the one measurement that does not depend on the length of u.
     part = jnp.sqrt(jnp.clip(1 - m * (1 - weight) * error / square, 0.01, 1.0))
-    by_bias, by_network = jnp.square(leak.sigma / part), jnp.where(first, 0.0, LENGTH * error)  # variances
+    by_bias, by_network = jnp.square(leak.sigma / part), LENGTH * error  # variances
     whole = (leak.bias @ direction / part * by_network + norm(network) * by_bias) / (by_network + by_bias)
-    length = part * jnp.where(first, norm(network), whole)
+    length = part * whole
     return direction, length, m * weight * noise / length
+
+
+def first_delta(key: jax.Array, delta: Callable[[jax.Array], jax.Array], mean: jax.Array) -> jax.Array:
+    """What the network makes of the mean image, as far as it is that of the image: FIRST_COSINE of it."""
+    return FIRST_COSINE * delta(mean + JITTER * jax.random.rademacher(key, mean.shape, mean.dtype))
+
+
+def leading_delta(leak: RankOne) -> jax.Array:
+    """By the gradient alone: along its leading right singular vector, by power iterations, as long as the bias says there."""
+
+    def again(_: int, v: jax.Array) -> jax.Array:
+        v = leak.kernel.T @ (leak.kernel @ v) + leak.bias * (leak.bias @ v)
+        return v / jnp.maximum(norm(v), 1e-30)
+
+    line = jax.lax.fori_loop(0, POWER, again, leak.bias / jnp.maximum(norm(leak.bias), 1e-30))
+    return (leak.bias @ line) * line
 
 
 def rank_one_mean(
@@ -93,6 +109,7 @@ def rank_one_mean(
     objective: Objective,
     mean: jax.Array,
     *,
+    begin: jax.Array | None = None,
     rescaled: Objective | None = None,
     aside: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
     clip: bool = True,
@@ -109,6 +126,7 @@ def rank_one_mean(
       delta: delta (neurons,) of an image (H, W, C) by the network, such as the gradient of the layer's bias.
       objective: distance of an image to the whole leak; reported, and asked for the scale of the image.
       mean: (H, W, C), of the images one may expect.
+      begin: delta (neurons,) to begin with, such as `leading_delta`; by itself what the network makes of `mean`.
       rescaled: the same as `objective`, with the gradient times the factor that fits best. Where an image as it is explains
         the leak better by that than at another scale, its scale is not changed.
       aside: for a leak that is known but for a factor, as a clipped one: distance(image, length) of its arrays beside the
@@ -137,6 +155,10 @@ def rank_one_mean(
         costs = lambda s: jnp.square(aside(times(s, state.image), state.length / s))
         return _scale_of(costs, leak.sigma, jnp.zeros_like(state.std), jnp.log(state.length / state.first))
 
+    if begin is None:
+        begin = first_delta(jax.random.fold_in(key, steps + 1), delta, mean)
+    begin = jnp.where(norm(begin) > 0, begin, leak.bias)  # of a mean image that activates no neuron
+
     def step(state: _State, i: jax.Array) -> tuple[_State, StepInfo]:
         if aside is not None:
             s = jnp.where(i == 0, 1.0, scale_aside(state))
@@ -145,8 +167,12 @@ def rank_one_mean(
         probe = jax.random.rademacher(jax.random.fold_in(key, i), mean.shape, mean.dtype)
         network = delta(state.image + JITTER * probe)
         if aside is not None:
-            network = jnp.where(i == 0, 1.0, state.length / norm(network)) * network
-        direction, length, overlap = _delta(leak, u, state.owed, network, i == 0)
+            network = state.length / norm(network) * network
+        later = _delta(leak, u, state.owed, network)
+        # At first nothing is measured, as u is the mean image.
+        direction, length, overlap = (
+            jnp.where(i == 0, a, b) for a, b in zip((begin / norm(begin), norm(begin), jnp.zeros(())), later, strict=True)
+        )
         estimate = ((leak.kernel @ direction - overlap * u) / length).reshape(mean.shape)
         estimate, std = (estimate - shift) / scale, leak.sigma / length / jnp.abs(scale).min()
         lost = (norm(leak.kernel) == 0) | (length <= 0)

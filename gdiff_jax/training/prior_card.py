@@ -90,7 +90,8 @@ def nearest(queries: np.ndarray, train: np.ndarray, chunk: int = 1000) -> tuple[
             index = squares.argmin(1)
             closer = squares.min(1) < best
             best[closer], closest[closer] = squares.min(1)[closer], images[index[closer]]
-    return closest, np.sqrt(np.maximum(best, 0) / q.shape[1])
+    # Differences of squares round to more than a small distance is.
+    return closest, np.sqrt(np.square(q - flat(closest)).mean(1))
 
 
 def write_sheet(path: Path, images: np.ndarray) -> None:
