@@ -79,7 +79,8 @@ def _of(record: AuditRecord, wanted: str, noise: Interval, measured: bool) -> En
         from gdiff_jax.theory import privacy  # half a second, which a page without an epsilon need not wait
 
         epsilon = privacy.gaussian_epsilon(sigma / clip_norm, record.about["delta"])
-    return Enough(wanted, noise, measured, epsilon, _cosine(record, sigma))
+    untold = measured and sigma == 0 < record.sigmas[0]  # some noise below the least that was tried
+    return Enough(wanted, noise, measured, epsilon, math.nan if untold else _cosine(record, sigma))
 
 
 def _cosine(record: AuditRecord, sigma: float) -> float:

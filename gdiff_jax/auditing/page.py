@@ -68,7 +68,7 @@ def _enough(record: AuditRecord) -> Table:
     rows = []
     for e in enough(record):
         sigma = sentences.noise_text(record, e.noise) if e.measured else f"{e.noise.value:.3g}"
-        left = "-" if math.isnan(e.cosine) else f"{e.cosine**2:.1%}"
+        left = "-" if math.isnan(e.cosine) else f"{100 * e.cosine**2:.2g} %"
         rows.append([e.wanted, sigma, _number(e.epsilon, 4), _number(e.cosine), left])
     return table(head, rows)
 

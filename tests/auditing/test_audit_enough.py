@@ -39,6 +39,13 @@ def test_the_cosine_is_that_of_drawn_noise():
     assert measured.cosine == pytest.approx(drawn.mean(), rel=0.01)
 
 
+def test_of_less_noise_than_was_tried_no_price_is_told():
+    rows = [row("dsg", s, i, 0, 5.0, 1.0, rank=3) for s in (0.1, 1.0) for i in range(3)]
+    assert all(e.noise.value == 0 and math.isnan(e.cosine) for e in enough(make(rows)))
+    rows = [{**r, "sigma": r["sigma"] - 0.1} for r in rows]
+    assert all(e.noise.value == 0 and e.cosine == 1 for e in enough(make(rows)))
+
+
 def test_clipping_counts_and_guarantees():
     about = {**make().about, "mechanism": "clip:0.5+gaussian", "clip_norm": 0.5, "candidates": 100}
     first, among, *measured = enough(make(about=about))
