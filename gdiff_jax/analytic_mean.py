@@ -13,7 +13,7 @@ import optax
 from gdiff_jax import samplers
 from gdiff_jax.first_dense import FirstDense
 from gdiff_jax.matching import as_compared, at_full_precision, l2, released
-from gdiff_jax.mechanisms import Chain, Clip, Mechanism
+from gdiff_jax.mechanisms import Clip, Mechanism, stages_of
 from gdiff_jax.problem import Info, Method, Problem
 from gdiff_jax.pytrees import pytree
 
@@ -54,7 +54,8 @@ class AnalyticMean(Method):
         def rescaled(x: jax.Array) -> jax.Array:
             """By the factor that fits best: of a sum in place of a mean, say, or a rate that was guessed."""
             own = gradient(x)
-            return l2(jax.tree.map(lambda g: _factor(own, match.leak) * g, own), match.leak)
+            factor = _factor(own, match.leak)
+            return l2(jax.tree.map(lambda g: factor * g, own), match.leak)
 
         beside = lambda arrays: {name: g for name, g in arrays.items() if name != first.kernel}
 
@@ -113,8 +114,7 @@ def _factor(own: Any, leak: Any) -> jax.Array:
 
 def clip_norm(mechanism: Mechanism | None) -> jax.Array | float | None:
     """By which a mechanism bounds the norm of a gradient; None where it does not."""
-    stages = mechanism.stages if isinstance(mechanism, Chain) else (mechanism,)
-    return next((stage.norm for stage in stages if isinstance(stage, Clip)), None)
+    return next((stage.norm for stage in stages_of(mechanism) if isinstance(stage, Clip)), None)
 
 
 def _is_below(leak: Any, bound: jax.Array | float, sigma: jax.Array | float) -> jax.Array:

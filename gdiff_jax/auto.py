@@ -12,7 +12,7 @@ import numpy as np
 from gdiff_jax import algebra, expected_masks, gauss_newton, samplers
 from gdiff_jax.analytic_mean import AnalyticMean
 from gdiff_jax.matching import l2
-from gdiff_jax.mechanisms import Chain, Clip, GaussianNoise, LaplaceNoise, Mechanism, UniformNoise
+from gdiff_jax.mechanisms import Clip, GaussianNoise, LaplaceNoise, Mechanism, UniformNoise, stages_of
 from gdiff_jax.problem import Info, Method, Problem
 from gdiff_jax.pytrees import pytree
 from gdiff_jax.samplers.ensemble import CHAINS
@@ -275,6 +275,5 @@ def _not_solvable(problem: Problem) -> str:
 
 def _compressed(mechanism: Mechanism) -> str:
     """The first stage of a mechanism that changes more of a gradient than its length, beside noise; empty where none does."""
-    stages = mechanism.stages if isinstance(mechanism, Chain) else (mechanism,)
     known = (Clip, GaussianNoise, LaplaceNoise, UniformNoise)
-    return next((type(stage).__name__ for stage in stages if not isinstance(stage, known)), "")
+    return next((type(stage).__name__ for stage in stages_of(mechanism) if not isinstance(stage, known)), "")

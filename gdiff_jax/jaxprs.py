@@ -8,6 +8,15 @@ from typing import Any
 import jax
 from jax.extend import core
 
+_CALLS = ("jaxpr", "call_jaxpr", "fun_jaxpr")  # parameters of an equation that hold the one program it runs
+
+
+def inner_of(equation: Any) -> Any:
+    """The jaxpr that an equation runs, as a call, a scan or a rule of its own does; None where there is none, or several."""
+    found = (part for key in _CALLS if isinstance(part := equation.params.get(key), core.ClosedJaxpr | core.Jaxpr))
+    inner = next(found, None)
+    return getattr(inner, "jaxpr", inner)
+
 
 def equations(program: Any) -> Iterator[Any]:
     """All equations of a jaxpr, closed or not, and of those within it."""

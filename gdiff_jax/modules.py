@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import jax
@@ -183,7 +183,7 @@ def init_params(key: jax.Array, spec: Spec) -> Params:
     return {_name(path): leaf[...] for path, leaf in nnx.to_flat_state(state)}
 
 
-def digest(params: Params) -> str:
+def digest(params: Mapping[str, Any]) -> str:
     """SHA-256 over names and values, whatever the order of the dict."""
     sha = hashlib.sha256()
     for name in sorted(params):

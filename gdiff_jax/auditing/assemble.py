@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,6 +14,7 @@ from gdiff_jax import metrics
 from gdiff_jax.auditing import pictures, summary
 from gdiff_jax.auditing.record import COMBINED, SHOWN, AuditRecord, Row, curve_key, plain
 from gdiff_jax.auditing.result import Audit
+from gdiff_jax.modules import digest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +87,7 @@ def _score(rows: list[Row], images: Sequence[np.ndarray], truth: np.ndarray, can
 
     By the hash two audits are compared on the same images, which their places in two sets do not tell.
     """
-    hashes = [_sha256(x)[:16] for x in truth]
+    hashes = [digest({repr(x.shape): np.asarray(x, np.float32)})[:16] for x in truth]
     for row in rows:
         row["image_sha256"] = hashes[row["image"]]
     for i, x in enumerate(truth):
@@ -98,11 +98,6 @@ def _score(rows: list[Row], images: Sequence[np.ndarray], truth: np.ndarray, can
             row["rank"] = int(rank)
             if has_lpips:
                 row["lpips"] = float(metrics.lpips(image, x))
-
-
-def _sha256(image: np.ndarray) -> str:
-    """Of an image's shape and pixels, on [-1, 1]."""
-    return hashlib.sha256(repr(image.shape).encode() + np.ascontiguousarray(image, np.float32).tobytes()).hexdigest()
 
 
 def _mean_image_scores(mean_image: np.ndarray, truth: np.ndarray) -> list[Row]:

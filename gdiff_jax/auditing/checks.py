@@ -16,7 +16,7 @@ import numpy as np
 from gdiff_jax import images as image_files
 from gdiff_jax import numerics
 from gdiff_jax.errors import ConfigError, need
-from gdiff_jax.mechanisms import Chain, Clip, Mechanism
+from gdiff_jax.mechanisms import Clip, Mechanism, stages_of
 from gdiff_jax.methods import DLG, DSG, METHODS, Auto, Method, strongest
 from gdiff_jax.priors import Prior, load_prior
 from gdiff_jax.sweeping.attackers import Attacker, Knowledge
@@ -242,9 +242,9 @@ def check_fits(victim: Victim | OwnVictim, client: Client, methods: dict[str, Me
 
 def check_rate(mechanism: Mechanism, knows: Knowledge, client: Client) -> None:
     """That a clipped update is not to be divided by a guessed rate."""
-    stages = mechanism.stages if isinstance(mechanism, Chain) else (mechanism,)
+    clips = any(isinstance(stage, Clip) for stage in stages_of(mechanism))
     need(
-        not (knows.guesses_rate(client.local_steps) and knows.adaptive) or not any(isinstance(stage, Clip) for stage in stages),
+        not (knows.guesses_rate(client.local_steps) and knows.adaptive) or not clips,
         "the mechanism clips, to a norm in units of the local rate, which this attacker guesses; "
         'give Attacker("...", local_rate="known") or adaptive=False',
     )

@@ -7,7 +7,7 @@ Noise is expected to be zero. With an L2 distance that is the likelihood of Gaus
 attacker could make more than its variance.
 """
 
-from gdiff_jax.mechanisms.base import Chain, Gradient, Mechanism
+from gdiff_jax.mechanisms.base import Chain, Gradient, Mechanism, stages_of
 from gdiff_jax.mechanisms.compression import Clip, RandomSparsification, Sign, StochasticQuantisation, TopK
 from gdiff_jax.mechanisms.dp_sgd import dp_sgd_gradient
 from gdiff_jax.mechanisms.noise import GaussianNoise, LaplaceNoise, UniformNoise
@@ -28,4 +28,5 @@ __all__ = [
     "UniformNoise",
     "dp_sgd_gradient",
     "soteria_mask",
+    "stages_of",
 ]

@@ -50,6 +50,11 @@ class Mechanism(Protocol):
         """
 
 
+def stages_of(mechanism: Mechanism | None) -> tuple[Any, ...]:
+    """What a mechanism does one after the other; a single one is its own only stage, and so is None."""
+    return mechanism.stages if isinstance(mechanism, Chain) else (mechanism,)
+
+
 def per_leaf(key: jax.Array, gradient: Gradient, change: Callable[[jax.Array, jax.Array], jax.Array]) -> Gradient:
     leaves, tree = jax.tree.flatten(gradient)
     keys = jax.random.split(key, len(leaves))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import jax
 
-from gdiff_jax.mechanisms.base import Chain, Mechanism
+from gdiff_jax.mechanisms.base import Chain, Mechanism, stages_of
 from gdiff_jax.mechanisms.compression import Clip, RandomSparsification, Sign, StochasticQuantisation, TopK
 from gdiff_jax.mechanisms.noise import GaussianNoise, LaplaceNoise, UniformNoise
 from gdiff_jax.mechanisms.soteria import PruneRepresentation, soteria_mask
@@ -74,8 +74,7 @@ class Spec:
     @property
     def hides_mask(self) -> bool:
         """Whether later stages fill the zeros of soteria's mask, which the image decides: the leak does not show it."""
-        mechanism = self.without_image(1.0)
-        stages = mechanism.stages if isinstance(mechanism, Chain) else (mechanism,)
+        stages = stages_of(self.without_image(1.0))
         masked = [i for i, stage in enumerate(stages) if isinstance(stage, PruneRepresentation)]
         return any(not later.keeps_pattern for i in masked for later in stages[i + 1 :])
 

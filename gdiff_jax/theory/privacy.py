@@ -17,7 +17,7 @@ import numpy as np
 from dp_accounting import pld
 from scipy.special import log_ndtr, ndtr, ndtri
 
-from gdiff_jax.mechanisms import Chain, GaussianNoise, LaplaceNoise, Mechanism, PruneRepresentation, UniformNoise
+from gdiff_jax.mechanisms import GaussianNoise, LaplaceNoise, Mechanism, PruneRepresentation, UniformNoise, stages_of
 
 
 def gaussian_delta(z: float, epsilon: float) -> float:
@@ -173,7 +173,7 @@ def guarantee(mechanism: Mechanism, size: int, delta: float) -> Guarantee:
     _check_delta(delta)
     none = lambda reason: Guarantee(math.inf, delta, reason=reason)
     bound = math.inf
-    stages = mechanism.stages if isinstance(mechanism, Chain) else (mechanism,)
+    stages = stages_of(mechanism)
     for i, stage in enumerate(stages):
         if isinstance(stage, GaussianNoise | LaplaceNoise | UniformNoise):
             sigma = float(stage.sigma)

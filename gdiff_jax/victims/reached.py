@@ -8,24 +8,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax.extend import core
 
+from gdiff_jax.jaxprs import inner_of
 from gdiff_jax.matching import Loss
 from gdiff_jax.modules import Params
-
-_INNER = ("jaxpr", "call_jaxpr", "fun_jaxpr")
+from gdiff_jax.victims.uses import by_name
 
 
 def reached(loss: Loss, params: Params, x: Any, y: Any) -> set[str]:
     """The names of those that a gradient of `loss(params, x, y)` may get to, be it zero there; nothing is computed."""
-    names = list(params)
-    flat = lambda leaves, x: loss(dict(zip(names, leaves, strict=True)), x, y)
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        closed = jax.make_jaxpr(flat)([params[name] for name in names], x)
-    found = _back(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
-    return {name for name, is_reached in zip(names, found, strict=False) if is_reached}
+    program = by_name(loss, params, x, y)
+    found = _back(program, [True] * len(program.outvars))
+    return {name for name, is_reached in zip(params, found, strict=False) if is_reached}
 
 
 def _back(jaxpr: Any, outputs: Sequence[bool]) -> list[bool]:
@@ -48,8 +44,7 @@ def _through(eqn: Any, outputs: list[bool]) -> list[bool]:
     if name == "cond":
         branches = [_back(branch.jaxpr, outputs) for branch in eqn.params["branches"]]
         return [False, *(any(ways) for ways in zip(*branches, strict=True))]
-    inner = next((p for key in _INNER if isinstance(p := eqn.params.get(key), core.ClosedJaxpr | core.Jaxpr)), None)
-    inner = getattr(inner, "jaxpr", inner)
+    inner = inner_of(eqn)
     # A derivative of its own may have what the function itself has not.
     if inner is None or name.startswith("custom_") or (len(inner.invars), len(inner.outvars)) != (len(each), len(outputs)):
         return each

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.extend import core
 
+from gdiff_jax.jaxprs import inner_of
 from gdiff_jax.matching import Loss
 from gdiff_jax.modules import Params
 
@@ -69,19 +70,22 @@ _SAME = {
     "sharding_constraint",
 }
 _NUMBERWISE = {"add", "sub", "mul", "div", "max", "min", "add_any", "select_n"}
-_CALLS = {"jaxpr", "call_jaxpr", "fun_jaxpr"}
 
 
 def uses(loss: Loss, params: Params, x: Any, y: Any) -> Uses:
     """By name, all that `loss(params, x, y)` does with a parameter; nothing is computed."""
-    names = list(params)
-    flat = lambda leaves, x: loss(dict(zip(names, leaves, strict=True)), x, y)
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        closed = jax.make_jaxpr(flat)([params[name] for name in names], x)
-    found: Uses = {name: set() for name in names}
-    whole = [_Parameter(name, tuple((axis,) for axis in range(params[name].ndim))) for name in names]
-    _walk(closed.jaxpr, [*whole, *(_Moving() for _ in closed.jaxpr.invars[len(names) :])], found)
+    program = by_name(loss, params, x, y)
+    found: Uses = {name: set() for name in params}
+    whole = [_Parameter(name, tuple((axis,) for axis in range(params[name].ndim))) for name in params]
+    _walk(program, [*whole, *(_Moving() for _ in program.invars[len(params) :])], found)
     return found
+
+
+def by_name(loss: Loss, params: Params, x: Any, y: Any) -> Any:
+    """The jaxpr of `loss(params, x, y)`, whose inputs are the parameters in the order of their names in `params`, then x."""
+    flat = lambda leaves, x: loss(dict(zip(params, leaves, strict=True)), x, y)
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        return jax.make_jaxpr(flat)(list(params.values()), x).jaxpr
 
 
 def _walk(jaxpr: Any, states: Sequence[_State], found: Uses) -> list[_State]:
@@ -100,8 +104,7 @@ def _step(eqn: Any, inputs: list[_State], found: Uses) -> list[_State]:
     if name == "cond":
         branches = [_walk(branch.jaxpr, inputs[1:], found) for branch in eqn.params["branches"]]
         return [next((s for s in states if s is not None), None) for states in zip(*branches, strict=True)]
-    inner = next((p for key, p in eqn.params.items() if key in _CALLS and isinstance(p, core.ClosedJaxpr | core.Jaxpr)), None)
-    inner = getattr(inner, "jaxpr", inner)
+    inner = inner_of(eqn)
     if inner is not None and len(inner.invars) == len(inputs):
         if name != "scan":
             return _walk(inner, inputs, found)
