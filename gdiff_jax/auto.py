@@ -20,6 +20,8 @@ from gdiff_jax.trace import StepInfo, x0_error
 
 AFAR = 1.0  # about how far the mean of images errs in each pixel, and more
 DOUBT = 10.0
+SPREAD = 0.5  # deviation of an image's pixels from the mean image's, about CIFAR-10's 12 dB
+FITTED = 30.0  # squared distance in units of the noise's variance that a search gains where noise is all [measured, up to 19]
 FILLED = 0.02  # relative residual up to which a picture that the prior completed counts as an explanation of the gradient
 
 
@@ -91,14 +93,13 @@ class Auto(Method):
     def after(self, key: jax.Array, problem: Problem, image: jax.Array, exact: jax.Array) -> tuple[jax.Array, Info]:
         """The candidate where it is exact; else the search, or what explains the leak better than that by more than noise.
 
-        Under known noise a first dense layer has a method of its own, which errs less than a search at every noise [measured]
-        and takes the place of it. What was found of a chain of ReLUs, or of a smooth network, is refined.
+        Under known noise a first dense layer has a method of its own, which errs less than a search [measured] and takes the
+        place of it but where it fails. What was found of a chain of ReLUs, or of a smooth network, is refined.
         """
         if _known_noise(problem) and problem.first_dense is not None:
-            found, info = AnalyticMean()(jax.random.fold_in(key, 2), problem)
+            found, deviation = _of_first_dense(key, problem, self.start or self.search)
             kept = jnp.where(exact, image, _preferred(problem, found, image))
-            assert info.deviation is not None
-            return alone(problem, kept, jnp.where((kept == found).all(), info.deviation, jnp.nan))
+            return alone(problem, kept, jnp.where((kept == found).all(), deviation, jnp.nan))
         refinement = _refinement(problem)
         search = self.search if refinement is None or self.start is None else self.start
         x, info = search(key, problem)
@@ -111,12 +112,28 @@ class Auto(Method):
         return x, Info(steps, problem.outcome(x))
 
 
+def _of_first_dense(key: jax.Array, problem: Problem, search: Method) -> tuple[jax.Array, jax.Array]:
+    """By its rank-one matrix, and what each pixel is expected to err by; where that fails, as a search finds it, and nan.
+
+    It fails where the search is nearer to the leak by more than it can gain by fitting noise: of an estimate whose n pixels
+    have errors of deviation s, n / (1 + (s / SPREAD)^2) degrees of freedom, as if the image were white, and FITTED at least.
+    Large noise and a network that fits its images well do that: what it makes of an image far off is then no delta to begin
+    with.
+    """
+    found, info = AnalyticMean()(jax.random.fold_in(key, 2), problem)
+    searched, _ = search(key, problem)
+    assert info.deviation is not None
+    freedom = found.size / (1 + jnp.square(info.trace.guidance_norm[-1] / SPREAD))
+    kept = _preferred(problem, found, searched, jnp.maximum(freedom, FITTED))
+    return kept, jnp.where((kept == found).all(), info.deviation, jnp.nan)
+
+
 def _estimate(problem: Problem) -> Candidate:
     """What the host makes of a noisy leak of one image: its tokens, where it gives them away."""
     match, refinement = problem.match, _refinement(problem)
     nothing = np.full(problem.shape, np.nan, np.float32)
     if _known_noise(problem) and problem.first_dense is not None:
-        return Candidate(nothing, False, f"estimated by {AnalyticMean().describe()}")
+        return Candidate(nothing, False, f"estimated by {AnalyticMean().describe()}, or searched for where that fails")
     if refinement is None:
         return Candidate(nothing, False, f"{_searched(refinement)}: under noise nothing of this network is solved")
     words = _searched(refinement)
@@ -188,16 +205,16 @@ def _known_noise(problem: Problem) -> bool:
     return len(problem.shape) == 3 and mechanism is not None and not _compressed(mechanism)
 
 
-def _preferred(problem: Problem, x: jax.Array, other: jax.Array) -> jax.Array:
-    """x, unless its squared distance to the leak is larger than the other's by more than all its pixels could fit of the noise.
+def _preferred(problem: Problem, x: jax.Array, other: jax.Array, freedom: jax.Array | float | None = None) -> jax.Array:
+    """x, unless its squared distance to the leak is larger than the other's by more than that could gain by fitting noise.
 
     Of n pixels that fit noise of standard deviation sigma the expected gain is n sigma^2, J taken as constant [derived]; so
-    without noise the closer of the two is taken.
+    without noise the closer of the two is taken. `freedom` is how many there are, by itself all.
     """
     distance = problem.match.in_l2()
     gain = jnp.square(distance(x)) - jnp.square(distance(other))
     known = 0.0 if problem.match.mechanism is None else problem.sigma  # to the attacker
-    better = (gain > x.size * jnp.square(known)) | ~jnp.isfinite(x).all()
+    better = (gain > (x.size if freedom is None else freedom) * jnp.square(known)) | ~jnp.isfinite(x).all()
     return jnp.where(better & jnp.isfinite(other).all(), other, x)
 
 

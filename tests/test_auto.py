@@ -12,7 +12,7 @@ from objectives import float32, random_weights
 import gdiff_jax as gd
 from gdiff_jax import expected_masks
 from gdiff_jax.analytic_mean import AnalyticMean
-from gdiff_jax.auto import AFAR, DOUBT, Auto, _preferred, _refined, _refinement, _weighed
+from gdiff_jax.auto import AFAR, DOUBT, Auto, _of_first_dense, _preferred, _refined, _refinement, _weighed
 from gdiff_jax.methods import DSG
 from gdiff_jax.problem import Outcome, Problem
 from gdiff_jax.pytrees import pytree
@@ -26,6 +26,16 @@ AUTO = Auto(DSG())
 
 def key():
     return jax.random.key(3)
+
+
+@pytree
+class Found:
+    """A search that ends in one image."""
+
+    image: jax.Array
+
+    def __call__(self, key, problem):
+        return self.image, None
 
 
 # Compiled whole: operation by operation each is a program of its own.
@@ -135,6 +145,9 @@ def test_more_than_noise_decides():
         problem = problem_of(victim, mechanism=gd.GaussianNoise(jnp.float32(sigma)), sigma=jnp.float32(sigma))
         np.testing.assert_array_equal(_preferred(problem, other, IMAGE), kept)
         np.testing.assert_array_equal(_preferred(problem, IMAGE, other), IMAGE)
+    half = problem_of(victim, mechanism=gd.GaussianNoise(jnp.float32(edge)), sigma=jnp.float32(edge))
+    np.testing.assert_array_equal(_preferred(half, other, IMAGE, 1.1 * IMAGE.size), other)
+    np.testing.assert_array_equal(_preferred(half, other, IMAGE, 0.9 * IMAGE.size), IMAGE)
     np.testing.assert_array_equal(_preferred(plain, jnp.full(SHAPE, jnp.nan), other), other)
     np.testing.assert_array_equal(_preferred(plain, other, jnp.full(SHAPE, jnp.nan)), other)
 
@@ -234,6 +247,24 @@ def test_under_noise_structure_finds_more_than_a_search(victim):
     image, _ = AUTO(key(), problem)
     searched, _ = search(key(), problem)
     assert jnp.square(image - IMAGE).mean() < 0.2 * jnp.square(searched - IMAGE).mean()
+
+
+def test_a_search_takes_the_place_of_an_estimate_that_fails():
+    """Of a network that makes another delta of the mean image than of its own; nothing is told of how a search errs then."""
+    victim, label, sigma = mlp(SHAPE, CLASSES, widths=(16,)), jnp.asarray(2), jnp.float32(1e-2)
+    result = jax.jit(lambda problem, image: _of_first_dense(key(), problem, Found(image)))
+    lost = jnp.full(SHAPE, jnp.nan)
+    for params, kept in [(fitted(victim, IMAGE, label, jnp.asarray(3)), True), (random_weights(victim), False)]:
+        leak = release(gd.GaussianNoise(sigma), key(), jax.jit(jax.grad(victim.loss))(params, IMAGE, label))
+        match = gd.GradientMatching(params, label, leak, victim.loss, mechanism=gd.GaussianNoise(sigma))
+        problem = dataclasses.replace(problem_of(victim, sigma=sigma, first_dense=victim.first_dense), match=match)
+        image, deviation = result(problem, IMAGE)
+        assert (np.asarray(image) == IMAGE).all() == kept
+        assert np.isnan(deviation).all() == kept
+        estimate, _ = result(problem, lost)
+        assert np.isfinite(estimate).all()
+    worse, _ = result(problem, -IMAGE)
+    np.testing.assert_array_equal(worse, image)
 
 
 def test_what_pooling_hides_is_found_without_noise_from_a_first_estimate():
