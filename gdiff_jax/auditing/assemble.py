@@ -12,6 +12,7 @@ import numpy as np
 
 from gdiff_jax import metrics
 from gdiff_jax.auditing import pictures, summary
+from gdiff_jax.auditing.blind import blind_test
 from gdiff_jax.auditing.record import COMBINED, SHOWN, AuditRecord, Row, curve_key, plain
 from gdiff_jax.auditing.result import Audit
 from gdiff_jax.modules import digest
@@ -66,10 +67,11 @@ def assemble(
     rows = [dict(row) for row in trials.rows]
     scoring: dict[str, Any] = {}
     if truth is not None:
-        scoring = {"candidates": metrics.candidate_count(candidates, truth), "has_lpips": metrics.lpips_is_installed()}
-        _score(rows, trials.images, truth, candidates, scoring["has_lpips"])
+        no_lpips = metrics.lpips_hindrance(truth.shape[1:])
+        scoring = {"candidates": metrics.candidate_count(candidates, truth), "has_lpips": not no_lpips, "no_lpips": no_lpips}
+        _score(rows, trials.images, truth, candidates, not no_lpips)
     record = AuditRecord(
-        about={"candidates": 0, "has_lpips": False, **about, **scoring, "has_truth": truth is not None},
+        about={"candidates": 0, "has_lpips": False, "no_lpips": "", **about, **scoring, "has_truth": truth is not None},
         trials=rows,
         curves={curve_key(row): _curve(trace) for row, trace in zip(rows, trials.traces, strict=True)},
         mean_image=[] if truth is None or mean_image is None else _mean_image_scores(mean_image, truth),
@@ -79,11 +81,13 @@ def assemble(
         identification=identification,
     )
     shown = _pictures(record, trials, truth, film)
-    return Audit(**plain(dataclasses.asdict(dataclasses.replace(record, pictures=shown))))
+    finished = record.can_recognise and not record.about.get("unfinished")
+    test = blind_test(record, trials.images, truth, candidates) if truth is not None and finished else None
+    return Audit(**plain(dataclasses.asdict(dataclasses.replace(record, pictures=shown, blind=test))))
 
 
 def _score(rows: list[Row], images: Sequence[np.ndarray], truth: np.ndarray, candidates: np.ndarray, has_lpips: bool) -> None:
-    """Puts `rank` and, where it can be had, `lpips` into the rows of trials that did not fail, and its image's hash into each.
+    """Puts ranks and, where it can be had, `lpips` into the rows of trials that did not fail, and its image's hash into each.
 
     By the hash two audits are compared on the same images, which their places in two sets do not tell.
     """
@@ -93,11 +97,13 @@ def _score(rows: list[Row], images: Sequence[np.ndarray], truth: np.ndarray, can
     for i, x in enumerate(truth):
         scored = [(row, image) for row, image in zip(rows, images, strict=True) if row["image"] == i and not row["failed"]]
         reconstructions = np.array([image for _, image in scored]).reshape(-1, *x.shape)
-        ranks = metrics.identification_ranks(reconstructions, x, candidates)
-        for (row, image), rank in zip(scored, ranks, strict=True):
-            row["rank"] = int(rank)
-            if has_lpips:
-                row["lpips"] = float(metrics.lpips(image, x))
+        scores: dict[str, Any] = {
+            "rank": metrics.identification_ranks(reconstructions, x, candidates),
+            "rank_by_correlation": metrics.identification_ranks(reconstructions, x, candidates, metrics.patterns),
+            **({"lpips": metrics.lpips(reconstructions, x)} if has_lpips else {}),
+        }
+        for k, (row, _) in enumerate(scored):
+            row |= {name: values[k].item() for name, values in scores.items()}
 
 
 def _mean_image_scores(mean_image: np.ndarray, truth: np.ndarray) -> list[Row]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gdiff_jax.auditing import against_bound, figures, markdown, pictures, sentences, summary, templates
+from gdiff_jax.auditing import against_bound, answers, blind_page, figures, markdown, pictures, sentences, summary, templates
 from gdiff_jax.auditing.enough import enough
 from gdiff_jax.auditing.record import AuditRecord
 from gdiff_jax.auditing.templates import Table, table
@@ -29,7 +29,7 @@ def _levels(record: AuditRecord) -> Table:
         *[n.upper() for n in names],
         "recovered",
         "by the oracle",
-        *["recognised"] * record.can_recognise,
+        *["recognised", "by correlation"] * record.can_recognise,
         "chosen",
         "trials",
     ]
@@ -37,7 +37,8 @@ def _levels(record: AuditRecord) -> Table:
     for v in summary.levels(record):
         trials = f"{v.trials}" + (f" ({v.failed} failed)" if v.failed else "")
         scores = [getattr(v, n).text(2) for n in names]
-        shares = [s.percent() for s in (v.recovered, v.recovered_oracle, *[v.identified] * record.can_recognise)]
+        recognised = (v.identified, v.identified_by_correlation) if record.can_recognise else ()
+        shares = [s.percent() for s in (v.recovered, v.recovered_oracle, *recognised)]
         chosen = [v.methods] if v.methods == v.methods_to_recognise else [v.methods, f"to recognise {v.methods_to_recognise}"]
         rows.append([f"{v.sigma:.3g}", v.psnr.text(), v.oracle.text(), *scores, *shares, "; ".join(chosen) or "-", trials])
     return table(head, rows)
@@ -157,6 +158,7 @@ def render(record: AuditRecord, drawn: dict[str, bytes]) -> str:
         baselines=_baselines(record),
         guarantees=_guarantees(record),
         identification=record.identification,
+        blind=record.blind,
         identified=_identified(record),
         theory=theory,
         limits=limits,
@@ -169,8 +171,9 @@ def write(record: AuditRecord, folder: Path) -> Path:
     drawn = figures.files(record)
     texts = {
         "summary.md": markdown.render(record),
-        "audit.json": record.to_json(),
+        "audit.json": answers.to_json(record),
         "trials.csv": record.to_csv(),
+        **({"blind.html": blind_page.render(record)} if record.blind else {}),
         "report.html": render(record, drawn),
     }
     templates.write_files(folder, texts, drawn)

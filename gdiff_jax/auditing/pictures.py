@@ -15,12 +15,12 @@ GIF_SIZE, GIF_MS = 160, 90
 SHOWN_ERROR = 0.5  # the largest deviation that a map tells apart; the pixels of images vary by about that
 
 
-def png(image: np.ndarray) -> str:
-    """A PNG file, base64, of an image (H, W, 1 or 3) in [-1, 1]; what is not finite is black."""
+def png(image: np.ndarray, largest: int = LARGEST) -> str:
+    """A PNG file, base64, of an image (H, W, 1 or 3) in [-1, 1], of so many pixels at most; what is not finite is black."""
     unit = np.nan_to_num(np.asarray(to_unit(np.asarray(image)), np.float64), nan=0.0)
     pixels = np.round(255 * unit).astype(np.uint8)
     picture = Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels)
-    picture.thumbnail((LARGEST, LARGEST))
+    picture.thumbnail((largest, largest))
     return _encoded(picture, "PNG", optimize=True)
 
 

@@ -16,7 +16,8 @@ import numpy as np
 
 from gdiff_jax.files import shown
 
-FORMAT = 1
+FORMAT = 2  # of audit.json, as audit.schema.json describes it
+READ = (1, FORMAT)  # 1 holds no summary, and what it holds is the same
 SHOWN = 4  # images whose reconstructions are kept as pictures
 
 Row = dict[str, Any]
@@ -31,7 +32,8 @@ class AuditRecord:
     Attributes:
       about: the question: victim, prior, images, mechanism, threat model, thresholds, versions, hashes, command.
       trials: a dict for each method, noise level, image and seed; PSNR in dB and MSE are of images in [0, 1], `rank` is the
-        number of other candidates that are at least as close as the truth, `leak` names the first image of its group.
+        number of other candidates that are at least as close as the truth, `rank_by_correlation` the number of those that
+        correlate at least as much, `leak` names the first image of its group.
       curves: per trial "distance" and "psnr" of x0hat at each reverse step, and "signal" where it was measured, by `curve_key`.
       mean_image: scores of the prior's mean image, one an image; empty where the prior has none.
       guarantees: what one release guarantees at each noise level.
@@ -41,6 +43,7 @@ class AuditRecord:
         each pixel of what was found is expected to err by, where its method says), `prior/IMAGE`, `film/STEP`.
       identification: how often the best attacker names the record among K candidates (`identify.measured`); None where it was
         not asked, as of audits of before.
+      blind: pictures and key of a test for people (`blind.blind_test`); None where there is none.
     """
 
     about: dict[str, Any]
@@ -51,6 +54,7 @@ class AuditRecord:
     theory: dict[str, Any] | None
     pictures: dict[str, str]
     identification: dict[str, Any] | None = None
+    blind: dict[str, Any] | None = None
 
     @functools.cached_property
     def attacks(self) -> list[Row]:
@@ -100,10 +104,6 @@ class AuditRecord:
         """By name what was computed of this record and is asked for again; it is no part of the data."""
         return {}
 
-    def to_json(self) -> str:
-        """Strict JSON, from which `load` gives the same audit."""
-        return json.dumps({"format": FORMAT, **plain(dataclasses.asdict(self))}, allow_nan=False)
-
     def to_csv(self) -> str:
         """A line a trial."""
         names = list(dict.fromkeys(name for row in self.trials for name in row))
@@ -115,20 +115,24 @@ class AuditRecord:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
-        """Reads what `report` wrote as audit.json.
+        """Reads what `report` wrote as audit.json; its summary follows from the rest, and what a later version added is left.
 
         Raises:
           ValueError: where the file is something else, or of another version of this format.
         """
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
-            version = data.pop("format")
-            record = cls(**data)
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            version = data["format"]
+            if version in READ:
+                return cls(**{name: data[name] for name in _FIELDS if name in data})
+        except (OSError, ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{path} is not an audit.json that an audit wrote ({type(error).__name__}: {error})") from None
-        if version != FORMAT:
-            raise ValueError(f"{path} is of format {version}, this version reads {FORMAT}; make it again")
-        return record
+        later = isinstance(version, int) and version > FORMAT
+        remedy = "read it with a later version of gdiff_jax" if later else "make it again"
+        raise ValueError(f"{path} is of format {version!r}, this version reads {' and '.join(map(str, READ))}; {remedy}")
+
+
+_FIELDS = tuple(field.name for field in dataclasses.fields(AuditRecord))
 
 
 def curve_key(row: Row) -> str:

@@ -6,7 +6,7 @@ import html
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gdiff_jax.auditing import against_bound, sentences, summary
+from gdiff_jax.auditing import against_bound, answers, sentences, summary
 from gdiff_jax.auditing.record import AuditRecord
 from gdiff_jax.intervals import Interval
 
@@ -18,7 +18,7 @@ class Audit(AuditRecord):
     """What an audit found. `report(folder)` writes all that can be read of it, `load(file)` reads it back.
 
     Its data are the attributes of `record.AuditRecord`: about, trials, curves, mean_image, guarantees, theory, pictures,
-    identification.
+    identification, blind.
     """
 
     def levels(self) -> list[summary.Level]:
@@ -46,6 +46,10 @@ class Audit(AuditRecord):
         from gdiff_jax.auditing import figures  # with matplotlib, as the page: who draws nothing does not wait for it
 
         return figures.overview(self)
+
+    def to_json(self) -> str:
+        """Strict JSON, as audit.schema.json describes it, from which `load` gives the same audit."""
+        return answers.to_json(self)
 
     def report(self, folder: str | Path) -> Path:
         """Writes report.html (self-contained), summary.md, audit.json, trials.csv, figures as PNG and SVG; returns the page."""

@@ -80,7 +80,8 @@ class Level:
     oracle: Interval  # PSNR
     recovered: Interval
     recovered_oracle: Interval
-    identified: Interval  # of the picks to recognise
+    identified: Interval  # of the picks to recognise, by distance in pixels
+    identified_by_correlation: Interval  # of the same; nan in audits of before
     distance_over_noise: float  # median || grad - leak || over || noise ||, nan without noise
 
 
@@ -116,9 +117,17 @@ def _level(record: AuditRecord, sigma: float) -> Level:
         oracle=median_interval(oracle.values()),
         recovered=share_interval(recovered_groups(record, sigma)),
         recovered_oracle=share_interval(recovered_groups(record, sigma, oracle=True)),
-        identified=share_interval(_hits(record, sigma, {(r["image"], r["seed"]): r["rank"] == 0 for r in to_recognise})),
+        identified=_identified(record, sigma, to_recognise, "rank"),
+        identified_by_correlation=_identified(record, sigma, to_recognise, "rank_by_correlation"),
         distance_over_noise=float(np.median(ratios)) if ratios and sigma > 0 else math.nan,
     )
+
+
+def _identified(record: AuditRecord, sigma: float, picks: list[Row], rank: str) -> Interval:
+    """Share of the leaks at a noise level whose image is the nearest by this rank; nan where no trial has it."""
+    if picks and not any(rank in row for row in picks):
+        return Interval(math.nan, math.nan, math.nan)
+    return share_interval(_hits(record, sigma, {(r["image"], r["seed"]): r.get(rank) == 0 for r in picks}))
 
 
 def _counted(picks: list[Row]) -> str:

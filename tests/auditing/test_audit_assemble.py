@@ -25,7 +25,7 @@ def trials_of(images, **signal):
 
 
 def assembled(images, trials, truth):
-    about = {k: v for k, v in make().about.items() if k not in ("candidates", "has_truth", "has_lpips")}
+    about = {k: v for k, v in make().about.items() if k not in ("candidates", "has_truth", "has_lpips", "no_lpips")}
     named = dict(candidates=images, mean_image=images.mean(0), guarantees=[], theory=None, film=list(images[:2]))
     return assemble(about, trials, truth, **named)
 

@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 
 from gdiff_jax import intervals, metrics
-from gdiff_jax.auditing import figures, sentences, summary
+from gdiff_jax.auditing import figures, page, sentences, summary
 from gdiff_jax.auditing.record import AuditRecord, curve_key
 from gdiff_jax.auditing.result import Audit
 from gdiff_jax.auditing.run import Question
@@ -37,7 +37,7 @@ def make(rows=None, images=12, seeds=2, **changes):
     steps = {"distance": [5.0 * 0.8**t for t in range(20)], "psnr": [float(t) for t in range(20)]}
     about = dict(
         victim="v", threshold=20.0, share=0.25, group=1, num_images=images, seeds=seeds, delta=1e-5, clip_norm=None,
-        candidates=10, has_truth=True, has_lpips=False, mechanism="gaussian", parameters=1000,
+        candidates=10, has_truth=True, has_lpips=False, no_lpips="not here", mechanism="gaussian", parameters=1000,
     )  # fmt: skip
     none = [dict(sigma=s, epsilon=None, reason="no clipping", gamma=None) for s in SIGMAS]
     parts = dict(about=about, trials=rows, curves={curve_key(r): steps for r in rows}, mean_image=[], guarantees=none)
@@ -238,9 +238,6 @@ def test_json_holds_all_of_it(tmp_path):
     assert summary.levels(data) == audit.levels()
     assert sentences.verdict(data) == sentences.verdict(audit)
     assert len(audit.to_csv().splitlines()) == 1 + len(audit.trials)
-    (tmp_path / "audit.json").write_text(audit.to_json().replace('"format": 1', '"format": 99'))
-    with pytest.raises(ValueError, match="format 99"):
-        Audit.load(tmp_path / "audit.json")
     (tmp_path / "audit.json").write_text("[]")
     with pytest.raises(ValueError, match=r"not an audit\.json"):
         Audit.load(tmp_path / "audit.json")
@@ -270,13 +267,56 @@ def test_a_candidate_counts_once_however_often_it_is_there():
     assert metrics.candidate_count(asked.candidates, images[:2]) == 6
 
 
-@pytest.mark.skipif(not metrics.lpips_is_installed(), reason="needs the extra lpips")
+@pytest.mark.skipif(bool(metrics.lpips_hindrance((32, 32, 3))), reason="needs the extra lpips")
 def test_lpips_orders_images_by_likeness():
     rng = np.random.default_rng(0)
     image = np.clip(rng.normal(0, 0.4, (32, 32, 3)), -1, 1).astype(np.float32)
     near, far = image + 0.02, rng.uniform(-1, 1, image.shape).astype(np.float32)
-    assert metrics.lpips(image, image) == pytest.approx(0, abs=1e-6)
-    assert metrics.lpips(near, image) < metrics.lpips(far, image)
+    same, less, more = metrics.lpips(np.stack([image, near, far]), image)
+    assert same == pytest.approx(0, abs=1e-6)
+    assert less < more
+    grey = metrics.lpips(far[None, :, :, :1], image[:, :, :1])
+    assert grey == metrics.lpips(far[None, :, :, :1].repeat(3, -1), image[:, :, :1].repeat(3, -1))
+
+
+def test_lpips_is_left_out_where_it_would_be_nan_or_fail(monkeypatch):
+    """By the reason that the page gives; whether the extra is there decides last."""
+    monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda name: name)
+    assert metrics.lpips_hindrance((32, 32, 3)) == metrics.lpips_hindrance((256, 256, 1)) == ""
+    assert metrics.lpips_hindrance((24, 32, 3)) == "it needs at least 32 pixels each way"
+    assert metrics.lpips_hindrance((32, 32, 2)) == "it needs grey or three channels, and there are 2"
+    with pytest.raises(ValueError, match=r"LPIPS of images \(24, 32, 3\): it needs at least 32"):
+        metrics.lpips(np.zeros((1, 24, 32, 3)), np.zeros((24, 32, 3)))
+    monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda name: None)
+    assert metrics.lpips_hindrance((32, 32, 3)) == "the extra lpips is not installed"
+
+
+def test_correlation_recognises_whatever_the_contrast_is():
+    """A reconstruction of a tenth of the contrast is nearest in pixels to a flat candidate, and correlates with the truth."""
+    rng = np.random.default_rng(0)
+    images = rng.uniform(-0.9, 0.9, (6, 8, 8, 3)).astype(np.float32)
+    flat = np.full((1, 8, 8, 3), 0.2, np.float32)
+    candidates, found = np.concatenate([images, flat]), 0.2 + 0.1 * images[2:3]
+    assert metrics.identification_ranks(found, images[2], candidates)[0] > 0
+    assert metrics.identification_ranks(found, images[2], candidates, metrics.patterns)[0] == 0
+    vectors = metrics.patterns(candidates)
+    theirs = np.corrcoef(metrics.pixels(images).astype(np.float64))
+    np.testing.assert_allclose(vectors[:6] @ vectors[:6].T, theirs, atol=1e-6)
+    assert not vectors[6].any()
+    assert metrics.identification_ranks(flat, flat[0], candidates, metrics.patterns)[0] == 0
+    assert metrics.identification_ranks(images[:0], images[0], candidates, metrics.patterns).shape == (0,)
+
+
+def test_both_ways_to_recognise_are_told_and_audits_of_before_have_one():
+    before = make()
+    assert math.isnan(before.levels()[0].identified_by_correlation.value)
+    both = make([{**r, "rank_by_correlation": int(r["image"] < 3)} for r in before.trials])
+    level = both.levels()[-1]
+    assert (level.identified.value, level.identified_by_correlation.value) == (0, 0.75)
+    lost = make([{**r, "failed": True, "psnr": None} for r in both.trials])
+    assert lost.levels()[0].identified_by_correlation.value == 0
+    head = page._levels(both)["head"]
+    assert page._levels(both)["rows"][-1][head.index("by correlation")].startswith("75%")
 
 
 def test_images_without_a_gradient_are_named():

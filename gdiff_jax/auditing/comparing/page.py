@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gdiff_jax.auditing import markdown, summary, templates
+from gdiff_jax.auditing.answers import MORE
 from gdiff_jax.auditing.comparing import figures, words
 from gdiff_jax.auditing.comparing.apart import settings_apart
 from gdiff_jax.auditing.comparing.pairs import Difference, Paired, epsilons
@@ -148,7 +149,7 @@ def to_json(paired: Paired) -> str:
 
 def _end(value: float) -> float | str:
     """Infinity, which stands for more noise than was tried, in words: JSON has no number for it."""
-    return "more than was tried" if math.isinf(value) else value
+    return MORE if math.isinf(value) else value
 
 
 def to_html(paired: Paired) -> str:
