@@ -42,7 +42,8 @@ def test_an_audit_is_assembled_from_its_trials():
     shown = [f"{kind}/{i}" for kind in ("truth", "found/0.1") for i in range(4)]
     assert list(audit.pictures) == [*shown, "film/0", "film/1"]
     unknown = assembled(images, trials, None)
-    assert (unknown.candidates, unknown.has_truth, unknown.mean_image) == (0, False, [])
+    assert (unknown.candidates, unknown.has_truth, unknown.mean_image, unknown.blind) == (0, False, [], None)
+    assert len(audit.blind["questions"]) == 5  # and none of what failed
     with pytest.raises(ValueError, match="argument 2 is shorter"):
         assembled(images, dataclasses.replace(trials, images=trials.images[1:]), images)
 

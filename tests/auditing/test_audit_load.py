@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import save_file
 from tiny import MODELS, ROOT, audit_config
+from written import faults_of_json
 
 from gdiff_jax import modules
 from gdiff_jax.auditing import load, page, run
@@ -217,6 +218,7 @@ def test_a_saved_gradient_of_an_unknown_image(tiny_prior, saved, tmp_path, attac
     assert len(audit.attacks) == 3
     assert all(r["psnr"] is None and r["distance"] > 0 for r in audit.attacks)
     assert "explains it up to" in audit.verdict()
+    assert faults_of_json(audit.to_json()) == []
     text = audit.report(tmp_path / "out").read_text()
     assert "What the attacks made of the gradient" in text
     assert "recovered" not in text.split("What this does not say")[0].split("</nav>")[1]

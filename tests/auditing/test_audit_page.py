@@ -9,6 +9,7 @@ import shutil
 import numpy as np
 import pytest
 from tiny import parsed
+from written import faults_of_page
 
 import gdiff_jax as gd
 from gdiff_jax.auditing import figures, page, pictures
@@ -71,16 +72,34 @@ def test_every_figure_answers_to_the_data(small):
 
 
 def test_the_page_is_whole_and_asks_for_nothing(small):
-    text = (small / "report.html").read_text()
-    assert len(text) < 5e6
+    text, test = ((small / name).read_text() for name in ("report.html", "blind.html"))
+    assert faults_of_page(text) == faults_of_page(test) == []
     assert "default-src 'none'" in text
-    outside = [u for u in re.findall(r'(?:src|href)="([^"]+)"', text) if not u.startswith(("data:", "#"))]
-    assert outside == []
     for svg in re.findall(r"data:image/svg\+xml;base64,([^\"]+)", text):
         inner = base64.b64decode(svg).decode()
         assert not re.findall(r'href="(?!#|data:)', inner)
     for words in ("What the attacker has", "clip:1+gaussian", "γ(κ)", "Cramér-Rao", "python", "What this does not say"):
         assert words in text
+
+
+@pytest.mark.parametrize(
+    ("sound", "broken", "fault"),
+    [
+        ("</table>", "", "closes another element"),
+        ("</body>", "<p></body>", "closes another element"),
+        ("</html>", "", "<html> is not closed"),
+        ('id="threat"', 'id="images"', "id 'images' twice"),
+        ('href="#noise"', 'href="#nose"', "link to '#nose'"),
+        ('href="#noise"', 'href="other.html"', "link to 'other.html'"),
+        ('<img src="data:', '<img src="http:', "link to 'http:"),
+        (' alt="', ' title="', "a picture without words"),
+        ("</h1>", "</h1>" + 2_000_000 * " ", "bytes"),
+    ],
+)
+def test_what_is_wrong_with_a_page_is_found(small, sound, broken, fault):
+    text = (small / "report.html").read_text()
+    assert sound in text
+    assert any(fault in found for found in faults_of_page(text.replace(sound, broken, 1)))
 
 
 def test_the_page_escapes_what_it_is_told(small):

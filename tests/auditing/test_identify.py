@@ -10,6 +10,7 @@ import pytest
 from scipy import stats
 from test_audit_summary import make
 from tiny import Still, audit_config
+from written import faults_of_json
 
 import gdiff_jax as gd
 from gdiff_jax import intervals
@@ -240,6 +241,7 @@ def test_the_command_ends_with_a_code_of_its_own(tiny_prior, tmp_path, monkeypat
     assert end.value.code == 4
     assert "FINDING: among 6 candidates" in capsys.readouterr().out
     assert "FINDING: among 6 candidates" in (tmp_path / "faulty" / "report.html").read_text()
+    assert faults_of_json((tmp_path / "faulty" / "audit.json").read_text()) == []
     assert gd.Audit.load(tmp_path / "faulty" / "audit.json").findings()
 
 
@@ -248,6 +250,7 @@ def test_an_audit_of_before_is_read(attacks_alone, plain_prior, data, tmp_path):
     options = dict(prior=plain_prior, sigmas=(0.5,), methods=[Still()], steps=3, batch=4, seeds=1, progress=False)
     audit = gd.audit(*own_models.make(), *data, mechanism=clipped, **options)
     assert audit.findings() == []
+    assert faults_of_json(audit.to_json()) == []
     text = audit.to_json().replace(', "identification": null', "")
     assert "identification" not in text
     (tmp_path / "old.json").write_text(text)
