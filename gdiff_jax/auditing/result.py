@@ -52,7 +52,7 @@ class Audit(AuditRecord):
         return answers.to_json(self)
 
     def report(self, folder: str | Path) -> Path:
-        """Writes report.html (self-contained), summary.md, audit.json, trials.csv, figures as PNG and SVG; returns the page."""
+        """Writes report.html (self-contained), blind.html, summary.md, audit.json, trials.csv and figures; returns the page."""
         from gdiff_jax.auditing import page
 
         return page.write(self, Path(folder))
