@@ -117,9 +117,11 @@ def patterns(images: np.ndarray) -> np.ndarray:
     image without any nothing is left but zeros, as far from all others.
     """
     values = pixels(images)
-    centred = values - values.mean(1, keepdims=True, dtype=np.float64).astype(values.dtype)
-    norms = np.linalg.norm(centred, axis=1, keepdims=True)
-    return np.where(norms > FLAT, centred / np.maximum(norms, FLAT), 0)
+    values -= values.mean(1, keepdims=True, dtype=np.float64).astype(values.dtype)
+    norms = np.linalg.norm(values, axis=1, keepdims=True)
+    values /= np.maximum(norms, FLAT)
+    values[norms[:, 0] <= FLAT] = 0
+    return values
 
 
 def identification_ranks(

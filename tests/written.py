@@ -9,18 +9,20 @@ import jsonschema
 VOID = {"meta", "link", "img", "br", "hr", "input"}
 LARGEST = 2e6  # bytes of a page
 
-SCHEMA = json.loads((resources.files("gdiff_jax.auditing") / "audit.schema.json").read_text(encoding="utf-8"))
-_VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
+_ROOM = resources.files("gdiff_jax.auditing")
+SCHEMA, COMPARISON = (
+    json.loads((_ROOM / place).read_text(encoding="utf-8")) for place in ("audit.schema.json", "comparing/compare.schema.json")
+)
 
 
-def faults_of_json(text):
+def faults_of_json(text, schema=SCHEMA):
     """Where an audit.json is not as its schema says; [] where it is. JSON knows no NaN, which Python writes and reads."""
 
     def no_number(name):
         raise ValueError(f"{name} is no JSON")
 
-    data = json.loads(text, parse_constant=no_number)
-    return [f"{'.'.join(map(str, error.absolute_path))}: {error.message[:300]}" for error in _VALIDATOR.iter_errors(data)]
+    data, validator = json.loads(text, parse_constant=no_number), jsonschema.Draft202012Validator(schema)
+    return [f"{'.'.join(map(str, error.absolute_path))}: {error.message[:300]}" for error in validator.iter_errors(data)]
 
 
 class _Page(html.parser.HTMLParser):

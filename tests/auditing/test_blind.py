@@ -9,8 +9,8 @@ import pytest
 from scipy import stats
 from test_audit_summary import SIGMAS, make
 
-from gdiff_jax.auditing import blind, blind_page, pictures
-from gdiff_jax.auditing.blind import CHOICES, blind_test
+from gdiff_jax.auditing import blind_page, pictures
+from gdiff_jax.auditing.blind import CHOICES, LARGEST, QUESTIONS, blind_test
 
 rng = np.random.default_rng(0)
 IMAGES = rng.uniform(-1, 1, (12, 4, 4, 3)).astype(np.float32)
@@ -101,6 +101,7 @@ def test_the_key_of_the_page_is_that_of_its_pictures():
     assert re.search(r"recovered|answer", questions.split("<body")[1].replace("needs an answer", "")) is None
 
 
-def test_a_large_picture_is_made_smaller():
-    small = pictures.decode(pictures.png(np.zeros((256, 256, 3)), blind.LARGEST))
-    assert small.shape == (64, 64, 3)
+def test_a_page_of_large_pictures_stays_below_its_size():
+    noise = pictures.png(rng.uniform(-1, 1, (LARGEST, LARGEST, 3)), LARGEST)  # which cannot be packed
+    assert QUESTIONS * (CHOICES + 1) * len(noise) < 1.5e6
+    assert pictures.decode(pictures.png(np.zeros((256, 256, 3)), LARGEST)).shape == (LARGEST, LARGEST, 3)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from test_audit_summary import SIGMAS, make, row
 from tiny import ended
-from written import faults_of_page
+from written import COMPARISON, faults_of_json, faults_of_page
 
 import gdiff_jax as gd
 from gdiff_jax.auditing import pictures
@@ -330,6 +330,9 @@ def test_the_command_writes_a_page_that_is_whole(folders, tmp_path, monkeypatch,
         f"compare_{name}.{kind}" for name in ("quality", "reconstructions") for kind in ("png", "svg")
     }
     data = json.loads((out / "compare.json").read_text(encoding="utf-8"))
+    assert faults_of_json(json.dumps(data), COMPARISON) == []
+    for broken in ({"format": 2}, {"differences": [{**data["differences"][0], "recovered": 12}]}, {"mood": "good"}):
+        assert faults_of_json(json.dumps({**data, **broken}), COMPARISON)
     lines = list(csv.DictReader((out / "compare.csv").open(encoding="utf-8")))
     found = gd.compare(*(gd.Audit.load(folder / "audit.json") for folder in folders), names=["plain", "a_b"])
     assert data["names"] == list(found.names)

@@ -24,7 +24,7 @@ ALIKE = ("measure", "extent")  # what is compared is measured alike, of the part
 OTHER = "made with"
 LEFT_OUT = {
     *("started", "command", "seconds", "film_steps", "failed_parts", "doubt", "unfinished", "has_truth", "has_lpips"),
-    *("hashes", "victim_given", "threat_model", "assumed", "images_notes"),
+    *("no_lpips", "hashes", "victim_given", "threat_model", "assumed", "images_notes"),
 }
 
 
