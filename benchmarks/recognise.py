@@ -111,7 +111,7 @@ def read(folder: Path) -> tuple[list[dict], np.ndarray]:
     rows, found = [], []
     for path in sorted((folder / "chunks").glob("*.jsonl")):
         images = np.load(path.with_suffix(".npz"))["images"]
-        for row in map(json.loads, path.read_text().splitlines()[:-1]):  # the last line is the seal
+        for row in map(json.loads, path.read_text(encoding="utf-8").splitlines()[:-1]):  # the last line is the seal
             if row["method"] != "prior-only" and not row["failed"]:
                 rows.append(row)
                 found.append(np.clip(images[row["row"]], -1, 1))

@@ -267,30 +267,6 @@ def test_a_candidate_counts_once_however_often_it_is_there():
     assert metrics.candidate_count(asked.candidates, images[:2]) == 6
 
 
-@pytest.mark.skipif(bool(metrics.lpips_hindrance((32, 32, 3))), reason="needs the extra lpips")
-def test_lpips_orders_images_by_likeness():
-    rng = np.random.default_rng(0)
-    image = np.clip(rng.normal(0, 0.4, (32, 32, 3)), -1, 1).astype(np.float32)
-    near, far = image + 0.02, rng.uniform(-1, 1, image.shape).astype(np.float32)
-    same, less, more = metrics.lpips(np.stack([image, near, far]), image)
-    assert same == pytest.approx(0, abs=1e-6)
-    assert less < more
-    grey = metrics.lpips(far[None, :, :, :1], image[:, :, :1])
-    assert grey == metrics.lpips(far[None, :, :, :1].repeat(3, -1), image[:, :, :1].repeat(3, -1))
-
-
-def test_lpips_is_left_out_where_it_would_be_nan_or_fail(monkeypatch):
-    """By the reason that the page gives; whether the extra is there decides last."""
-    monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda name: name)
-    assert metrics.lpips_hindrance((32, 32, 3)) == metrics.lpips_hindrance((256, 256, 1)) == ""
-    assert metrics.lpips_hindrance((24, 32, 3)) == "it needs at least 32 pixels each way"
-    assert metrics.lpips_hindrance((32, 32, 2)) == "it needs grey or three channels, and there are 2"
-    with pytest.raises(ValueError, match=r"LPIPS of images \(24, 32, 3\): it needs at least 32"):
-        metrics.lpips(np.zeros((1, 24, 32, 3)), np.zeros((24, 32, 3)))
-    monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda name: None)
-    assert metrics.lpips_hindrance((32, 32, 3)) == "the extra lpips is not installed"
-
-
 def test_correlation_recognises_whatever_the_contrast_is():
     """A reconstruction of a tenth of the contrast is nearest in pixels to a flat candidate, and correlates with the truth."""
     rng = np.random.default_rng(0)
