@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy.special import betaincinv
+from scipy.special import bdtr, betaincinv
 
 RESAMPLES = 2000
 
@@ -94,3 +94,23 @@ def clopper_pearson(hits: float, draws: int, error: float = 0.05) -> Interval:
     low = float(betaincinv(hits, draws - hits + 1, error / 2)) if hits > 0 else 0.0
     high = float(betaincinv(hits + 1, draws - hits, 1 - error / 2)) if hits < draws else 1.0
     return Interval(hits / draws, low, high)
+
+
+def upper_quantile(values: np.ndarray, share: float) -> Interval:
+    """What fewer than a share of independent draws lie above, or at; its interval is that of order statistics.
+
+    As many draws are at least the true one as a binomial says, so it lies between two of them, whatever their distribution. An
+    end is 0 or inf where there are too few to tell it.
+
+    Args:
+      values: (N,) >= 0, inf among them.
+      share: in (0, 1).
+    """
+    falling, n = np.sort(values)[::-1], len(values)
+    at_most = bdtr(np.arange(n + 1), n, share)  # so many of them above the true one
+    above, below = np.searchsorted(at_most, 0.025, side="right"), np.searchsorted(at_most, 0.975)
+    return Interval(
+        float(falling[math.ceil(share * n) - 1]),
+        float(falling[below]) if below < n else 0.0,
+        float(falling[above - 1]) if above > 0 else math.inf,
+    )

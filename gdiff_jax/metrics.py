@@ -95,9 +95,9 @@ def unlike(candidates: np.ndarray, truth: np.ndarray) -> np.ndarray:
 
 
 def distinct_images(images: np.ndarray) -> np.ndarray:
-    """(K, H, W, C) without those that are equal to one before them."""
+    """(M,) places among images (K, H, W, C) of those that are equal to none before them, ascending."""
     first = {image.tobytes(): i for i, image in reversed(list(enumerate(np.ascontiguousarray(images))))}
-    return images[sorted(first.values())]
+    return np.array(sorted(first.values()), int)
 
 
 def candidate_count(candidates: np.ndarray, truths: np.ndarray) -> int:
@@ -132,8 +132,10 @@ def identification_ranks(
 ) -> np.ndarray:
     """How many other candidates are at least as close to each reconstruction as the truth, by squared distance in a space.
 
-    0 means that the private image is recognised among K + 1. A blind guess does so with probability kappa = 1 / (K + 1), so
-    a mechanism's gamma(kappa) (`theory.privacy.Guarantee.reconstruction_bound`) bounds how often any attack can.
+    0 means that the private image is recognised among K + 1. A blind guess does so with probability kappa = 1 / (K + 1), and
+    a mechanism's gamma(kappa) (`theory.privacy.Guarantee.reconstruction_bound`) bounds how often any attack can where the
+    private image is drawn from them: the mean over all as truths, which of one fixed truth says nothing
+    (`theory.identification`).
 
     Args:
       reconstructions: (N, H, W, C) in [-1, 1], all of one truth.

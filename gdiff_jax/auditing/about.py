@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from gdiff_jax.mechanisms import Chain, Clip, GaussianNoise, Mechanism
+from gdiff_jax import numerics
+from gdiff_jax.mechanisms import Clip, GaussianNoise, Mechanism
+from gdiff_jax.mechanisms.base import stages_of
 from gdiff_jax.priors import Prior
 from gdiff_jax.provenance import this_run
+from gdiff_jax.sweeping.plan import Plan
 
 if TYPE_CHECKING:
     from gdiff_jax.theory.privacy import Guarantee
@@ -21,12 +25,43 @@ def about_run(prior: Prior, command: str | None = None) -> dict[str, Any]:
     return {**run, "versions": versions, "prior": hashed, **({"command": command} if command else {})}
 
 
-def clip_norm(mechanism: Mechanism) -> float | None:
-    """C of the Gaussian mechanism, whose epsilon follows from sigma / C; else None."""
-    stages = mechanism.stages if isinstance(mechanism, Chain) else ()
-    if len(stages) == 2 and isinstance(stages[0], Clip) and isinstance(stages[1], GaussianNoise):
-        return float(stages[0].norm)
-    return None
+class GaussianRelease(NamedTuple):
+    """A gradient, clipped to `norm` (inf: as it is), with white Gaussian noise of standard deviation `noise`."""
+
+    norm: float
+    noise: float
+
+
+def gaussian_release(mechanism: Mechanism) -> GaussianRelease | None:
+    """What a mechanism of that kind is, by its own numbers; None of every other."""
+    stages = stages_of(mechanism)
+    if not stages or not isinstance(stages[-1], GaussianNoise) or not all(isinstance(stage, Clip) for stage in stages[:-1]):
+        return None
+    return GaussianRelease(min((float(stage.norm) for stage in stages[:-1]), default=math.inf), float(stages[-1].sigma))
+
+
+def release_at(plan: Plan, sigma: float) -> GaussianRelease | None:
+    """What the plan's one mechanism is at a noise level. A user's own may clip otherwise at each, and have units of its own."""
+    ((state, params),), (mechanism,) = plan.params.items(), plan.mechanisms.values()
+    if mechanism.clip_norm is None and not mechanism.only_noise:
+        return None
+    key = numerics.key(0)
+    return gaussian_release(mechanism.for_image(key, sigma, plan.victims[state.name], params, plan.images[0]))
+
+
+def clip_norm(plan: Plan) -> float | None:
+    """C, where at each level sigma the mechanism clips to C and adds Gaussian noise of just sigma; else None.
+
+    Then epsilon follows from sigma / C, between the levels too.
+    """
+    (levels,) = plan.sigmas.values()
+    norms = set[float]()
+    for sigma in levels:
+        release = release_at(plan, sigma)
+        if release is None or not math.isclose(release.noise, sigma, rel_tol=1e-6):
+            return None
+        norms.add(release.norm)
+    return norms.pop() if len(norms) == 1 and math.isfinite(min(norms)) else None
 
 
 def guarantee_row(sigma: float, guarantee: Guarantee, kappa: float) -> dict[str, Any]:

@@ -20,22 +20,22 @@ class Identified:
 
     Attributes:
       sigma: standard deviation of the noise.
-      epsilon: at the audit's delta.
+      epsilon: at the audit's delta; None without clipping, of which nothing is guaranteed.
       count: K, candidates.
       success: share of releases in which the best attacker named the record, and its interval of 95 %.
       expected: the same of the mechanism as it is said to be, at these gradients; None where it was left out.
-      bound: gamma(1/K), which no attack passes.
-      worst: what the most telling gradients that are known would give.
+      bound: gamma(1/K), which no attack passes; None without clipping.
+      worst: what the most telling gradients that are known would give; None without clipping.
       above_bound, above_expected, below_expected: whether chance does not explain where `success` lies, by `ERROR`.
     """
 
     sigma: float
-    epsilon: float
+    epsilon: float | None
     count: int
     success: Interval
     expected: float | None
-    bound: float
-    worst: float
+    bound: float | None
+    worst: float | None
     above_bound: bool
     above_expected: bool
     below_expected: bool
@@ -59,7 +59,7 @@ def identified(record: AuditRecord) -> list[Identified]:
                     expected=expected and expected.value,
                     bound=row["bound"],
                     worst=row["worst"],
-                    above_bound=sure.low > row["bound"],
+                    above_bound=row["bound"] is not None and sure.low > row["bound"],
                     above_expected=expected is not None and sure.low > expected.high,
                     below_expected=expected is not None and sure.high < expected.low,
                 )
@@ -74,19 +74,18 @@ def findings(record: AuditRecord) -> list[str]:
     more = [r for r in rows if r.above_expected]
     if not above and not more:
         return []
-    cause = (
-        "The release is not what its mechanism says: is noise forgotten or too small, or the gradient not clipped? The "
-        "guarantees that are told here do not hold for it."
-    )
+    cause = "is noise forgotten or too small, or the gradient not clipped?" if data["clip_norm"] else "is noise too small?"
     if above:
-        worst = max(above, key=lambda r: r.success.low - r.bound)
+        worst = max(above, key=lambda r: r.success.low - (r.bound or 0))
         allowed = f"above gamma(1/{worst.count}) = {share(worst.bound)}, which no attack on such a release can pass"
     else:
         worst = max(more, key=lambda r: r.success.low - (r.expected or 0))
-        allowed = f"where clipping to {data['clip_norm']:g} and noise of sigma {worst.sigma:.3g} leave {share(worst.expected)}"
+        clipping = f"clipping to {data['clip_norm']:g} and " if data["clip_norm"] else ""
+        allowed = f"where {clipping}noise of sigma {worst.sigma:.3g} leave{'' if clipping else 's'} {share(worst.expected)}"
     return [
         f"FINDING: among {worst.count} candidates the record was named in {worst.success.percent()} of {data['repetitions']} "
-        f"releases at sigma {worst.sigma:.3g}, {allowed}. {cause}"
+        f"releases at sigma {worst.sigma:.3g}, {allowed}. The release is not what its mechanism says: {cause} What is told "
+        "here of a guarantee, and of noise that is enough, does not hold for it."
     ]
 
 
@@ -109,13 +108,12 @@ def sentences(record: AuditRecord) -> list[str]:
     if not rows:
         return []
     most = max(r.count for r in rows)
-    r = min((r for r in rows if r.count == most), key=lambda r: abs(r.bound - 0.5))
+    r = min((r for r in rows if r.count == most), key=lambda r: abs((r.success.value if r.bound is None else r.bound) - 0.5))
     said = [
         f"Told which {most} images it may be of, the best attacker names the right one in {r.success.percent()} of "
-        f"{data['repetitions']} releases at sigma {r.sigma:.3g} (epsilon {r.epsilon:.4g}); no attack can in more than "
-        f"gamma(1/{most}) = {share(r.bound)}, a blind guess does in {share(1 / most)}."
+        f"{data['repetitions']} releases at sigma {r.sigma:.3g}{_beside(r)}; a blind guess does in {share(1 / most)}."
     ]
-    if r.success.high < r.worst and not r.above_expected:
+    if r.worst is not None and r.success.high < r.worst and not r.above_expected:
         apart = math.sqrt(2 * most / (most - 1)) * data["clip_norm"]
         said.append(
             f"The bound is for the worst gradients: {most} of norm {data['clip_norm']:g}, each {apart:.3g} from the others, "
@@ -123,6 +121,12 @@ def sentences(record: AuditRecord) -> list[str]:
             f"the nearest other is {data['nearest']:.3g} away, in the median."
         )
     return said
+
+
+def _beside(r: Identified) -> str:
+    if r.bound is None:
+        return ", of which without clipping there is no bound"
+    return f" (epsilon {r.epsilon:.4g}), where no attack can in more than gamma(1/{r.count}) = {share(r.bound)}"
 
 
 def share(value: float | None) -> str:

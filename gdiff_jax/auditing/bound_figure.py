@@ -12,9 +12,10 @@ from gdiff_jax.sweeping.drawing import Drawing, logarithmic
 
 
 def identification(record: AuditRecord) -> Figure:
-    """Share of releases in which the best attacker names the record, over the number of candidates, beside gamma(1/K)."""
+    """Share of releases in which the best attacker names the record, over K; beside gamma(1/K), if there is one."""
     rows = identified(record)
     sigmas, counts = sorted({r.sigma for r in rows}), np.array(sorted({r.count for r in rows}), float)
+    bounded = all(r.bound is not None for r in rows)
     figure = Drawing(figsize=(6.4, 4.4), layout="constrained")
     ax = figure.subplots()
     colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.85, len(sigmas)))
@@ -24,10 +25,12 @@ def identification(record: AuditRecord) -> Figure:
         x = counts * 1.06 ** (i - (len(sigmas) - 1) / 2)  # beside each other, where they would hide each other
         ax.errorbar(
             x, value, [value - low, high - value], fmt="o", color=colour, ms=5, capsize=3, lw=1.4,
-            label=f"measured, σ = {sigma:.3g} (ε {own[0].epsilon:.3g})",
+            label=f"measured, σ = {sigma:.3g}" + ("" if own[0].epsilon is None else f" (ε {own[0].epsilon:.3g})"),
         )  # fmt: skip
-        ax.plot(counts, [r.bound for r in own], "_--", color=colour, lw=1.4, ms=14, mew=1.6)
-    ax.plot([], [], "_--", color="0.3", lw=1.4, ms=14, label="γ(1/K): no attack names more")
+        if bounded:
+            ax.plot(counts, np.array([r.bound for r in own]), "_--", color=colour, lw=1.4, ms=14, mew=1.6)
+    if bounded:
+        ax.plot([], [], "_--", color="0.3", lw=1.4, ms=14, label="γ(1/K): no attack names more")
     ax.plot(counts, 1 / counts, "x-.", color="0.5", lw=1.2, label="blind guess, 1/K")
     logarithmic(ax, "x")
     logarithmic(ax, "y")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import math
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -18,7 +19,7 @@ import numpy as np
 from gdiff_jax import images as image_files
 from gdiff_jax import modules, numerics
 from gdiff_jax.auditing import checks
-from gdiff_jax.auditing.about import clip_norm
+from gdiff_jax.auditing.about import gaussian_release
 from gdiff_jax.auditing.result import Audit
 from gdiff_jax.auditing.run import DEFAULT_METHODS, Question, run, with_analytic
 from gdiff_jax.errors import need
@@ -72,6 +73,7 @@ def audit(
     share: float = 0.1,
     delta: float = 1e-5,
     candidates: Any = None,
+    candidate_labels: Any = None,
     name: str = "the model",
     batch: int = 8,
     folder: str | Path | None = None,
@@ -107,6 +109,8 @@ def audit(
       delta: of every (epsilon, delta) that is told.
       candidates: images (K, H, W, C) among which the truth is looked for; the bundled CIFAR-10 test images where they fit,
         together with `images`, if None.
+      candidate_labels: (K, ...) of `candidates`, as `labels` are: by them the candidates, and not the private images alone, are
+        among those of which the best attacker names one.
       name: of the model, for the report.
       batch: trials at a time on all devices; each of "calibrated-mean", and of a search of "auto", takes the memory of four.
       folder: where the trials' records are kept; called again with the same arguments, an audit goes on from there. Of several
@@ -127,6 +131,7 @@ def audit(
         x = checks.images_of("images", images, prior.image_shape)
         y = checks.labels_of(labels, len(x))
         others = _candidates(candidates, x)
+        their_labels = None if candidate_labels is None else checks.candidate_labels_of(candidate_labels, candidates, y)
         sigmas = _one_grid(sigma_grid, sigmas)
         checks.check_numbers(sigmas, seed, threshold, share, delta, seeds=seeds, steps=steps, batch=batch)
         need(steps <= len(prior.betas), f"steps {steps}: the prior was trained with {len(prior.betas)}; ask for fewer")
@@ -135,6 +140,8 @@ def audit(
         chosen = checks.methods_of(methods or DEFAULT_METHODS, attacker, client)
         checks.check_knowledge(loss, attacker, client, chosen)
         victim, weights = _victim(loss, params, x, y, attacker, client)
+        if their_labels is not None and client.group == 1:
+            checks.check_candidate_labels(victim.loss, weights, x[0], their_labels)
         for line in victim.said if progress and isinstance(victim, OwnVictim) else ():
             say(f"{name}: {line}")
         plan = Plan(
@@ -151,7 +158,9 @@ def audit(
         about = {"command": "gdiff_jax.audit(...)", "images": f"{len(x)} images given"}
         attack = partial(run_trials, batch=batch, progress=progress)
         dsg = chosen.get("dsg")
-        question = Question(others, threshold, share, film=dsg if isinstance(dsg, DSG) else DSG())
+        question = Question(
+            others, threshold, share, candidate_labels=their_labels, film=dsg if isinstance(dsg, DSG) else DSG()
+        )
         with contextlib.closing(store):  # a notebook that keeps a traceback keeps the store in it, and its lock
             return run(plan, question, store, attack, about)
 
@@ -174,7 +183,8 @@ class OwnMechanism:
 
     @property
     def clip_norm(self) -> float | None:
-        return clip_norm(self.make(1.0))
+        release = gaussian_release(self.make(1.0))
+        return release.norm if release and math.isfinite(release.norm) else None
 
     @property
     def only_noise(self) -> bool:

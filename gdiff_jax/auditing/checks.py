@@ -16,6 +16,7 @@ import numpy as np
 from gdiff_jax import images as image_files
 from gdiff_jax import numerics
 from gdiff_jax.errors import ConfigError, need
+from gdiff_jax.matching import Loss
 from gdiff_jax.mechanisms import Clip, Mechanism, stages_of
 from gdiff_jax.methods import DLG, DSG, METHODS, Auto, Method, strongest
 from gdiff_jax.priors import Prior, load_prior
@@ -23,6 +24,7 @@ from gdiff_jax.sweeping.attackers import Attacker, Knowledge
 from gdiff_jax.sweeping.checks import hindrances
 from gdiff_jax.sweeping.config import Client
 from gdiff_jax.victims import Victim
+from gdiff_jax.victims.label_range import check_label_range
 from gdiff_jax.victims.own import OwnVictim
 
 
@@ -92,9 +94,28 @@ def _array(name: str, values: Any) -> np.ndarray:
     return array
 
 
-def labels_of(labels: Any, count: int) -> Any:
+def candidate_labels_of(labels: Any, candidates: Any, like: Any) -> Any:
+    """Those of the candidates that were given, each as the private images' labels `like`."""
+    need(candidates is not None, "candidate_labels are of candidates; give candidates=, or leave them out")
+    arrays = labels_of(labels, len(candidates), "candidate_labels")
+    shapes, needed = ([jax.tree.structure(tree), [a.shape[1:] for a in jax.tree.leaves(tree)]] for tree in (arrays, like))
+    need(
+        shapes == needed, f"candidate_labels are of {shapes[1]} an image, labels of {needed[1]}; give them as labels are given"
+    )
+    return arrays
+
+
+def check_candidate_labels(loss: Loss, params: Any, x: Any, labels: Any) -> None:
+    """That each is a class of the loss, as far as that can be told."""
+    try:
+        check_label_range(loss, params, x, labels)
+    except ValueError as error:
+        raise ConfigError(f"candidate_labels: {error}") from None
+
+
+def labels_of(labels: Any, count: int, name: str = "labels") -> Any:
     """Labels as arrays (N, ...), or a pytree of such; a list of numbers is one array."""
-    arrays = jax.tree.map(lambda values: _array("labels", values), labels, is_leaf=_holds_numbers)
+    arrays = jax.tree.map(lambda values: _array(name, values), labels, is_leaf=_holds_numbers)
     arrays = _stacked(arrays, count)
     for array in jax.tree.leaves(arrays):
         need(
@@ -106,7 +127,7 @@ def labels_of(labels: Any, count: int) -> Any:
         need(not wide, f"labels are {array.dtype} that do not fit into 32 bits; number the classes from 0")
     shapes = [a.shape for a in jax.tree.leaves(arrays)]
     fit = bool(shapes) and all(s[:1] == (count,) for s in shapes)
-    need(fit, f"labels are of shape {shapes}, one for each of {count} images is needed: (N, ...)")
+    need(fit, f"{name} are of shape {shapes}, one for each of {count} images is needed: (N, ...)")
     return arrays
 
 

@@ -1,4 +1,5 @@
-"""How much noise is enough: for a guarantee, by its closed form, and against these attacks, as measured; and what it costs."""
+"""How much noise is enough, and what it costs: for a guarantee, by its closed form; against the best attacker among candidates,
+where its success crosses the share; and against these attacks, as measured."""
 
 from __future__ import annotations
 
@@ -24,10 +25,13 @@ class Enough:
     Attributes:
       wanted: in words.
       noise: sigma; 0 and inf are ends of the grid where it is measured. The ends of its interval are nan where it is exact.
-      measured: whether it is of attacks that were run; else of all there can be.
+      measured: whether it is of attacks that were run; else of the best there can be.
       epsilon: what it guarantees for one release at the audit's delta; nan where it guarantees nothing.
       cosine: expected between a noisy gradient and itself without noise, median over the images; nan where it is not known. Its
-        square is what is left of the decrease of the loss by a step of the best length [derived for a quadratic loss].
+        square is what is left of the decrease that a step guarantees. Of a loss of curvature at most L a step of length t along
+        d = g + n, n of mean zero, decreases it by t g.d - L t^2 |d|^2 / 2 or more; its mean is largest at
+        t = |g|^2 / (L E|d|^2), and is |g|^4 / (2 L E|d|^2) there, of |g|^2 / (2 L) without noise [derived]. A loss that is
+        curved by L along g, and less along most of the noise, keeps more.
     """
 
     wanted: str
@@ -47,10 +51,14 @@ def enough(record: AuditRecord) -> list[Enough]:
         words = f"no attack succeeds in more than {SELDOM:.0%} of cases where a blind guess does in {RARE:.2%} (γ)"
         found.append(_of(record, words, exact(SELDOM, RARE), False))
         if 1 / record.candidates < share:
-            words = (
-                f"no attack recognises more than {share:.0%} among {record.candidates} candidates that are equally likely (γ)"
-            )
+            words = f"no attack names an image drawn from {record.candidates} candidates in more than {share:.0%} of cases (γ)"
             found.append(_of(record, words, exact(share, 1 / record.candidates), False))
+    if best := (record.identification or {}).get("enough"):
+        words = (
+            f"the best attacker names an image drawn from {best['count']} candidates in fewer than {best['share']:.0%} of cases"
+        )
+        noise = Interval(*(math.inf if end is None else end for end in best["sigma"]))
+        found.append(_of(record, words, noise, False))
     found.append(_of(record, f"these attacks recover fewer than {share:.0%}", smallest_noise(record), True))
     if record.can_recognise:
         words = f"these attacks recognise fewer than {share:.0%} among {record.candidates} candidates"

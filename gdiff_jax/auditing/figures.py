@@ -113,7 +113,7 @@ def _recognised(ax: Axes, x: np.ndarray, record: AuditRecord) -> None:
     ax.axhline(kappa, color="0.5", ls="-.", lw=1.2, label=f"blind guess, κ = {kappa:.3g}")
     bounds = [g["gamma"] for g in record.guarantees]
     if any(b is not None and b < 1 for b in bounds):
-        ax.plot(x, [1.0 if b is None else b for b in bounds], "d--", color=GREEN, ms=4, label="γ(κ): no attack recognises more")
+        ax.plot(x, [1.0 if b is None else b for b in bounds], "d--", color=GREEN, ms=4, label="γ(κ): most, if drawn from these")
 
 
 def recovered(record: AuditRecord) -> Figure:
@@ -147,7 +147,7 @@ def epsilon(record: AuditRecord) -> Figure:
     axes[0].set_ylabel("PSNR, dB")
     _line(axes[1], x, [v.identified for v in levels], RED, f"recognised among {record.candidates}", "s-")
     axes[1].plot(
-        x, [by_sigma[v.sigma]["gamma"] for v in levels], "d--", color=GREEN, ms=4, label="γ(κ): the most any attack can"
+        x, [by_sigma[v.sigma]["gamma"] for v in levels], "d--", color=GREEN, ms=4, label="γ(κ): most, if drawn from these"
     )
     axes[1].axhline(1 / record.candidates, color="0.5", ls="-.", lw=1.2, label="blind guess, κ")
     axes[1].set_ylim(-0.03, 1.05)

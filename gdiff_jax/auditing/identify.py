@@ -2,7 +2,8 @@
 
 The candidates are the private images and those they are looked for among, each with its label. Releases go through the
 mechanism as the audit's trials do; scores are of gradients that are clipped here, apart from it. So a mechanism that forgets
-its noise or its clipping gives away more than it says, and is found.
+its noise or its clipping gives away more than it says, and is found. Of Gaussian noise without clipping there is no bound, but
+the same attacker is the best, and what is to be expected the same.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from gdiff_jax import numerics
-from gdiff_jax.auditing.about import clip_norm
+from gdiff_jax.auditing.about import GaussianRelease, release_at
+from gdiff_jax.intervals import Interval, upper_quantile
 from gdiff_jax.matching import at_full_precision, released
 from gdiff_jax.sweeping import trials
 from gdiff_jax.sweeping.plan import Plan
@@ -25,7 +27,7 @@ from gdiff_jax.victims.label_range import check_label_range
 COUNTS = (10, 100, 1000, 10_000)
 REPETITIONS = 1000  # releases at each noise level
 FEWEST = 100
-DRAWS = 100_000  # of what is to be expected, at most; they cost no gradient
+DRAWS = 250_000  # of what is to be expected, at most; they cost no gradient. A share of 10 % is known to 1 % of its noise
 AT_ONCE = 2**25  # numbers: gradients that are computed together
 LARGEST = 2**28  # numbers: gradients that are held, 1 GiB
 WORK = 1e11  # of all repetitions, by `_work`: half a minute on two cores; a large model gets fewer of them
@@ -39,31 +41,32 @@ def counts_for(pool: int) -> tuple[int, ...]:
     return powers if powers and everything < 2 * powers[-1] else (*powers, everything)
 
 
-def measured(plan: Plan, candidates: np.ndarray, labels: Any) -> dict[str, Any]:
-    """How often the best attacker names the record, at each noise level with a guarantee and for each K.
+def measured(plan: Plan, candidates: np.ndarray, labels: Any, share: float) -> dict[str, Any]:
+    """How often the best attacker names the record, at each noise level and for each K, and the noise that is enough.
 
     Args:
       plan: of one victim and one mechanism.
       candidates: (N, H, W, C) in [-1, 1], beside the private images.
-      labels: (N,) of the candidates as the private ones count them; None where they are not known, and none of them takes part.
+      labels: (N, ...) of the candidates, as those of the private ones are; None where they are not known, and none of them
+        takes part.
+      share: the noise is looked for from which on the record is named in fewer than this share of releases.
 
     Returns:
       "reason", where nothing was measured, and only that; else it is "", and there are "pool" (how many candidates), "notes"
-      (sentences), "repetitions", "draws" of what is expected (0 where it was left out), "clip_norm", "norm" and "nearest"
-      (medians: norm of the clipped gradients, and distance to the nearest other), and "levels": by sigma "mu", "epsilon" and
-      "counts", by K "hits" of the repetitions, "expected" of the draws (None where it was left out), "bound" (gamma) and
-      "worst" (the most that any gradients are known to give away).
+      (sentences), "repetitions", "draws" of what is expected (0 where it was left out), "clip_norm" (None without clipping),
+      "norm" and "nearest" (medians: norm of the gradients, clipped, and distance to the nearest other), "enough" ("count" of
+      candidates, "share", and "sigma": the noise and the ends of its interval; None where it was not found), and "levels": by
+      sigma, that noise among them, "epsilon" (None without clipping) and "counts", by K "hits" of the repetitions, "expected"
+      of the draws (None where it was left out), "bound" (gamma) and "worst" (the most that any gradients are known to give
+      away), both None without clipping.
     """
     (state,), (mechanism,) = plan.params, plan.mechanisms
-    size, guarantees = plan.size(state.name), {s: plan.guarantee(state.name, mechanism, s) for s in plan.sigmas[mechanism]}
-    sigmas = [s for s, guarantee in guarantees.items() if guarantee]
-    norms = _clip_norms(plan, sigmas)
-    if reason := _reason(plan, norms):
+    releases = {sigma: release_at(plan, sigma) for sigma in plan.sigmas[mechanism]}
+    if reason := _reason(plan, releases):
         return {"reason": reason}
-    (norm,) = norms
-    assert norm is not None  # or there is a reason
-    # Of clipping and Gaussian noise there is always a mu. The mechanism's own sigma need not be the grid's.
-    noise = [norm / mu for mu in (guarantees[s].mu for s in sigmas) if mu is not None]
+    # The mechanism's own sigma need not be the grid's.
+    noise = {sigma: release.noise for sigma, release in releases.items() if release and release.noise > 0}
+    norm, size = next(release.norm for release in releases.values() if release), plan.size(state.name)
     x, y, notes = _pool(plan, candidates, labels, LARGEST // size)
     group = trials.Group("", state.name, state.training_steps, mechanism)
     shared = trials.shared_arguments(plan, group)
@@ -77,35 +80,59 @@ def measured(plan: Plan, candidates: np.ndarray, labels: Any) -> dict[str, Any]:
     factor = np.minimum(1, norm / np.maximum(_norms(clean), 1e-30)).astype(np.float32)
     clipped = np.multiply(clean, factor[:, None], out=clean)
     counts, rng = counts_for(len(x)), np.random.default_rng(plan.seed)
+    gram, critical, enough = _gram(clipped[:LARGEST_GRAM]), None, None
+    if len(x) <= LARGEST_GRAM:
+        critical = identification.critical_noise(rng, gram, counts, min(DRAWS, 2**25 // len(x)))
+        if 1 / counts[-1] < share:
+            enough = _enough(plan, critical[:, -1], share, noise)
+    else:
+        notes.append(f"What is to be expected is computed of at most {LARGEST_GRAM} candidates, and left out.")
+    if enough and enough[0] > 0:  # released at as any level is: what was computed and what the mechanism does must agree
+        noise[enough[0]] = release_at(plan, enough[0]).noise  # type: ignore[union-attr]  # it is one there too
+    sigmas = sorted(noise)
     repetitions = int(np.clip(WORK // _work(size, len(sigmas), len(x)), FEWEST, REPETITIONS))
     order = identification.orders(rng, repetitions, len(x), counts[-1])
     together = max(1, min(32, AT_ONCE // (size * len(sigmas))))
     scores = _scores(plan, group, shared, x, y, order[:, 0], np.array(sigmas, np.float32), clipped, together)
-    hits = [identification.identified(rng, of_level, order, counts).sum(0) for of_level in scores]
-    gram, draws, expected = _gram(clipped[:LARGEST_GRAM]), 0, None
-    if len(x) <= LARGEST_GRAM:
-        draws = min(DRAWS, 2**25 // len(x))
-        expected = identification.expected_hits(rng, gram, noise, counts, draws)
-    else:
-        notes.append(f"What is to be expected is computed of at most {LARGEST_GRAM} candidates, and left out.")
     levels = []
-    for i, sigma in enumerate(sigmas):
-        guarantee = guarantees[sigma]
+    for sigma, of_level in zip(sigmas, scores, strict=True):
+        hits = identification.identified(rng, of_level, order, counts).sum(0)
+        expected = None if critical is None else (critical >= noise[sigma]).sum(0)
+        guarantee = plan.guarantee(state.name, mechanism, sigma) if math.isfinite(norm) else None
         rows = [
             {
                 "count": count,
-                "hits": int(hits[i][j]),
-                "expected": None if expected is None else int(expected[i][j]),
-                "bound": guarantee.reconstruction_bound(1 / count),
-                "worst": identification.simplex_success(count, norm / noise[i]),
+                "hits": int(hits[j]),
+                "expected": None if expected is None else int(expected[j]),
+                "bound": guarantee and guarantee.reconstruction_bound(1 / count),
+                "worst": guarantee and identification.simplex_success(count, norm / noise[sigma]),
             }
             for j, count in enumerate(counts)
         ]
-        levels.append({"sigma": float(sigma), "mu": guarantee.mu, "epsilon": guarantee.epsilon, "counts": rows})
+        levels.append({"sigma": float(sigma), "epsilon": guarantee and guarantee.epsilon, "counts": rows})
     return {
-        "reason": "", "pool": len(x), "notes": notes, "repetitions": repetitions, "draws": draws, "clip_norm": norm,
-        "norm": float(np.median(_norms(clipped))), "nearest": _nearest(gram), "levels": levels,
+        "reason": "", "pool": len(x), "notes": notes, "repetitions": repetitions,
+        "draws": 0 if critical is None else len(critical), "clip_norm": norm if math.isfinite(norm) else None,
+        "norm": float(np.median(_norms(clipped))), "nearest": _nearest(gram),
+        "enough": enough and {"count": counts[-1], "share": share, "sigma": list(enough)}, "levels": levels,
     }  # fmt: skip
+
+
+def _enough(plan: Plan, critical: np.ndarray, share: float, noise: dict[float, float]) -> Interval | None:
+    """The sigma from which on fewer than the share of releases is named; None where a mechanism's own units do not tell it.
+
+    Args:
+      plan: see `measured`.
+      critical: (draws,) of `identification.critical_noise`.
+      share: above a blind guess's.
+      noise: by sigma of the grid, what the mechanism makes of it.
+    """
+    found = upper_quantile(critical, share)
+    unit = next(own / sigma for sigma, own in noise.items())
+    sigma = found.value / unit
+    release = release_at(plan, sigma) if math.isfinite(sigma) else None
+    same = release is not None and math.isclose(release.noise, found.value, rel_tol=1e-5)
+    return Interval(sigma, found.low / unit, found.high / unit) if same else None
 
 
 def _work(size: int, levels: int, pool: int) -> float:
@@ -113,26 +140,17 @@ def _work(size: int, levels: int, pool: int) -> float:
     return size * (levels * pool / 4 + 100)
 
 
-def _clip_norms(plan: Plan, sigmas: list[float]) -> set[float | None]:
-    """The norms that the mechanism clips to, over the levels: a user's own may have one for each."""
-    ((state, params),), (mechanism,) = plan.params.items(), plan.mechanisms.values()
-    if mechanism.clip_norm is None:
-        return {None}
-    at = lambda sigma: mechanism.for_image(numerics.key(0), sigma, plan.victims[state.name], params, plan.images[0])
-    return {clip_norm(at(sigma)) for sigma in sigmas}
-
-
-def _reason(plan: Plan, norms: set[float | None]) -> str:
+def _reason(plan: Plan, releases: dict[float, GaussianRelease | None]) -> str:
     """Why nothing can be measured; "" where it can."""
     if not plan.images_known or plan.leak is not None:
         return "the gradient was made elsewhere, and is one release"
     if plan.client.group > 1:
         return f"a leak is of {plan.client.group} images, and the attacker would have to know the others"
-    if None in norms:
-        return "the mechanism is not clipping and then Gaussian noise, of which the best attacker and its bound are known"
-    if len(norms) > 1:
+    if None in releases.values():
+        return "the mechanism is not Gaussian noise, clipped before or not, of which the best attacker is known"
+    if len({release.norm for release in releases.values() if release}) > 1:
         return "the mechanism clips to another norm at each noise level"
-    return "" if norms else "no noise level has a guarantee"
+    return "" if any(release and release.noise > 0 for release in releases.values()) else "no noise level has any noise"
 
 
 def _pool(plan: Plan, candidates: np.ndarray, labels: Any, most: int) -> tuple[np.ndarray, Any, list[str]]:
@@ -143,10 +161,10 @@ def _pool(plan: Plan, candidates: np.ndarray, labels: Any, most: int) -> tuple[n
     else:
         known = {image.tobytes() for image in x}
         new = [i for i, image in enumerate(candidates) if image.tobytes() not in known]
-        others, their_labels = candidates[new], np.asarray(labels)[new].astype(np.asarray(y).dtype)
+        others, theirs = candidates[new], jax.tree.map(lambda own, a: np.asarray(a)[new].astype(own.dtype), y, labels)
         try:
-            _check_labels(plan, y, their_labels)
-            x, y = np.concatenate([x, others]), np.concatenate([y, their_labels])
+            _check_labels(plan, y, theirs)
+            x, y = np.concatenate([x, others]), jax.tree.map(lambda *a: np.concatenate(a), y, theirs)
         except ValueError as error:
             notes.append(f"Other images are no candidates: {error}.")
     if len(x) > most:
@@ -154,9 +172,10 @@ def _pool(plan: Plan, candidates: np.ndarray, labels: Any, most: int) -> tuple[n
     return x[:most], _take(y, slice(most)), notes
 
 
-def _check_labels(plan: Plan, known: Any, others: np.ndarray) -> None:
+def _check_labels(plan: Plan, known: Any, others: Any) -> None:
     """ValueError where a label beyond those of the private images, which were checked, is none of the loss's classes."""
-    if len(others) and (others.max() > np.max(known) or others.min() < 0):
+    (own, *_), (new, *_) = jax.tree.leaves(known), jax.tree.leaves(others)
+    if len(new) and (new.max() > np.max(own) or new.min() < 0):
         (state,) = plan.params
         check_label_range(plan.victims[state.name].loss, plan.params[state], plan.images[0], others)
 

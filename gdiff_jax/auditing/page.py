@@ -11,6 +11,7 @@ from gdiff_jax.auditing import against_bound, answers, blind_page, figures, mark
 from gdiff_jax.auditing.enough import enough
 from gdiff_jax.auditing.record import AuditRecord
 from gdiff_jax.auditing.templates import Table, table
+from gdiff_jax.intervals import Interval
 
 LONG = 24  # entries of a setting that have no lines of their own
 _RASTER = ("reconstructions", "recognised", "deviation", "attempts", "film")  # made of pixels: as PNG they are smaller
@@ -68,18 +69,26 @@ def _enough(record: AuditRecord) -> Table:
     head = ["so that …", "σ", "ε", "cosine", "decrease of loss left"]
     rows = []
     for e in enough(record):
-        sigma = sentences.noise_text(record, e.noise) if e.measured else f"{e.noise.value:.3g}"
+        sigma = sentences.noise_text(record, e.noise) if e.measured else _three_digits(e.noise)
         left = "-" if math.isnan(e.cosine) else f"{100 * e.cosine**2:.2g} %"
         rows.append([e.wanted, sigma, _number(e.epsilon, 4), _number(e.cosine), left])
     return table(head, rows)
 
 
+def _three_digits(noise: Interval) -> str:
+    bounds = "" if math.isnan(noise.low) else f" [{noise.low:.3g}, {noise.high:.3g}]"
+    return f"{noise.value:.3g}{bounds}"
+
+
 def _identified(record: AuditRecord) -> Table:
-    head = ["σ", "ε", "K", "named", "expected", "worst gradients", "γ(1/K)", "blind"]
+    found = against_bound.identified(record)
+    bounded = any(r.bound is not None for r in found)
+    head = ["σ", *["ε"] * bounded, "K", "named", "expected", *["worst gradients", "γ(1/K)"] * bounded, "blind"]
     rows = []
-    for r in against_bound.identified(record):
-        shares = map(against_bound.share, (r.expected, r.worst, r.bound, 1 / r.count))
-        rows.append([f"{r.sigma:.3g}", f"{r.epsilon:.4g}", str(r.count), r.success.percent(1), *shares])
+    for r in found:
+        shares = map(against_bound.share, (r.expected, *(r.worst, r.bound) * bounded, 1 / r.count))
+        epsilon = [_number(r.epsilon, 4)] * bounded
+        rows.append([f"{r.sigma:.3g}", *epsilon, str(r.count), r.success.percent(1), *shares])
     return table(head, rows)
 
 
@@ -141,7 +150,7 @@ def render(record: AuditRecord, drawn: dict[str, bytes]) -> str:
     frames = [v for k, v in record.pictures.items() if k.startswith("film/")]
     theory, limits = _theory(record)
     sections = [("threat", "Attacker"), ("images", "Images"), ("noise", "Noise"), ("guarantees", "Guarantees")]
-    sections += [("named", "Against the bound")]
+    sections += [("named", "Who knows the candidates")]
     sections += [("steps", "Steps"), ("theory", "Theory"), ("reproduce", "Reproduce")]
     missing = {"noise": not record.has_truth, "theory": not theory, "named": not against_bound.identified(record)}
     return templates.render(

@@ -41,8 +41,8 @@ class AuditRecord:
       pictures: PNG files, base64, by name: `truth/IMAGE`, `found/SIGMA/IMAGE` (attacker's pick, seed 0),
         `recognised/SIGMA/IMAGE` (the pick to recognise it by, where another is in the running), `deviation/SIGMA/IMAGE` (what
         each pixel of what was found is expected to err by, where its method says), `prior/IMAGE`, `film/STEP`.
-      identification: how often the best attacker names the record among K candidates (`identify.measured`); None where it was
-        not asked, as of audits of before.
+      identification: how often the best attacker names the record among K candidates, and from which noise on seldom
+        (`identify.measured`); None where it was not asked, as of audits of before.
       blind: pictures and key of a test for people (`blind.blind_test`); None where there is none.
     """
 

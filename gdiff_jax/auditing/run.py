@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gdiff_jax import numerics
-from gdiff_jax.auditing.about import about_run, guarantee_row
+from gdiff_jax.auditing.about import about_run, clip_norm, guarantee_row
 from gdiff_jax.auditing.assemble import Trials, assemble
 from gdiff_jax.auditing.film import film, film_steps
 from gdiff_jax.auditing.identify import measured
@@ -44,7 +44,7 @@ class Question:
       share: look for the noise from which on fewer than this share of the images is recovered.
       spectra: images whose spectrum of J^T J is computed.
       information: (d, d) inverse covariance of images like the private ones, for the van Trees limit; None leaves it out.
-      candidate_labels: (K,) of the candidates, as the private images' labels count; None where they are not known.
+      candidate_labels: (K, ...) of the candidates, as the private images' labels are; None where they are not known.
       film: the DSG by which one reconstruction is made again, to be looked at while it comes into being.
     """
 
@@ -53,12 +53,15 @@ class Question:
     share: float = 0.1
     spectra: int = 1
     information: np.ndarray | None = None
-    candidate_labels: np.ndarray | None = None
+    candidate_labels: Any = None
     film: DSG = DSG()
 
     def __post_init__(self) -> None:
         # One that is there twice is as easily named as one: counted twice, a blind guess would look worse than it is.
-        object.__setattr__(self, "candidates", distinct_images(self.candidates))
+        kept = distinct_images(self.candidates)
+        object.__setattr__(self, "candidates", self.candidates[kept])
+        if self.candidate_labels is not None:
+            object.__setattr__(self, "candidate_labels", jax.tree.map(lambda a: a[kept], self.candidate_labels))
 
 
 def audited(plan: Plan) -> tuple[VictimState, str]:
@@ -110,7 +113,7 @@ def run(
     with _told(failed, "the film"):
         frames = _film(plan, question.film)
     with _told(failed, "identification"):
-        identification = measured(plan, question.candidates, question.candidate_labels)
+        identification = measured(plan, question.candidates, question.candidate_labels, question.share)
     parts = {"failed_parts": failed} if failed else {}
     return _assemble(plan, question, store, rows, {**about, **parts, **seconds()}, theory, frames, identification)
 
@@ -231,7 +234,7 @@ def _about(plan: Plan, question: Question) -> dict[str, Any]:
         "methods": list(plan.methods),
         "attacks": words.settings(plan),
         "mechanism": mechanism,
-        "clip_norm": plan.mechanisms[mechanism].clip_norm,
+        "clip_norm": clip_norm(plan),
         "threat_model": words.threat_model(plan),
         "threshold": question.threshold,
         "share": question.share,

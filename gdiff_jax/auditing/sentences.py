@@ -61,11 +61,11 @@ def verdict(record: AuditRecord) -> list[str]:
             f"With {images} {what} even a share of {last.recovered.value:.0%} may be one of {last.recovered.high:.0%}: "
             f"audit more of them before you rely on the {about['share']:.0%}."
         )
+    lines += against_bound.sentences(record)
     if all(math.isinf(level.epsilon) for level in noise_levels):
         reason = next((g["reason"] for g in record.guarantees if g["sigma"] == last.sigma), "no noise")
         lines.append(f"There is no differential-privacy guarantee: {reason}. Stronger attacks than these may exist.")
     else:
-        lines += against_bound.sentences(record)
         lines.append("Attacks show what is possible today; the guarantees below hold against every attack.")
     return lines + how(record) + _of_module(record)
 

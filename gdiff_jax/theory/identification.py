@@ -25,6 +25,7 @@ import scipy.integrate
 from scipy.special import ndtr
 
 DRAWS_AT_ONCE = 2**22  # numbers, of scores
+EQUAL = 1e-13  # squared distance over squared norms, up to which two gradients are one: rounding of float64 and no more
 
 
 def orthogonal_success(count: int, mu: float) -> float:
@@ -58,7 +59,7 @@ def orders(rng: np.random.Generator, repetitions: int, pool: int, most: int) -> 
 
     So the record is one of the first K at random, for every K up to `most`, as the bound needs it.
     """
-    return np.stack([rng.choice(pool, most, replace=False) for _ in range(repetitions)])
+    return rng.permuted(np.broadcast_to(np.arange(pool), (repetitions, pool)), axis=1)[:, :most]
 
 
 def identified(rng: np.random.Generator, scores: np.ndarray, order: np.ndarray, counts: Sequence[int]) -> np.ndarray:
@@ -81,33 +82,48 @@ def identified(rng: np.random.Generator, scores: np.ndarray, order: np.ndarray, 
     return np.stack([named(k) for k in counts], axis=1)
 
 
-def expected_hits(
-    rng: np.random.Generator, gram: np.ndarray, sigmas: Sequence[float], counts: Sequence[int], draws: int
-) -> np.ndarray:
-    """How often the best attacker would name the record among K of a pool of gradients, counted over draws of the noise.
+def critical_noise(rng: np.random.Generator, gram: np.ndarray, counts: Sequence[int], draws: int) -> np.ndarray:
+    """Of draws of record, candidates and noise: the sigma up to which the best attacker names the record, and above not.
 
-    Scores need no gradient: of a record i they are G_ij + sigma <n, g_j> - G_jj / 2, and the <n, g_j> are jointly normal with
-    the Gram matrix G as covariance. Exact in distribution [derived].
+    With d_j = || g_i - g_j || and standard normal n, the record i of y = g_i + sigma n has the highest score where
+    sigma <n, g_j - g_i> <= d_j^2 / 2 for all other candidates j: up to the least d_j^2 / (2 <n, g_j - g_i>) of those with
+    <n, g_j - g_i> > 0 [derived]. So success at *any* sigma is the share of draws that are at least that, it falls in sigma, and
+    where it crosses a share is a quantile of them. No gradient is needed: the <n, g_j> are jointly normal, with the Gram matrix
+    as covariance.
 
     Args:
       rng: of candidates and noise.
-      gram: (N, N) inner products of the clipped gradients, float64.
-      sigmas: standard deviations of the noise, > 0, in units of the gradient; one draw of noise serves all.
+      gram: (N, N) inner products of the gradients as they meet the noise, float64.
       counts: the K, each in 1 .. N.
-      draws: how often.
+      draws: how many.
 
     Returns:
-      (len(sigmas), len(counts)) integers in 0 .. draws.
+      (draws, len(counts)) in the units of the gradients: 0 where an equal candidate is named by lot, inf where no noise of that
+      direction leads astray.
     """
     values, vectors = np.linalg.eigh(gram)
     root = vectors * np.sqrt(np.maximum(values, 0))  # rounding leaves eigenvalues of 0 a little below it
-    found = np.zeros((len(sigmas), len(counts)), int)
+    norms = np.diag(gram)
+    apart = norms[:, None] + norms[None] - 2 * gram
+    apart = np.where(apart > EQUAL * (norms[:, None] + norms[None]), apart, 0)
+    last = np.array(counts) - 1
+    found = []
     while draws > 0:
         some = min(draws, max(1, DRAWS_AT_ONCE // len(gram)))
         order = orders(rng, some, len(gram), max(counts))
+        record, others = order[:, :1], order[:, 1:]
         noise = rng.standard_normal((some, len(gram))) @ root.T
-        clean = gram[order[:, 0]] - np.diag(gram) / 2
-        for row, sigma in zip(found, sigmas, strict=True):
-            row += identified(rng, clean + sigma * noise, order, counts).sum(0)
+        astray = np.take_along_axis(noise, others, 1) - np.take_along_axis(noise, record, 1)
+        squares = apart[record, others]
+        equal = squares == 0
+        inverse = np.divide(2 * astray, squares, out=np.zeros_like(astray), where=~equal & (astray > 0))
+        inverse = np.maximum.accumulate(_and_first(inverse, 0.0), axis=1)[:, last]
+        named = rng.uniform(size=(some, 1)) * np.cumsum(_and_first(equal, True), axis=1)[:, last] < 1
+        found.append(np.where(named, np.divide(1, inverse, out=np.full_like(inverse, np.inf), where=inverse > 0), 0.0))
         draws -= some
-    return found
+    return np.concatenate(found)
+
+
+def _and_first(others: np.ndarray, own: float) -> np.ndarray:
+    """(R, M) of the other candidates and, first, the record."""
+    return np.pad(others, ((0, 0), (1, 0)), constant_values=own)

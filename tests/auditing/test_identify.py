@@ -15,6 +15,8 @@ from written import faults_of_json
 import gdiff_jax as gd
 from gdiff_jax import intervals
 from gdiff_jax.auditing import against_bound, identify, run
+from gdiff_jax.auditing.about import clip_norm
+from gdiff_jax.auditing.enough import enough
 from gdiff_jax.commands import audit as command
 from gdiff_jax.mechanisms import Chain, Clip, GaussianNoise, LaplaceNoise
 from gdiff_jax.sweeping.config import Client
@@ -38,8 +40,9 @@ def with_(found):
     return make(identification=found)
 
 
-def measure(plan):
-    return identify.measured(plan, plan.images, None)
+def measure(plan, share=0.1):
+    """By default a share below a blind guess's: no noise is looked for."""
+    return identify.measured(plan, plan.images, None, share)
 
 
 def test_a_sound_release_gives_what_is_expected_and_no_more_than_the_bound(plan):
@@ -149,13 +152,14 @@ def test_at_the_bound_itself_chance_is_no_finding():
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        (dict(mechanism=GaussianNoise), "not clipping and then Gaussian noise"),
-        (dict(mechanism=lambda s: Chain((Clip(1.0), LaplaceNoise(s)))), "not clipping and then Gaussian noise"),
+        (dict(mechanism=LaplaceNoise), "not Gaussian noise, clipped before or not"),
+        (dict(mechanism=lambda s: Chain((Clip(1.0), LaplaceNoise(s)))), "not Gaussian noise, clipped before or not"),
+        (dict(mechanism=lambda s: Chain((GaussianNoise(s), Clip(1.0)))), "not Gaussian noise, clipped before or not"),
         (dict(mechanism=lambda s: Chain((Clip(s + 1.0), GaussianNoise(s)))), "another norm at each noise level"),
-        (dict(sigmas=(0,)), "no noise level has a guarantee"),
+        (dict(sigmas=(0,)), "no noise level has any noise"),
     ],
 )
-def test_nothing_is_measured_without_a_bound(planned, data, changes, reason):
+def test_nothing_is_measured_where_the_best_attacker_is_not_known(planned, data, changes, reason):
     plan = planned(*own_models.make(), *data, **{**dict(sigmas=SIGMAS, mechanism=clipped), **changes})
     found = measure(plan)
     assert found.keys() == {"reason"}
@@ -167,6 +171,43 @@ def test_nothing_is_measured_of_several_images(plan):
     assert "2 images" in measure(dataclasses.replace(plan, client=Client(group=2)))["reason"]
 
 
+@pytest.mark.parametrize("mechanism", [clipped, GaussianNoise, lambda s: GaussianNoise(2 * s)])
+def test_the_noise_is_found_where_success_crosses_the_share(planned, data, mechanism):
+    """Not on the grid; and what the mechanism itself does there is counted."""
+    plan = planned(*own_models.make(), *data, sigmas=SIGMAS, mechanism=mechanism)
+    found = measure(plan, 0.4)
+    sigma, low, high = found["enough"]["sigma"]
+    assert (found["enough"]["count"], found["enough"]["share"]) == (6, 0.4)
+    assert low < sigma < high < 1.05 * low
+    record = with_(found)
+    rows = against_bound.identified(record)
+    assert [r.sigma for r in rows] == sorted({*SIGMAS[1:], sigma})
+    (at,) = (r for r in rows if r.sigma == sigma)
+    assert at.expected == pytest.approx(0.4, abs=1e-3)
+    assert [r.expected >= 0.4 for r in rows] == [r.sigma <= sigma for r in rows]
+    assert against_bound.findings(record) == against_bound.warnings(record) == []
+    (best,) = (e for e in enough(record) if "the best attacker names an image drawn from 6" in e.wanted)
+    assert best.noise == (sigma, low, high)
+    if mechanism is not clipped:
+        assert (at.epsilon, at.bound, at.worst, found["clip_norm"]) == (None,) * 4
+        assert "of which without clipping there is no bound" in against_bound.sentences(record)[0]
+
+
+def test_noise_is_found_to_be_too_little_without_a_bound(planned, data, monkeypatch):
+    halved_noise(monkeypatch)
+    found = measure(planned(*own_models.make(), *data, sigmas=(0.0, 0.3, 1.0), mechanism=GaussianNoise), 0.4)
+    (said,) = against_bound.findings(with_(found))
+    assert "is noise too small?" in said
+    (row,) = next(level for level in found["levels"] if level["sigma"] == found["enough"]["sigma"][0])["counts"]
+    sure = intervals.clopper_pearson(row["hits"], found["repetitions"], 1e-4)
+    assert sure.low > row["expected"] / found["draws"] == pytest.approx(0.4, abs=1e-3)  # at what was found
+
+
+def test_no_noise_hides_a_record_better_than_a_guess(plan):
+    assert measure(plan, 1 / 6)["enough"] is None
+    assert measure(plan, 0.2)["enough"]["sigma"][0] > 1
+
+
 def test_the_noise_is_the_mechanisms_own_and_not_the_grids(planned, data):
     """Which may say it in other units."""
     twice = lambda s: Chain((Clip(NORM), GaussianNoise(2 * s)))
@@ -175,6 +216,20 @@ def test_the_noise_is_the_mechanisms_own_and_not_the_grids(planned, data):
     assert row.bound == pytest.approx(gaussian_guarantee(0.25 / NORM, 1e-5).reconstruction_bound(1 / 6))
     assert row.expected < row.worst < row.bound
     assert against_bound.findings(with_(found)) == against_bound.warnings(with_(found)) == []
+
+
+@pytest.mark.parametrize(
+    ("mechanism", "norm"),
+    [
+        (clipped, NORM),
+        (lambda s: Chain((Clip(NORM), GaussianNoise(2 * s))), None),
+        (lambda s: Chain((Clip(NORM + s), GaussianNoise(s))), None),
+        (GaussianNoise, None),
+    ],
+)
+def test_a_clip_norm_is_told_where_it_holds_at_every_level(planned, data, mechanism, norm):
+    """Or an epsilon would be told that is another's."""
+    assert clip_norm(planned(*own_models.make(), *data, sigmas=SIGMAS, mechanism=mechanism)) == norm
 
 
 def test_of_local_steps_what_the_client_sends_is_told_apart(plan):
@@ -202,14 +257,14 @@ def test_the_counts_are_powers_of_ten_and_all(pool, counts):
 def test_other_candidates_take_part_by_their_labels(plan, data):
     """Each once, and none whose label is no class of the loss."""
     few = dataclasses.replace(plan, images=plan.images[:2], labels=plan.labels[:2])
-    rest = identify.measured(few, plan.images, plan.labels)
+    rest = identify.measured(few, plan.images, plan.labels, 0.1)
     assert rest["pool"] == 6
     assert [level["counts"][0]["expected"] for level in rest["levels"]] == [
         level["counts"][0]["expected"] for level in measure(plan)["levels"]
     ]
-    unlabelled = identify.measured(few, plan.images, None)
+    unlabelled = identify.measured(few, plan.images, None, 0.1)
     assert (unlabelled["pool"], len(unlabelled["notes"])) == (2, 1)
-    beyond = identify.measured(few, plan.images, plan.labels + 20)
+    beyond = identify.measured(few, plan.images, plan.labels + 20, 0.1)
     assert beyond["pool"] == 2
     assert "label 22" in beyond["notes"][0]
 

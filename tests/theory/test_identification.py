@@ -4,9 +4,11 @@ import math
 
 import numpy as np
 import pytest
-from scipy.special import ndtr
+import scipy.optimize
+from scipy.special import ndtr, ndtri
 
 from gdiff_jax import intervals
+from gdiff_jax.auditing.enough import robust_noise_multiplier
 from gdiff_jax.theory import identification
 from gdiff_jax.theory.privacy import gaussian_guarantee
 
@@ -16,8 +18,8 @@ DRAWS = 40_000
 def share(gram, sigma, count, draws=DRAWS, seed=0):
     """Success and its interval of 99.99 %: each test makes a few comparisons."""
     rng = np.random.default_rng(seed)
-    ((hits,),) = identification.expected_hits(rng, np.asarray(gram, float), (sigma,), (count,), draws)
-    return intervals.clopper_pearson(hits, draws, 1e-4)
+    critical = identification.critical_noise(rng, np.asarray(gram, float), (count,), draws)
+    return intervals.clopper_pearson((critical >= sigma).sum(), draws, 1e-4)
 
 
 def holds(interval, value):
@@ -82,10 +84,55 @@ def test_candidates_are_drawn_from_a_larger_pool():
 
 def test_several_noise_levels_and_counts_at_once():
     rng = np.random.default_rng(3)
-    hits = identification.expected_hits(rng, np.eye(30), (0.3, 1.0), (2, 10, 30), DRAWS)
-    for row, mu in zip(hits, (1 / 0.3, 1.0), strict=True):
-        for found, count in zip(row, (2, 10, 30), strict=True):
+    critical = identification.critical_noise(rng, np.eye(30), (2, 10, 30), DRAWS)
+    for mu in (1 / 0.3, 1.0):
+        for found, count in zip((critical >= 1 / mu).sum(0), (2, 10, 30), strict=True):
             assert holds(intervals.clopper_pearson(found, DRAWS, 1e-4), identification.orthogonal_success(count, mu))
+
+
+def test_a_draw_is_named_up_to_its_critical_noise_and_not_above():
+    """By the scores of the leak itself, of gradients that are given, some of them twice."""
+    g = np.random.default_rng(4).normal(size=(6, 3))
+    g[5] = g[0]
+    critical = identification.critical_noise(np.random.default_rng(5), g @ g.T, (3, 6), 500)
+    rng = np.random.default_rng(5)
+    order, noise = identification.orders(rng, 500, 6, 6), rng.standard_normal((500, 6))
+    values, vectors = np.linalg.eigh(g @ g.T)
+    products = noise @ (vectors * np.sqrt(np.maximum(values, 0))).T  # <n, g_j>
+    for row, inner, limits in zip(order, products, critical, strict=True):
+        score = lambda sigma, i=row[0], inner=inner: g @ g[i] + sigma * inner - np.square(g).sum(1) / 2
+        for k, limit in zip((3, 6), limits, strict=True):
+            if 0 < limit < np.inf:
+                others = row[1:k]
+                assert (score(limit * 0.999)[row[0]] > score(limit * 0.999)[others] - 1e-6 * limit).all()
+                assert (score(limit * 1.001)[row[0]] < score(limit * 1.001)[others]).any()
+    twice = np.isin(order[:, 0], (0, 5))
+    assert 0.4 < (critical[twice, 1] == 0).mean() < 0.6
+    assert (critical[~twice] > 0).all()
+
+
+@pytest.mark.parametrize(("count", "share"), [(2, 0.9), (10, 0.5), (20, 0.3)])
+def test_the_noise_where_success_crosses_a_share_is_that_of_closed_forms(count, share):
+    """Of the simplex; of two it is d / (2 Phi^-1(share)), which is the root of gamma(1/2) too."""
+    simplex = (np.eye(count) * count - 1) / (count - 1)
+    critical = identification.critical_noise(np.random.default_rng(6), simplex, (count,), 100_000)
+    found = intervals.upper_quantile(critical[:, 0], share)
+    root = scipy.optimize.brentq(lambda sigma: identification.simplex_success(count, 1 / sigma) - share, 0.1, 10)
+    assert found.value == pytest.approx(root, rel=0.01)
+    assert found.low < root < found.high
+    if count == 2:
+        assert root == pytest.approx(1 / ndtri(share))
+        assert root == pytest.approx(robust_noise_multiplier(share, 0.5))
+
+
+def test_the_interval_of_a_quantile_covers_it():
+    rng = np.random.default_rng(7)
+    for draws, share in ((10, 0.1), (200, 0.1), (30, 0.9)):
+        found = [intervals.upper_quantile(-np.log(rng.uniform(size=draws)), share) for _ in range(1000)]
+        missed = np.mean([not f.low < -np.log(share) <= f.high for f in found])
+        assert missed < 0.05 + 3 * math.sqrt(0.05 / 1000)
+    assert intervals.upper_quantile(np.arange(10.0), 0.3) == (7.0, 3.0, math.inf)
+    assert intervals.upper_quantile(np.array([1.0, 2.0]), 0.4) == (2.0, 0.0, math.inf)
 
 
 def test_scores_say_who_is_named():
