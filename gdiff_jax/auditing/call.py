@@ -72,6 +72,7 @@ def audit(
     threshold: float = 20.0,
     share: float = 0.1,
     delta: float = 1e-5,
+    more_levels: int = 0,
     candidates: Any = None,
     candidate_labels: Any = None,
     name: str = "the model",
@@ -107,6 +108,8 @@ def audit(
       threshold: PSNR in dB from which on an image counts as recovered.
       share: the audit looks for the noise from which on fewer than this share of the images is recovered.
       delta: of every (epsilon, delta) that is told.
+      more_levels: noise levels, so many at most, that are tried beside the grid, where what is recovered or recognised crosses
+        the share. Each takes as long as one of the grid.
       candidates: images (K, H, W, C) among which the truth is looked for; the bundled CIFAR-10 test images where they fit,
         together with `images`, if None.
       candidate_labels: (K, ...) of `candidates`, as `labels` are: by them the candidates, and not the private images alone, are
@@ -133,7 +136,7 @@ def audit(
         others = _candidates(candidates, x)
         their_labels = None if candidate_labels is None else checks.candidate_labels_of(candidate_labels, candidates, y)
         sigmas = _one_grid(sigma_grid, sigmas)
-        checks.check_numbers(sigmas, seed, threshold, share, delta, seeds=seeds, steps=steps, batch=batch)
+        checks.check_numbers(sigmas, seed, threshold, share, delta, more_levels, seeds=seeds, steps=steps, batch=batch)
         need(steps <= len(prior.betas), f"steps {steps}: the prior was trained with {len(prior.betas)}; ask for fewer")
         attacker = checks.attacker_of(attacker)
         checks.check_client(client, len(x))
@@ -159,8 +162,9 @@ def audit(
         attack = partial(run_trials, batch=batch, progress=progress)
         dsg = chosen.get("dsg")
         question = Question(
-            others, threshold, share, candidate_labels=their_labels, film=dsg if isinstance(dsg, DSG) else DSG()
-        )
+            others, threshold, share, candidate_labels=their_labels, more_levels=more_levels,
+            film=dsg if isinstance(dsg, DSG) else DSG(),
+        )  # fmt: skip
         with contextlib.closing(store):  # a notebook that keeps a traceback keeps the store in it, and its lock
             return run(plan, question, store, attack, about)
 

@@ -154,14 +154,17 @@ def _stacked(arrays: Any, count: int) -> Any:
     return np.stack(arrays)
 
 
-def check_numbers(sigmas: Sequence[float], seed: int, threshold: float, share: float, delta: float, **counts: int) -> None:
+def check_numbers(
+    sigmas: Sequence[float], seed: int, threshold: float, share: float, delta: float, more_levels: int, **counts: int
+) -> None:
     levels = [_finite("sigma_grid", sigma) for sigma in sigmas]
     need(
         levels and len(set(levels)) == len(levels) and min(levels) >= 0,
         f"sigma_grid {levels} must be standard deviations, finite and >= 0, without repeats",
     )
-    for name, value in (("seed", seed), *counts.items()):
+    for name, value in (("seed", seed), ("more_levels", more_levels), *counts.items()):
         need(isinstance(value, int | np.integer), f"{name} {value!r} must be a whole number")
+    need(more_levels >= 0, f"more_levels {more_levels} must not be negative; 0 tries the grid alone")
     for name, value in counts.items():
         need(value >= 1, f"{name} {value} must be at least 1")
     _finite("threshold", threshold)

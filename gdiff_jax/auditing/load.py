@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import math
 import os
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -71,8 +70,8 @@ def _show(folder: Path, audit: Audit) -> None:
     tqdm.write(f"\nso far ({len(audit.attacks)} attacks): {audit.verdict()}\n{page}\n")
 
 
-def _attack(options: Run, plan: Plan, store: Store, after: Callable[[list[int]], None] | None) -> list[Row]:
-    rows = run_trials(plan, store, options.batch, options.memory_gib, after=after)
+def _attack(options: Run, plan: Plan, store: Store, **calls: Any) -> list[Row]:
+    rows = run_trials(plan, store, options.batch, options.memory_gib, **calls)
     print("theory, film and report ...")
     return rows
 
@@ -232,7 +231,7 @@ def load_question(asked: Asked, sweep: SweepConfig, plan: Plan) -> Question:
         alike = inputs.read_images("data", asked.data, "train", prior, shape)
         inputs.tell(asked.data, dataclasses.replace(alike, classes=()))
         information = prior_information(alike.images)
-    return Question(others, asked.threshold, asked.share, asked.spectra, information, labels)
+    return Question(others, asked.threshold, asked.share, asked.spectra, information, labels, asked.more_levels)
 
 
 def _labels_of(candidates: image_files.ImageSet, asked: Asked, sweep: SweepConfig, plan: Plan) -> np.ndarray | None:

@@ -7,7 +7,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -17,6 +17,7 @@ import numpy as np
 from gdiff_jax import numerics
 from gdiff_jax.auditing.about import about_run, clip_norm, guarantee_row
 from gdiff_jax.auditing.assemble import Trials, assemble
+from gdiff_jax.auditing.between import next_level
 from gdiff_jax.auditing.film import film, film_steps
 from gdiff_jax.auditing.identify import measured
 from gdiff_jax.auditing.result import Audit
@@ -24,7 +25,7 @@ from gdiff_jax.methods import DSG, Analytic, AnalyticDSG, Problem
 from gdiff_jax.metrics import candidate_count, distinct_images
 from gdiff_jax.sweeping import trials, words
 from gdiff_jax.sweeping.checks import hindrances
-from gdiff_jax.sweeping.plan import Plan, VictimState
+from gdiff_jax.sweeping.plan import PRIOR_ONLY, Plan, VictimState
 from gdiff_jax.sweeping.records import MemoryStore, Row, Store
 from gdiff_jax.theory.summary import summarise
 from gdiff_jax.victims.own import OwnVictim
@@ -45,6 +46,7 @@ class Question:
       spectra: images whose spectrum of J^T J is computed.
       information: (d, d) inverse covariance of images like the private ones, for the van Trees limit; None leaves it out.
       candidate_labels: (K, ...) of the candidates, as the private images' labels are; None where they are not known.
+      more_levels: noise levels, so many at most, that are tried beside the plan's, see `between.next_level`.
       film: the DSG by which one reconstruction is made again, to be looked at while it comes into being.
     """
 
@@ -54,6 +56,7 @@ class Question:
     spectra: int = 1
     information: np.ndarray | None = None
     candidate_labels: Any = None
+    more_levels: int = 0
     film: DSG = DSG()
 
     def __post_init__(self) -> None:
@@ -102,10 +105,11 @@ def run(
     """
     started = time.time()
     seconds = lambda: {"seconds": round(time.time() - started, 1)}
-    early = lambda done: _assemble(
-        plan, question, store, store.rows(done), {**about, **seconds(), "unfinished": True}, None, [], None
-    )
-    rows = attack(plan, store, after=_now_and_then(early, show) if show else None)
+    of_rows = lambda rows: _assemble(plan, question, store, rows, {**about, **seconds(), "unfinished": True}, None, [], None)
+    early = lambda done: of_rows(store.rows(done))
+    more = partial(_more, plan, question.more_levels, of_rows) if plan.images_known and question.more_levels else None
+    rows = attack(plan, store, after=_now_and_then(early, show) if show else None, more=more)
+    plan = dataclasses.replace(plan, sigmas={audited(plan)[1]: _levels(rows)})
     theory, frames, identification = None, [], None
     failed: list[str] = []
     with _told(failed, "theory"):
@@ -153,13 +157,26 @@ def _assemble(
     known = plan.images_known
     count = candidate_count(question.candidates, plan.images) if known else 0
     kappa = 1 / count if count > 1 else BLIND_GUESS
-    levels = [s for s in plan.sigmas[mechanism] if any(row["sigma"] == s for row in rows)]
-    guarantees = [guarantee_row(s, plan.guarantee(state.name, mechanism, s), kappa) for s in levels]
+    guarantees = [guarantee_row(s, plan.guarantee(state.name, mechanism, s), kappa) for s in _levels(rows)]
     return assemble(
         {**_about(plan, question), "num_images": len({row["image"] for row in rows}), **about}, gather(rows, store),
         plan.images if known else None, candidates=question.candidates, mean_image=plan.prior.mean_image, guarantees=guarantees,
         theory=theory, film=frames, identification=identification,
     )  # fmt: skip
+
+
+def _levels(rows: list[Row]) -> tuple[float, ...]:
+    """Noise levels that were attacked, ascending."""
+    return tuple(sorted({row["sigma"] for row in rows if row["method"] != PRIOR_ONLY}))
+
+
+def _more(plan: Plan, most: int, of_rows: Callable[[list[Row]], Audit], rows: list[Row]) -> dict[str, tuple[float, ...]]:
+    """For the engine: the level to try beside those of the rows; {} where there is none, or enough were tried."""
+    _, mechanism = audited(plan)
+    if len(_levels(rows)) - len(plan.sigmas[mechanism]) >= most:
+        return {}
+    sigma = next_level(of_rows(rows))
+    return {} if sigma is None else {mechanism: (sigma,)}
 
 
 @contextlib.contextmanager

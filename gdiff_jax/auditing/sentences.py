@@ -7,7 +7,7 @@ from collections import defaultdict
 
 import numpy as np
 
-from gdiff_jax.auditing import against_bound
+from gdiff_jax.auditing import against_bound, between
 from gdiff_jax.auditing.record import AuditRecord
 from gdiff_jax.auditing.summary import Level, attacker_picks, levels, smallest_noise
 from gdiff_jax.intervals import Interval
@@ -52,8 +52,9 @@ def verdict(record: AuditRecord) -> list[str]:
         )
     else:
         lines.append(
-            share + f"from noise of sigma {noise_text(record, chosen)} on, interpolated between levels (an oracle who "
-            f"picks iterates by the truth: {noise_text(record, best)}){_epsilon_text(record, chosen.value)}."
+            f"{share}from noise of sigma {noise_text(record, chosen)} on, interpolated between levels"
+            f"{_which(record, chosen)} (an oracle who picks iterates by the truth: {noise_text(record, best)})"
+            f"{_epsilon_text(record, chosen.value)}."
         )
     lines += _recognised(record, noise_levels, chosen.value)
     if last.recovered.value < about["share"] <= last.recovered.high:
@@ -68,6 +69,11 @@ def verdict(record: AuditRecord) -> list[str]:
     else:
         lines.append("Attacks show what is possible today; the guarantees below hold against every attack.")
     return lines + how(record) + _of_module(record)
+
+
+def _which(record: AuditRecord, noise: Interval) -> str:
+    levels = between.bracket(record, noise)
+    return f" {levels[0]:.3g} and {levels[1]:.3g}" if levels else ""
 
 
 def _of_module(record: AuditRecord) -> list[str]:
@@ -213,6 +219,7 @@ def warnings(record: AuditRecord) -> list[str]:
             f"At sigma {sigmas} the attack fits the noise: its gradient is closer to the leak than the true one. Read these "
             f"levels as a lower bound of the risk.{advice * (not {'calibrated-mean', 'auto'} & set(record.methods))}"
         )
+    signs += between.warnings(record)
     accuracy = np.mean([r["label_accuracy"] for r in record.attacks])
     if accuracy < 1:
         signs.append(f"The attacker's labels were right in {accuracy:.0%} of trials.")

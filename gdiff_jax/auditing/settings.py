@@ -48,6 +48,10 @@ class Asked:
     candidates: str = option("", "images among which the private ones are looked for; without, all of --images")
     threshold: float = option(20.0, "PSNR in dB from which on an image counts as recovered")
     share: float = option(0.1, "look for the noise from which on fewer than this share of the images is recovered")
+    more_levels: int = option(
+        0,
+        "so many noise levels at most are tried beside the grid, where what is recovered or recognised crosses --share",
+    )
     data: str = option("", "images like the private ones, whose covariance the van Trees limit takes; without, it is left out")
     spectra: int = option(1, "images whose spectrum of J^T J is computed")
     fail_if: str = option(
@@ -59,6 +63,7 @@ class Asked:
     def check(self) -> None:
         need(math.isfinite(self.threshold), f"--threshold {self.threshold} must be a finite PSNR in dB, such as 20")
         need(0 < self.share < 1, f"--share {self.share} must lie in (0, 1), such as 0.1 for 10 %")
+        need(self.more_levels >= 0, f"--more_levels {self.more_levels} must not be negative; 0 tries the grid alone")
         need(self.spectra >= 0, f"--spectra {self.spectra} must not be negative; 0 leaves the spectrum out")
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 import time
+from collections.abc import Collection
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -50,7 +53,7 @@ def share(store: Store | MemoryStore, todo: list[int], digest: bytes) -> list[in
             f"{store.folder}: process {jax.process_index()} does not see what process 0 writes there; "
             "several processes need a folder that all of them see"
         )
-    _live(store)
+    _live(store.folder)
     return todo[jax.process_index() :: jax.process_count()]
 
 
@@ -63,33 +66,34 @@ def _seen(store: Store, run: int) -> bool:
     return False
 
 
-def _live(store: Store) -> None:
+@functools.cache
+def _live(folder: Path) -> None:
     """Gives a sign of life every few seconds, from a thread, as long as this process lives."""
 
     def touch() -> None:
         while True:
             with contextlib.suppress(OSError):
-                (store.folder / f".process-{jax.process_index()}").touch()
+                (folder / f".process-{jax.process_index()}").touch()
             time.sleep(SIGN_OF_LIFE)
 
     threading.Thread(target=touch, daemon=True).start()
 
 
-def wait_for_all(store: Store, chunks: int) -> None:
-    """Returns once all chunks, so many of them, are on disk.
+def wait_for_all(store: Store, chunks: Collection[int]) -> None:
+    """Returns once all these chunks are on disk.
 
     Raises:
       RunError: where the other processes give no sign of life, and no chunk, for a minute.
     """
     others = [store.folder / f".process-{i}" for i in range(jax.process_count()) if i != jax.process_index()]
     signs, since = None, time.monotonic()
-    while left := sum(not store.exists(k) for k in range(chunks)):
+    while left := sum(not store.exists(k) for k in chunks):
         now = left, [file.stat().st_mtime_ns for file in others if file.exists()]
         if now != signs:
             signs, since = now, time.monotonic()
         if time.monotonic() - since > PATIENCE:
             raise RunError(
-                f"another process ended before its share was done: {left} of {chunks} chunks are missing in {store.folder}; "
-                "the same command computes them"
+                f"another process ended before its share was done: {left} of {len(chunks)} chunks are missing in "
+                f"{store.folder}; the same command computes them"
             )
         time.sleep(LOOK_AGAIN)

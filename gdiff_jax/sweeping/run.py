@@ -194,6 +194,7 @@ def run_trials(
     mesh: Mesh | None = None,
     progress: bool = True,
     after: Callable[[list[int]], None] | None = None,
+    more: Callable[[list[Row]], dict[str, tuple[float, ...]]] | None = None,
 ) -> list[Row]:
     """Runs what is not done yet, chunk by chunk, and returns the rows of all trials.
 
@@ -205,6 +206,8 @@ def run_trials(
       mesh: of the devices to use, all of this process if None.
       progress: say what is done, and show a bar.
       after: called with the numbers of the finished chunks, whose rows `store` has, whenever there is one more of several.
+      more: of all rows so far, the noise levels of each mechanism that are run beside the plan's; asked again until there are
+        none. Their chunks follow the plan's, and the same rows must give the same levels, or they are computed again.
 
     Raises:
       ConfigError: where one trial does not fit into the memory, or the store is another run's.
@@ -212,24 +215,41 @@ def run_trials(
     """
     mesh, first = mesh or parallel.trial_mesh(), processes.is_first()
     solved = {name for name, method in plan.methods.items() if isinstance(method, Auto)}
-    chunks = dict(enumerate(trials.chunks(trials.make_grid(plan), batch, solved)))
-    todo = [k for k in chunks if not store.is_done(k)]
-    damaged = [k for k in todo if store.exists(k)]
-    mine = processes.share(store, todo, hashlib.sha256(strict_json(store.identity).encode()).digest())
-    if first and progress:
-        _say(chunks, todo, damaged, store, mesh)
+    numbered = lambda grid, start: dict(enumerate(trials.chunks(grid, batch, solved), start))
+    new = numbered(trials.make_grid(plan), 0)
     # As many as are in a chunk, not as many as are left: what is computed at a time must not depend on an earlier kill.
-    most = max(map(len, chunks.values()))
-    count = sum(len(chunks[k]) for k in mine)
-    with tqdm(total=count, unit="trial", smoothing=0.1, disable=not count or not first or not progress) as bar:
-        make = numerics.carried(lambda trial: compile_program(plan, mesh, trial, most, memory_gib))
-        done = [k for k in chunks if k not in todo]
-        for k in _run_chunks(plan, {k: chunks[k] for k in mine}, store, make, bar):
-            done.append(k)
-            if after and len(done) < len(chunks):
-                after(done)
-    if isinstance(store, Store) and jax.process_count() > 1:
-        processes.wait_for_all(store, len(chunks))
+    most = max(map(len, new.values()))
+    programs = dict[str, Program]()  # one for all levels
+
+    @numerics.carried
+    def make(trial: Trial) -> Program:
+        if trial.group.title not in programs:
+            programs[trial.group.title] = compile_program(plan, mesh, trial, most, memory_gib)
+        return programs[trial.group.title]
+
+    chunks: Chunks = {}
+    while new:
+        # What more noise was asked for before may have been other noise.
+        same = lambda k, own: {row["sigma"] for row in store.rows([k])} == {trial.sigma for trial in own}
+        todo = [k for k in new if not store.is_done(k) or (chunks and not same(k, new[k]))]
+        chunks |= new
+        damaged = [k for k in todo if store.exists(k)]
+        levels = sorted({trial.sigma for chunk in new.values() for trial in chunk if trial.group.method != PRIOR_ONLY})
+        mine = processes.share(store, todo, hashlib.sha256(strict_json([store.identity, levels]).encode()).digest())
+        if first and progress:
+            _say(new, todo, damaged, store, mesh)
+        count = sum(len(new[k]) for k in mine)
+        with tqdm(total=count, unit="trial", smoothing=0.1, disable=not count or not first or not progress) as bar:
+            done = [k for k in chunks if k not in todo]
+            for k in _run_chunks(plan, {k: new[k] for k in mine}, store, make, bar):
+                done.append(k)
+                if after and len(done) < len(chunks):
+                    after(done)
+        if isinstance(store, Store) and jax.process_count() > 1:
+            processes.wait_for_all(store, chunks)
+        further = more(store.rows(chunks)) if more else {}
+        grid = trials.make_grid(dataclasses.replace(plan, sigmas=further)) if further else iter(())
+        new = numbered((trial for trial in grid if trial.group.method != PRIOR_ONLY), len(chunks))
     return store.rows(chunks)
 
 

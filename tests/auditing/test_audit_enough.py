@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from test_audit_summary import SIGMAS, make, row
 
-from gdiff_jax.auditing.enough import RARE, SELDOM, enough, robust_noise_multiplier
+from gdiff_jax.auditing.enough import RARE, SELDOM, _cosine, enough, robust_noise_multiplier
 from gdiff_jax.auditing.summary import smallest_noise_to_hide
 from gdiff_jax.theory import privacy
 
@@ -37,6 +37,18 @@ def test_the_cosine_is_that_of_drawn_noise():
     noisy = g + measured.noise.value * rng.standard_normal((400, p))
     drawn = noisy @ g / (np.linalg.norm(noisy, axis=1) * np.linalg.norm(g))
     assert measured.cosine == pytest.approx(drawn.mean(), rel=0.01)
+
+
+def test_the_square_of_the_cosine_is_what_is_left_of_the_decrease():
+    """Of a quadratic loss of curvature L in every direction, in the mean over noise, by the best of all step lengths."""
+    p, sigma, curvature, rng = 200, 0.3, 5.0, np.random.default_rng(0)
+    g = rng.standard_normal(p)
+    d = g + sigma * rng.standard_normal((20_000, p))
+    lengths = np.linspace(0, 1 / curvature, 400)[1:]
+    decrease = lengths * (d @ g).mean() - curvature * lengths**2 * np.square(d).sum(1).mean() / 2
+    rows = [row("dsg", 0.0, 0, 0, 10.0, 1.0, gradient_norm=float(np.linalg.norm(g)))]
+    cosine = _cosine(make(rows, about={**make().about, "parameters": p}), sigma)
+    assert cosine**2 == pytest.approx(decrease.max() / (g @ g / (2 * curvature)), rel=5e-3)
 
 
 def test_of_less_noise_than_was_tried_no_price_is_told():

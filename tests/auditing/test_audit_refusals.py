@@ -91,6 +91,13 @@ WRONG = [
     (dict(share=0), "share 0"),
     (dict(delta=1), "delta 1"),
     (dict(candidates=np.zeros((2, 8, 8, 3))), r"candidates are \(2, 8, 8, 3\)"),
+    (dict(candidate_labels=[0, 1]), "candidate_labels are of candidates; give candidates="),
+    (dict(candidates=IMAGES, candidate_labels=[0]), r"candidate_labels are of shape \[\(1,\)\], one for each of 2"),
+    (dict(candidates=IMAGES, candidate_labels=[[0], [1]]), r"candidate_labels are of \[\(1,\)\] an image, labels of \[\(\)\]"),
+    (
+        dict(loss=CLASSES, labels=[0, 1], candidates=IMAGES, candidate_labels=[0, 7]),
+        r"candidate_labels: label 7 of image 1 is none .* 0 \.\. 2",
+    ),
     (dict(candidates=IMAGES[:1], images=IMAGES[:1], labels=np.zeros(1)), "candidates hold nothing but the private images"),
     (dict(params={}), "no array"),
     (dict(params={"w": 1.0}), "float"),

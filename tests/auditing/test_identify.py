@@ -269,6 +269,13 @@ def test_other_candidates_take_part_by_their_labels(plan, data):
     assert "label 22" in beyond["notes"][0]
 
 
+def test_candidates_that_are_there_twice_keep_their_own_labels(data):
+    images, labels = data
+    twice = run.Question(images[[0, 0, 1, 0, 2]], candidate_labels=labels[[0, 0, 1, 0, 2]])
+    np.testing.assert_array_equal(twice.candidates, images[:3])
+    np.testing.assert_array_equal(twice.candidate_labels, labels[:3])
+
+
 def test_a_large_model_has_fewer_candidates_and_says_so(plan, monkeypatch):
     monkeypatch.setattr(identify, "LARGEST", 4 * plan.size(next(iter(plan.params)).name))
     monkeypatch.setattr(identify, "WORK", 1.0)

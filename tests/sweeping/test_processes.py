@@ -65,10 +65,10 @@ def test_a_share_that_never_comes_is_an_error_with_the_remedy(tmp_path, monkeypa
     store.open()
     store.save(0, [{"a": 1}], {})
     with pytest.raises(RunError, match="2 of 3 chunks are missing"):
-        processes.wait_for_all(store, 3)
+        processes.wait_for_all(store, range(3))
     store.save(1, [{"a": 1}], {})
     store.save(2, [{"a": 1}], {})
-    processes.wait_for_all(store, 3)
+    processes.wait_for_all(store, range(3))
 
 
 SCRIPT = """
