@@ -23,11 +23,11 @@ class Interval(NamedTuple):
     low: float
     high: float
 
-    def text(self, digits: int = 1) -> str:
+    def text(self, digits: int = 1, kind: str = "f") -> str:
         if math.isnan(self.value):
             return "-"
-        bounds = "" if math.isnan(self.low) else f" [{self.low:.{digits}f}, {self.high:.{digits}f}]"
-        return f"{self.value:.{digits}f}{bounds}"
+        bounds = "" if math.isnan(self.low) else f" [{self.low:.{digits}{kind}}, {self.high:.{digits}{kind}}]"
+        return f"{self.value:.{digits}{kind}}{bounds}"
 
     def percent(self, digits: int = 0) -> str:
         if math.isnan(self.value):

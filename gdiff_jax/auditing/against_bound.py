@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import NamedTuple
 
 from gdiff_jax.auditing.record import AuditRecord
 from gdiff_jax.intervals import Interval, clopper_pearson
@@ -67,6 +68,22 @@ def identified(record: AuditRecord) -> list[Identified]:
     return found
 
 
+class SeldomNamed(NamedTuple):
+    """From which noise on the best attacker names the record, drawn from so many candidates, in fewer than a share of cases."""
+
+    count: int
+    share: float
+    noise: Interval  # of 95 %, over draws
+
+
+def seldom_named(record: AuditRecord) -> SeldomNamed | None:
+    """None where it was not found."""
+    found = (record.identification or {}).get("enough")
+    if not found:
+        return None
+    return SeldomNamed(found["count"], found["share"], Interval(*(math.inf if end is None else end for end in found["sigma"])))
+
+
 def findings(record: AuditRecord) -> list[str]:
     """What must not be: a release that gives away more than its mechanism can; [] where there is nothing of the kind."""
     rows, data = identified(record), record.identification or {}
@@ -107,12 +124,16 @@ def sentences(record: AuditRecord) -> list[str]:
     rows, data = identified(record), record.identification or {}
     if not rows:
         return []
-    most = max(r.count for r in rows)
-    r = min((r for r in rows if r.count == most), key=lambda r: abs((r.success.value if r.bound is None else r.bound) - 0.5))
+    most, enough = max(r.count for r in rows), seldom_named(record)
+    among_most = [r for r in rows if r.count == most]
+    tried = [r for r in among_most if not enough or r.sigma != enough.noise.value] or among_most
+    r = min(tried, key=lambda r: abs((r.success.value if r.bound is None else r.bound) - 0.5))
     said = [
         f"Told which {most} images it may be of, the best attacker names the right one in {r.success.percent()} of "
         f"{data['repetitions']} releases at sigma {r.sigma:.3g}{_beside(r)}; a blind guess does in {share(1 / most)}."
     ]
+    if enough:
+        said.append(f"Fewer than {enough.share:.0%} take noise of sigma {enough.noise.text(3, 'g')} or more.")
     if r.worst is not None and r.success.high < r.worst and not r.above_expected:
         apart = math.sqrt(2 * most / (most - 1)) * data["clip_norm"]
         said.append(

@@ -9,6 +9,7 @@ import statistics
 
 import numpy as np
 
+from gdiff_jax.auditing.against_bound import seldom_named
 from gdiff_jax.auditing.record import AuditRecord
 from gdiff_jax.auditing.summary import smallest_noise, smallest_noise_to_hide
 from gdiff_jax.intervals import Interval
@@ -53,12 +54,9 @@ def enough(record: AuditRecord) -> list[Enough]:
         if 1 / record.candidates < share:
             words = f"no attack names an image drawn from {record.candidates} candidates in more than {share:.0%} of cases (γ)"
             found.append(_of(record, words, exact(share, 1 / record.candidates), False))
-    if best := (record.identification or {}).get("enough"):
-        words = (
-            f"the best attacker names an image drawn from {best['count']} candidates in fewer than {best['share']:.0%} of cases"
-        )
-        noise = Interval(*(math.inf if end is None else end for end in best["sigma"]))
-        found.append(_of(record, words, noise, False))
+    if best := seldom_named(record):
+        words = f"the best attacker names an image drawn from {best.count} candidates in fewer than {best.share:.0%} of cases"
+        found.append(_of(record, words, best.noise, False))
     found.append(_of(record, f"these attacks recover fewer than {share:.0%}", smallest_noise(record), True))
     if record.can_recognise:
         words = f"these attacks recognise fewer than {share:.0%} among {record.candidates} candidates"

@@ -11,7 +11,6 @@ from gdiff_jax.auditing import against_bound, answers, blind_page, figures, mark
 from gdiff_jax.auditing.enough import enough
 from gdiff_jax.auditing.record import AuditRecord
 from gdiff_jax.auditing.templates import Table, table
-from gdiff_jax.intervals import Interval
 
 LONG = 24  # entries of a setting that have no lines of their own
 _RASTER = ("reconstructions", "recognised", "deviation", "attempts", "film")  # made of pixels: as PNG they are smaller
@@ -69,15 +68,10 @@ def _enough(record: AuditRecord) -> Table:
     head = ["so that …", "σ", "ε", "cosine", "decrease of loss left"]
     rows = []
     for e in enough(record):
-        sigma = sentences.noise_text(record, e.noise) if e.measured else _three_digits(e.noise)
+        sigma = sentences.noise_text(record, e.noise) if e.measured else e.noise.text(3, "g")
         left = "-" if math.isnan(e.cosine) else f"{100 * e.cosine**2:.2g} %"
         rows.append([e.wanted, sigma, _number(e.epsilon, 4), _number(e.cosine), left])
     return table(head, rows)
-
-
-def _three_digits(noise: Interval) -> str:
-    bounds = "" if math.isnan(noise.low) else f" [{noise.low:.3g}, {noise.high:.3g}]"
-    return f"{noise.value:.3g}{bounds}"
 
 
 def _identified(record: AuditRecord) -> Table:

@@ -188,6 +188,7 @@ def test_the_noise_is_found_where_success_crosses_the_share(planned, data, mecha
     assert against_bound.findings(record) == against_bound.warnings(record) == []
     (best,) = (e for e in enough(record) if "the best attacker names an image drawn from 6" in e.wanted)
     assert best.noise == (sigma, low, high)
+    assert f"Fewer than 40% take noise of sigma {sigma:.3g} [" in " ".join(against_bound.sentences(record))
     if mechanism is not clipped:
         assert (at.epsilon, at.bound, at.worst, found["clip_norm"]) == (None,) * 4
         assert "of which without clipping there is no bound" in against_bound.sentences(record)[0]
