@@ -71,7 +71,7 @@ def identified(record: AuditRecord) -> list[Identified]:
 class SeldomNamed(NamedTuple):
     """From which noise on the best attacker names the record, drawn from so many candidates, in fewer than a share of cases."""
 
-    count: int
+    candidates: int
     share: float
     noise: Interval  # of 95 %, over draws
 

@@ -55,7 +55,8 @@ def enough(record: AuditRecord) -> list[Enough]:
             words = f"no attack names an image drawn from {record.candidates} candidates in more than {share:.0%} of cases (γ)"
             found.append(_of(record, words, exact(share, 1 / record.candidates), False))
     if best := seldom_named(record):
-        words = f"the best attacker names an image drawn from {best.count} candidates in fewer than {best.share:.0%} of cases"
+        among = f"an image drawn from {best.candidates} candidates"
+        words = f"the best attacker names {among} in fewer than {best.share:.0%} of cases"
         found.append(_of(record, words, best.noise, False))
     found.append(_of(record, f"these attacks recover fewer than {share:.0%}", smallest_noise(record), True))
     if record.can_recognise:

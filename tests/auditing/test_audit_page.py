@@ -8,6 +8,7 @@ import shutil
 
 import numpy as np
 import pytest
+from test_audit_schema import unclipped
 from tiny import parsed
 from written import faults_of_page
 
@@ -100,6 +101,19 @@ def test_what_is_wrong_with_a_page_is_found(small, sound, broken, fault):
     text = (small / "report.html").read_text()
     assert sound in text
     assert any(fault in found for found in faults_of_page(text.replace(sound, broken, 1)))
+
+
+def test_the_page_of_noise_without_clipping_names_no_bound(small):
+    """And says from which noise on the best attacker is held off."""
+    audit = gd.Audit.load(small / "audit.json")
+    text = page.render(dataclasses.replace(audit, **unclipped(audit)), figures_of(small))
+    assert faults_of_page(text) == []
+    assert "Without clipping there is no bound" in text
+    assert "<td>1.5 [1.25, inf]</td>" in text
+    assert "At σ = 1.5 it crosses 40 % among 3" in text
+    assert "<th>γ(1/K)</th>" not in text
+    bounded = page.render(audit, figures_of(small))
+    assert "<th>γ(1/K)</th>" in bounded
 
 
 def test_the_page_escapes_what_it_is_told(small):

@@ -48,6 +48,16 @@ def found_out(audit):
     return dict(identification={**data, "levels": [all_named(level) for level in data["levels"]]})
 
 
+def unclipped(audit):
+    """Without a guarantee, and so without a bound; and an interval without an end."""
+    levels = [
+        {**level, "epsilon": None, "counts": [{**c, "bound": None, "worst": None} for c in level["counts"]]}
+        for level in audit.identification["levels"]
+    ]
+    enough = {"count": 3, "share": 0.4, "sigma": [1.5, 1.25, None]}
+    return dict(identification={**audit.identification, "clip_norm": None, "levels": levels, "enough": enough})
+
+
 def with_(audit, **about):
     return dict(about={**audit.about, **about})
 
@@ -56,11 +66,13 @@ SHAPES = {
     "as it was": lambda audit: {},
     "failing": failing,
     "found out": found_out,
+    "unclipped": unclipped,
     "unfinished": lambda audit: dict(theory=None, identification=None, blind=None, **with_(audit, unfinished=True)),
     "no other image": lambda audit: dict(blind=None, **with_(audit, candidates=1)),
     "all above the threshold": lambda audit: with_(audit, threshold=-1.0),
     "of before": lambda audit: dict(
-        trials=[{k: v for k, v in r.items() if k not in ("rank_by_correlation", "image_sha256")} for r in audit.trials]
+        identification={k: v for k, v in audit.identification.items() if k != "enough"},
+        trials=[{k: v for k, v in r.items() if k not in ("rank_by_correlation", "image_sha256")} for r in audit.trials],
     ),
     "doubtful": lambda audit: with_(audit, doubt="It is another gradient.", failed_parts=["theory (E: x)"], module=["said"]),
 }

@@ -14,7 +14,7 @@ from written import faults_of_json
 
 import gdiff_jax as gd
 from gdiff_jax import intervals
-from gdiff_jax.auditing import against_bound, identify, run
+from gdiff_jax.auditing import against_bound, call, identify, run
 from gdiff_jax.auditing.about import clip_norm
 from gdiff_jax.auditing.enough import enough
 from gdiff_jax.commands import audit as command
@@ -268,6 +268,16 @@ def test_other_candidates_take_part_by_their_labels(plan, data):
     beyond = identify.measured(few, plan.images, plan.labels + 20, 0.1)
     assert beyond["pool"] == 2
     assert "label 22" in beyond["notes"][0]
+
+
+def test_in_a_call_candidates_take_part_by_labels_that_are_given(planned, data, monkeypatch):
+    monkeypatch.setattr(call, "run", lambda plan, question, *_: (plan, question))
+    images, labels = data
+    asked = dict(sigmas=(0.3,), mechanism=clipped, candidates=images)
+    known = dict(candidate_labels=labels.tolist())
+    for given, pool in ((known, 6), ({}, 2)):
+        plan, question = planned(*own_models.make(), images[:2], labels[:2], **asked, **given)
+        assert identify.measured(plan, question.candidates, question.candidate_labels, 0.1)["pool"] == pool
 
 
 def test_candidates_that_are_there_twice_keep_their_own_labels(data):
