@@ -161,6 +161,7 @@ def render(record: AuditRecord, drawn: dict[str, bytes]) -> str:
         baselines=_baselines(record),
         guarantees=_guarantees(record),
         identification=record.identification,
+        seldom_named=against_bound.seldom_named(record),
         blind=record.blind,
         identified=_identified(record),
         theory=theory,

@@ -9,9 +9,9 @@ import pytest
 from test_audit_summary import make, row
 
 from gdiff_jax.auditing import figures, pictures
-from gdiff_jax.auditing.about import clip_norm, guarantee_row
+from gdiff_jax.auditing.about import gaussian_release, guarantee_row
 from gdiff_jax.auditing.assemble import Trials, assemble
-from gdiff_jax.mechanisms import Chain, Clip, GaussianNoise
+from gdiff_jax.mechanisms import Chain, Clip, GaussianNoise, Sign
 from gdiff_jax.theory import privacy
 
 
@@ -104,7 +104,14 @@ def test_a_guarantee_is_a_row_of_numbers():
     none = guarantee_row(3.0, privacy.guarantee(GaussianNoise(3.0), 100, 1e-5), 0.1)
     assert none.keys() == row.keys()
     assert (none["epsilon"], none["gamma"], none["reason"]) == (None, None, "no clipping")
-    assert [clip_norm(m) for m in (clipped, GaussianNoise(3.0), Chain((Clip(2.0),)))] == [2.0, None, None]
+
+
+def test_what_a_gaussian_release_is_is_read_off_its_stages():
+    twice = Chain((Clip(2.0), Clip(1.5), GaussianNoise(3.0)))
+    assert gaussian_release(twice) == (1.5, 3.0)
+    assert gaussian_release(GaussianNoise(3.0)) == (np.inf, 3.0)
+    for other in (Chain((Clip(2.0),)), Chain(()), Chain((GaussianNoise(3.0), Clip(2.0))), Chain((Sign(), GaussianNoise(3.0)))):
+        assert gaussian_release(other) is None
 
 
 def test_who_draws_nothing_waits_for_no_plots_and_pages():

@@ -114,6 +114,10 @@ def test_the_page_of_noise_without_clipping_names_no_bound(small):
     assert "<th>γ(1/K)</th>" not in text
     bounded = page.render(audit, figures_of(small))
     assert "<th>γ(1/K)</th>" in bounded
+    for other in ({"reason": "it was not"}, {k: v for k, v in audit.identification.items() if k != "enough"}):
+        text = page.render(dataclasses.replace(audit, identification=other), figures_of(small))
+        assert faults_of_page(text) == []
+        assert "the best attacker”" not in text
 
 
 def test_the_page_escapes_what_it_is_told(small):
