@@ -183,6 +183,7 @@ def audit_config(tiny_prior, out, **changes):
         num_images=2,
         methods=("dsg",),
         spectra=0,
+        worst=0,
         prior=str(tiny_prior / "prior"),
         steps=3,
         seeds=1,
@@ -195,7 +196,7 @@ def audit_config(tiny_prior, out, **changes):
 def small_audit(tiny_prior, out):
     """With something to show in every figure of a report."""
     attacks = dict(methods=("inverting", "calibrated-mean"), inverting_steps=3)  # one of each kind, not both with the prior
-    return audit_config(tiny_prior, out, sigma_grid=(0.0, 0.1, 1.0), num_images=3, spectra=1, **attacks)
+    return audit_config(tiny_prior, out, sigma_grid=(0.0, 0.1, 1.0), num_images=3, spectra=1, worst=2, **attacks)
 
 
 def parsed(defaults, *arguments):

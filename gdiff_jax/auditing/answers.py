@@ -7,7 +7,7 @@ import json
 import math
 from typing import Any
 
-from gdiff_jax.auditing import against_bound, sentences, summary
+from gdiff_jax.auditing import against_bound, sentences, summary, worst
 from gdiff_jax.auditing.enough import enough
 from gdiff_jax.auditing.record import FORMAT, AuditRecord, plain
 from gdiff_jax.intervals import Interval
@@ -36,6 +36,7 @@ def answers(record: AuditRecord) -> dict[str, Any]:
         "levels": [_level(record, level) for level in summary.levels(record)],
         "smallest_noise": smallest,
         "enough": [_of(noise) for noise in enough(record)],
+        "worst": [_leaking(image) for image in worst.ranked(record)[: worst.SHOWN]],
         "against_bound": [_of(row) for row in against_bound.identified(record)],
     }
 
@@ -46,6 +47,10 @@ def _level(record: AuditRecord, level: summary.Level) -> dict[str, Any]:
     unmeasured = _of(Interval(math.nan, math.nan, math.nan))
     recognised, by_correlation = shares if record.can_recognise else (unmeasured, unmeasured)
     return {**data, "recognised": recognised, "recognised_by_correlation": by_correlation}
+
+
+def _leaking(image: worst.Leaking) -> dict[str, Any]:
+    return {**_of(image), "psnr": [None if math.isinf(v) else v for v in image.psnr]}
 
 
 def _of(value: Any) -> Any:

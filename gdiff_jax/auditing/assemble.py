@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from gdiff_jax import metrics
-from gdiff_jax.auditing import pictures, summary
+from gdiff_jax.auditing import pictures, summary, worst
 from gdiff_jax.auditing.blind import blind_test
+from gdiff_jax.auditing.pick import Picked
 from gdiff_jax.auditing.record import COMBINED, SHOWN, AuditRecord, Row, curve_key, plain
 from gdiff_jax.auditing.result import Audit
 from gdiff_jax.modules import digest
@@ -47,6 +48,7 @@ def assemble(
     theory: dict[str, Any] | None,
     film: Sequence[np.ndarray],
     identification: dict[str, Any] | None = None,
+    picked: tuple[Picked, Trials] | None = None,
 ) -> Audit:
     """The audit of these trials, exactly as it will be read back from its file.
 
@@ -60,16 +62,20 @@ def assemble(
       theory: of `theory.summary.summarise`, or None.
       film: images (H, W, C) of one reconstruction over the steps.
       identification: of `identify.measured`, or None.
+      picked: images picked out of a larger set, and the attacks on them, which are counted on from those of `truth`.
 
     Raises:
       ValueError: where there are not as many rows as images, traces and deviations.
     """
-    rows = [dict(row) for row in trials.rows]
+    rows, beside = [dict(row) for row in trials.rows], [dict(row) for row in picked[1].rows] if picked else []
     scoring: dict[str, Any] = {}
     if truth is not None:
         no_lpips = metrics.lpips_hindrance(truth.shape[1:])
         scoring = {"candidates": metrics.candidate_count(candidates, truth), "has_lpips": not no_lpips, "no_lpips": no_lpips}
         _score(rows, trials.images, truth, candidates, not no_lpips)
+        if picked:
+            every = np.concatenate([truth, picked[0].images])
+            _score(beside, picked[1].images, every, candidates, not no_lpips)
     record = AuditRecord(
         about={"candidates": 0, "has_lpips": False, "no_lpips": "", **about, **scoring, "has_truth": truth is not None},
         trials=rows,
@@ -79,8 +85,11 @@ def assemble(
         theory=theory,
         pictures={},
         identification=identification,
+        worst={**picked[0].told, "trials": beside} if picked else None,
     )
-    shown = _pictures(record, trials, truth, film)
+    shown = _pictures(record, trials, truth, film) | (
+        _worst_pictures(record, trials, truth, picked) if truth is not None else {}
+    )
     finished = record.can_recognise and not record.about.get("unfinished")
     test = blind_test(record, trials.images, truth, candidates) if truth is not None and finished else None
     return Audit(**plain(dataclasses.asdict(dataclasses.replace(record, pictures=shown, blind=test))))
@@ -145,6 +154,24 @@ def _pictures(record: AuditRecord, trials: Trials, truth: np.ndarray | None, fil
             shown |= {f"recognised/{sigma!r}/{row['image']}": png(row) for row in to_recognise if _is_shown(row)}
     shown |= {f"prior/{row['image']}": png(row) for row in record.prior_only if _is_shown(row)}
     return shown | {f"film/{k}": pictures.png(frame) for k, frame in enumerate(film)}
+
+
+def _worst_pictures(
+    record: AuditRecord, trials: Trials, truth: np.ndarray, picked: tuple[Picked, Trials] | None
+) -> dict[str, str]:
+    """Of the images that leak most, audited or picked: the truth, and what came of seed 0 at each noise level."""
+    images = truth if picked is None else np.concatenate([truth, picked[0].images])
+    every, made = (
+        [*record.trials, *(record.worst or {}).get("trials", [])],
+        [*trials.images, *(picked[1].images if picked else [])],
+    )
+    found = {_trial(row): image for row, image in zip(every, made, strict=True)}
+    most = [leaking.image for leaking in worst.ranked(record)[: worst.SHOWN]]
+    shown = {f"worst/truth/{i}": pictures.png(images[i]) for i in most}
+    for sigma in record.sigmas:
+        picks = summary.attacker_picks([r for r in every if r["sigma"] == sigma and r["image"] in most and r["seed"] == 0])
+        shown |= {f"worst/{sigma!r}/{r['image']}": pictures.png(found[_trial(r)]) for r in picks}
+    return shown
 
 
 def _trial(row: Row) -> tuple[str, float | None, int, int]:

@@ -20,6 +20,7 @@ from gdiff_jax import images as image_files
 from gdiff_jax import modules, numerics
 from gdiff_jax.auditing import checks
 from gdiff_jax.auditing.about import gaussian_release
+from gdiff_jax.auditing.pick import Picked, pick
 from gdiff_jax.auditing.result import Audit
 from gdiff_jax.auditing.run import DEFAULT_METHODS, Question, run, with_analytic
 from gdiff_jax.errors import need
@@ -80,6 +81,8 @@ def audit(
     folder: str | Path | None = None,
     progress: bool = True,
     sigmas: Sequence[float] | None = None,
+    more: tuple[Any, Any] | None = None,
+    worst: int = 2,
 ) -> Audit:
     """How much of private images comes back from their gradients in a model, over noise levels.
 
@@ -120,6 +123,9 @@ def audit(
         processes each calls alike, with a folder that all see. None keeps nothing.
       progress: say what is done and show a bar.
       sigmas: another name of `sigma_grid`.
+      more: images and labels beside those, which are not audited. Of all those `worst` that seem to leak most, told without an
+        attack, are attacked besides, outside of all averages.
+      worst: how many.
 
     Returns:
       An `Audit`: its repr is the verdict; `plot()`, `report(folder)`, `to_json()`.
@@ -157,12 +163,13 @@ def audit(
         plan = plan if methods else with_analytic(plan)
         if victim.has_batch_norm and attacker.knowledge.statistics == "replaced":
             plan = dataclasses.replace(plan, proxy=prior_samples(plan))
-        store = MemoryStore() if folder is None else Store(Path(folder), _identity(plan, name, batch))
+        picked = _picked(plan, more, worst, progress)
+        store = MemoryStore() if folder is None else Store(Path(folder), _identity(plan, name, batch, picked))
         about = {"command": "gdiff_jax.audit(...)", "images": f"{len(x)} images given"}
         attack = partial(run_trials, batch=batch, progress=progress)
         dsg = chosen.get("dsg")
         question = Question(
-            others, threshold, share, candidate_labels=their_labels, more_levels=more_levels,
+            others, threshold, share, candidate_labels=their_labels, more_levels=more_levels, picked=picked,
             film=dsg if isinstance(dsg, DSG) else DSG(),
         )  # fmt: skip
         with contextlib.closing(store):  # a notebook that keeps a traceback keeps the store in it, and its lock
@@ -250,7 +257,7 @@ def _classes(y: Any) -> int:
     return int(leaves[0].max()) + 1 if len(leaves) == 1 and leaves[0].dtype.kind in "iu" else 0
 
 
-def _identity(plan: Plan, name: str, batch: int) -> dict[str, Any]:
+def _identity(plan: Plan, name: str, batch: int, picked: Picked | None) -> dict[str, Any]:
     """What decides the records of a call, by value or by hash; a loss by its program."""
     (params,) = plan.params.values()
     arrays = hashlib.sha256(plan.images.tobytes())
@@ -266,6 +273,7 @@ def _identity(plan: Plan, name: str, batch: int) -> dict[str, Any]:
         "seed": plan.seed,
         "steps": plan.schedule.num_steps,
         "batch": batch,  # which trials are in a chunk
+        **({"picked": list(picked.places)} if picked and picked.places else {}),
         "sha256": {
             "prior": plan.prior.sha256 or modules.digest(plan.prior.denoise.params),
             "prior_settings": plan.prior.settings_sha256,
@@ -274,6 +282,23 @@ def _identity(plan: Plan, name: str, batch: int) -> dict[str, Any]:
             "images and labels": arrays.hexdigest(),
         },
     }
+
+
+def _picked(plan: Plan, more: tuple[Any, Any] | None, worst: int, progress: bool) -> Picked | None:
+    """Of the audited images and those beside them the ones that seem to leak most."""
+    need(worst >= 0, f"worst {worst} must not be negative; 0 leaves the images that leak most out")
+    if more is None:
+        return None
+    need(len(more) == 2, f"more takes images and their labels, a pair; {len(more)} were given")
+    x = checks.images_of("more", more[0], plan.images.shape[1:])
+    y = checks.labels_of(more[1], len(x))
+    need(
+        [a.shape[1:] for a in jax.tree.leaves(y)] == [a.shape[1:] for a in jax.tree.leaves(plan.labels)],
+        "more: its labels are of another structure than `labels`; give them alike",
+    )
+    join = lambda a, b: np.concatenate([np.asarray(a), np.asarray(b)])
+    names = tuple(map(str, range(len(plan.images) + len(x))))
+    return pick(plan, join(plan.images, x), jax.tree.map(join, plan.labels, y), names, worst, progress)
 
 
 def _candidates(candidates: Any, x: np.ndarray) -> np.ndarray:

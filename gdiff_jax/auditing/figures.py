@@ -253,6 +253,7 @@ def drawings(record: AuditRecord) -> dict[str, Callable[[AuditRecord], Figure]]:
     """The figures that this audit has something to show in, by name, in the report's order."""
     theory = record.theory or {}
     has = {
+        "worst": any(n.startswith("worst/") for n in record.pictures),
         "reconstructions": record.has_truth,
         "recognised": record.can_recognise and any(n.startswith("recognised/") for n in record.pictures),
         "deviation": record.has_truth and any(n.startswith("deviation/") for n in record.pictures),
@@ -268,6 +269,7 @@ def drawings(record: AuditRecord) -> dict[str, Callable[[AuditRecord], Figure]]:
         "spectrum": bool(theory.get("spectra")) and bool(theory.get("spectrum_is_exact")),
     }
     every: dict[str, Callable[[AuditRecord], Figure]] = dict(
+        worst=sheets.most_leaking,
         reconstructions=sheets.reconstructions, recognised=sheets.recognised, deviation=sheets.deviation,
         attempts=sheets.attempts, quality=quality, recovered=recovered, epsilon=epsilon,
         identification=bound_figure.identification, steps=steps, signal=signal, film=sheets.film, layers=layers,

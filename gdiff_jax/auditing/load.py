@@ -19,6 +19,7 @@ from gdiff_jax import algebra, modules
 from gdiff_jax import images as image_files
 from gdiff_jax.auditing.checks import in_other_words
 from gdiff_jax.auditing.own_gradient import check_leak
+from gdiff_jax.auditing.pick import MEASURED, Picked, pick
 from gdiff_jax.auditing.result import Audit
 from gdiff_jax.auditing.run import DEFAULT_METHODS, Question, audited, run, with_analytic
 from gdiff_jax.auditing.settings import Asked, AuditConfig, Model
@@ -27,7 +28,7 @@ from gdiff_jax.files import say
 from gdiff_jax.methods import DSG
 from gdiff_jax.metrics import candidate_count
 from gdiff_jax.options import replace
-from gdiff_jax.sweeping import checks, inputs
+from gdiff_jax.sweeping import checks, inputs, processes
 from gdiff_jax.sweeping.config import Client, Run, SweepConfig
 from gdiff_jax.sweeping.plan import Plan, first_leak
 from gdiff_jax.sweeping.records import Row, Store
@@ -58,7 +59,9 @@ def audit_named(config: AuditConfig) -> Audit:
         doubt = check_leak(config.model.gradient, plan, config.model.update) if config.model.gradient else ""
         if not config.attacks.methods:
             plan = with_analytic(plan)
-        store = Store(Path(sweep.run.out), plan.identity, plan.reading)
+        question = dataclasses.replace(question, picked=_picked(config.asked.worst, sweep, plan))
+        all_attacked = question.all_attacked(plan)
+        store = Store(Path(sweep.run.out), all_attacked.identity, plan.reading)
         with contextlib.closing(store):
             about = {**_about(config, sweep, plan), "doubt": f"{left_aside} {doubt}".strip()}
             return run(plan, question, store, partial(_attack, config.run), about, partial(_show, Path(config.run.out)))
@@ -232,6 +235,19 @@ def load_question(asked: Asked, sweep: SweepConfig, plan: Plan) -> Question:
         inputs.tell(asked.data, dataclasses.replace(alike, classes=()))
         information = prior_information(alike.images)
     return Question(others, asked.threshold, asked.share, asked.spectra, information, labels, asked.more_levels)
+
+
+def _picked(count: int, sweep: SweepConfig, plan: Plan) -> Picked | None:
+    """Of all of --images those that seem to leak most, as far as they have labels that count."""
+    private, prior = sweep.private, sweep.prior.prior
+    if count < 1 or not plan.images_known or plan.leak is not None:
+        return None
+    read = inputs.read_images("images", private.images, "test", prior, plan.prior.image_shape, MEASURED)
+    labels = np.zeros(len(read), np.int32) if read.labels is None else read.labels
+    labels = np.full(len(read), private.label, np.int32) if private.label >= 0 else labels
+    counted = np.flatnonzero((labels >= 0) & (labels < private.num_classes))
+    read = dataclasses.replace(read, labels=labels).take(counted)
+    return pick(plan, image_files.to_model(read.images), read.labels, read.names, count, processes.is_first())
 
 
 def _labels_of(candidates: image_files.ImageSet, asked: Asked, sweep: SweepConfig, plan: Plan) -> np.ndarray | None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from gdiff_jax.auditing import sentences, summary
+from gdiff_jax.auditing import advice, against_bound, sentences, summary
 from gdiff_jax.auditing.record import AuditRecord
 from gdiff_jax.sweeping.tables import markdown
 
 
 def render(record: AuditRecord) -> str:
     """Verdict, warnings, and a line a noise level, with 95 % intervals; epsilon where there is one."""
-    parts = [f"## Audit of {escaped(record.about['victim'])}", escaped(" ".join(sentences.verdict(record)))]
+    told = [against_bound.findings(record), sentences.decision(record), advice.advice(record)]
+    parts = [f"## Audit of {escaped(record.about['victim'])}", *[escaped(" ".join(lines)) for lines in told]]
     parts.append("\n".join(f"- {escaped(warning)}" for warning in sentences.warnings(record)))
     if levels := summary.levels(record):
         head = ["sigma", "epsilon", "median PSNR dB", "recovered", *["recognised"] * record.can_recognise, "chosen"]
@@ -18,8 +19,7 @@ def render(record: AuditRecord) -> str:
             shares = [v.recovered.percent(), *[v.identified.percent()] * record.can_recognise]
             body.append([f"{v.sigma:.3g}", f"{v.epsilon:.4g}", v.psnr.text(), *shares, v.methods or "-"])
         parts.append(markdown(head, body))
-    about = record.about
-    parts.append(escaped(" ".join(about[name] for name in ("threat_model", "command") if about.get(name))))
+    parts.append(escaped(record.about.get("command") or ""))
     return "\n\n".join(part for part in parts if part) + "\n"
 
 

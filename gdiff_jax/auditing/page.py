@@ -7,13 +7,25 @@ from pathlib import Path
 
 import numpy as np
 
-from gdiff_jax.auditing import against_bound, answers, blind_page, figures, markdown, pictures, sentences, summary, templates
+from gdiff_jax.auditing import (
+    advice,
+    against_bound,
+    answers,
+    blind_page,
+    figures,
+    markdown,
+    pictures,
+    sentences,
+    summary,
+    templates,
+    worst,
+)
 from gdiff_jax.auditing.enough import enough
 from gdiff_jax.auditing.record import AuditRecord
 from gdiff_jax.auditing.templates import Table, table
 
 LONG = 24  # entries of a setting that have no lines of their own
-_RASTER = ("reconstructions", "recognised", "deviation", "attempts", "film")  # made of pixels: as PNG they are smaller
+_RASTER = ("worst", "reconstructions", "recognised", "deviation", "attempts", "film")  # made of pixels: as PNG they are smaller
 
 
 def _number(value: float | None, digits: int = 3) -> str:
@@ -42,6 +54,17 @@ def _levels(record: AuditRecord) -> Table:
         chosen = [v.methods] if v.methods == v.methods_to_recognise else [v.methods, f"to recognise {v.methods_to_recognise}"]
         rows.append([f"{v.sigma:.3g}", v.psnr.text(), v.oracle.text(), *scores, *shares, "; ".join(chosen) or "-", trials])
     return table(head, rows)
+
+
+def _worst(record: AuditRecord) -> Table:
+    every = worst.ranked(record)
+    head = ["image", "", "recovered", *[f"σ = {s:.3g}" for s in record.sigmas]]
+    decibels = lambda values: [_number(v) for v in values]
+    rows = [
+        [v.name, "picked" if v.picked else "audited", worst.up_to(record, v), *decibels(v.psnr)] for v in every[: worst.SHOWN]
+    ]
+    middle = [v.psnr.value for v in summary.levels(record)]
+    return table(head, [*rows, ["median", "all audited", "", *decibels(middle)]] if rows else [])
 
 
 def _baselines(record: AuditRecord) -> str:
@@ -143,20 +166,29 @@ def render(record: AuditRecord, drawn: dict[str, bytes]) -> str:
         shown[name] = templates.embedded(kind, drawn[f"{name}.{kind}"])
     frames = [v for k, v in record.pictures.items() if k.startswith("film/")]
     theory, limits = _theory(record)
-    sections = [("threat", "Attacker"), ("images", "Images"), ("noise", "Noise"), ("guarantees", "Guarantees")]
+    sections = [("worst", "Worst case"), ("images", "Images"), ("noise", "Noise"), ("guarantees", "Guarantees")]
     sections += [("named", "Who knows the candidates")]
     sections += [("steps", "Steps"), ("theory", "Theory"), ("reproduce", "Reproduce")]
-    missing = {"noise": not record.has_truth, "theory": not theory, "named": not against_bound.identified(record)}
+    missing = {
+        "worst": not worst.ranked(record),
+        "noise": not record.has_truth,
+        "theory": not theory,
+        "named": not against_bound.identified(record),
+    }
     return templates.render(
         "page.html",
         about=record.about,
         sections=[s for s in sections if not missing.get(s[0])],
-        verdict=sentences.verdict(record),
+        findings=against_bound.findings(record),
+        decision=sentences.decision(record),
+        advice=advice.advice(record),
         warnings=sentences.warnings(record),
         cards=_cards(record),
         figures=shown,
         gif=f"data:image/gif;base64,{pictures.gif(frames)}" if frames else "",
         levels=_levels(record),
+        worst=_worst(record),
+        worst_note=worst.how_picked(record),
         enough=_enough(record),
         baselines=_baselines(record),
         guarantees=_guarantees(record),

@@ -40,10 +40,13 @@ class AuditRecord:
       theory: what can be said without an attack (`theory.summary.summarise`); None where it was left out.
       pictures: PNG files, base64, by name: `truth/IMAGE`, `found/SIGMA/IMAGE` (attacker's pick, seed 0),
         `recognised/SIGMA/IMAGE` (the pick to recognise it by, where another is in the running), `deviation/SIGMA/IMAGE` (what
-        each pixel of what was found is expected to err by, where its method says), `prior/IMAGE`, `film/STEP`.
+        each pixel of what was found is expected to err by, where its method says), `prior/IMAGE`, `film/STEP`; of those that
+        leak most `worst/truth/IMAGE` and `worst/SIGMA/IMAGE`.
       identification: how often the best attacker names the record among K candidates, and from which noise on seldom
         (`identify.measured`); None where it was not asked, as of audits of before.
       blind: pictures and key of a test for people (`blind.blind_test`); None where there is none.
+      worst: of images that were picked out of a larger set because they seem to leak much, apart from all that is averaged: see
+        `pick.Picked.told`, and "trials" as above, whose images count on from those audited. None where none was looked at.
     """
 
     about: dict[str, Any]
@@ -55,6 +58,7 @@ class AuditRecord:
     pictures: dict[str, str]
     identification: dict[str, Any] | None = None
     blind: dict[str, Any] | None = None
+    worst: dict[str, Any] | None = None
 
     @functools.cached_property
     def attacks(self) -> list[Row]:

@@ -20,6 +20,7 @@ from gdiff_jax.auditing.assemble import Trials, assemble
 from gdiff_jax.auditing.between import next_level
 from gdiff_jax.auditing.film import film, film_steps
 from gdiff_jax.auditing.identify import measured
+from gdiff_jax.auditing.pick import Picked
 from gdiff_jax.auditing.result import Audit
 from gdiff_jax.methods import DSG, Analytic, AnalyticDSG, Problem
 from gdiff_jax.metrics import candidate_count, distinct_images
@@ -47,6 +48,7 @@ class Question:
       information: (d, d) inverse covariance of images like the private ones, for the van Trees limit; None leaves it out.
       candidate_labels: (K, ...) of the candidates, as the private images' labels are; None where they are not known.
       more_levels: noise levels, so many at most, that are tried beside the plan's, see `between.next_level`.
+      picked: images that are attacked besides because they seem to leak much; None for none.
       film: the DSG by which one reconstruction is made again, to be looked at while it comes into being.
     """
 
@@ -57,7 +59,12 @@ class Question:
     information: np.ndarray | None = None
     candidate_labels: Any = None
     more_levels: int = 0
+    picked: Picked | None = None
     film: DSG = DSG()
+
+    def all_attacked(self, plan: Plan) -> Plan:
+        """The plan of an audit, with the images that were picked after its own."""
+        return plan if self.picked is None else self.picked.beside(plan)
 
     def __post_init__(self) -> None:
         # One that is there twice is as easily named as one: counted twice, a blind guess would look worse than it is.
@@ -108,7 +115,8 @@ def run(
     of_rows = lambda rows: _assemble(plan, question, store, rows, {**about, **seconds(), "unfinished": True}, None, [], None)
     early = lambda done: of_rows(store.rows(done))
     more = partial(_more, plan, question.more_levels, of_rows) if plan.images_known and question.more_levels else None
-    rows = attack(plan, store, after=_now_and_then(early, show) if show else None, more=more)
+    attacked = question.all_attacked(plan)
+    rows = attack(attacked, store, after=_now_and_then(early, show) if show else None, more=more)
     plan = dataclasses.replace(plan, sigmas={audited(plan)[1]: _levels(rows)})
     theory, frames, identification = None, [], None
     failed: list[str] = []
@@ -157,11 +165,13 @@ def _assemble(
     known = plan.images_known
     count = candidate_count(question.candidates, plan.images) if known else 0
     kappa = 1 / count if count > 1 else BLIND_GUESS
-    guarantees = [guarantee_row(s, plan.guarantee(state.name, mechanism, s), kappa) for s in _levels(rows)]
+    own, beside = ([r for r in rows if (r["image"] < len(plan.images)) == is_own] for is_own in (True, False))
+    picked = None if question.picked is None else (question.picked, gather(beside, store))
+    guarantees = [guarantee_row(s, plan.guarantee(state.name, mechanism, s), kappa) for s in _levels(own)]
     return assemble(
-        {**_about(plan, question), "num_images": len({row["image"] for row in rows}), **about}, gather(rows, store),
+        {**_about(plan, question), "num_images": len({row["image"] for row in own}), **about}, gather(own, store),
         plan.images if known else None, candidates=question.candidates, mean_image=plan.prior.mean_image, guarantees=guarantees,
-        theory=theory, film=frames, identification=identification,
+        theory=theory, film=frames, identification=identification, picked=picked,
     )  # fmt: skip
 
 

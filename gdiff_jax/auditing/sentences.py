@@ -7,7 +7,8 @@ from collections import defaultdict
 
 import numpy as np
 
-from gdiff_jax.auditing import against_bound, between
+from gdiff_jax.auditing import against_bound, between, worst
+from gdiff_jax.auditing.advice import advice
 from gdiff_jax.auditing.record import AuditRecord
 from gdiff_jax.auditing.summary import Level, attacker_picks, levels, smallest_noise
 from gdiff_jax.intervals import Interval
@@ -28,19 +29,24 @@ def noise_text(record: AuditRecord, noise: Interval) -> str:
 
 
 def verdict(record: AuditRecord) -> list[str]:
-    """The audit's answer, a few sentences with intervals: how bad, and how much noise."""
+    """The audit's answer, with intervals: findings, then what those who decide must know, then what those who build can do."""
+    return [*against_bound.findings(record), *decision(record), *advice(record)]
+
+
+def decision(record: AuditRecord) -> list[str]:
+    """For those who decide: what is at risk, compared with what, how much noise prevents it, and under which assumptions."""
     if not record.has_truth:
-        return _verdict_without_truth(record) + how(record) + _of_module(record)
+        return [*_without_truth(record), *_assumed(record)]
     noise_levels, about = levels(record), record.about
     first, last, images = noise_levels[0], noise_levels[-1], len({r["leak"] for r in record.attacks})
     noise = "without noise" if first.sigma == 0 else f"at the smallest noise tried, sigma {first.sigma:.3g}"
     what = "images" if about["group"] == 1 else f"groups of {about['group']} images"
     count = f"{about['num_images']} images" if about["group"] == 1 else f"{images} groups of {about['group']} images"
     lines = [
-        *against_bound.findings(record),
         f"If a gradient of {about['victim']} leaks {noise}, {first.recovered.percent()} of images are recovered at "
         f"{about['threshold']:g} dB PSNR or better, with a median of {first.psnr.text()} dB{_among(record, first)} "
-        f"({count} x {about['seeds']} seeds; 95 % intervals).",
+        f"({count} x {about['seeds']} seeds; 95 % intervals).{_without_leak(record)}",
+        *worst.sentences(record),
     ]
     chosen, best = smallest_noise(record), smallest_noise(record, oracle=True)
     share = f"Fewer than {about['share']:.0%} of images are recovered "
@@ -48,7 +54,7 @@ def verdict(record: AuditRecord) -> list[str]:
         lines.append(share + f"at every noise level tried, from sigma {record.sigmas[0]:.3g} on.")
     elif math.isinf(chosen.value):
         lines.append(
-            f"No noise level tried brings that below {about['share']:.0%}: try more than sigma {record.sigmas[-1]:.3g}."
+            f"No noise level tried, up to sigma {record.sigmas[-1]:.3g}, leaves fewer than {about['share']:.0%} recovered."
         )
     else:
         lines.append(
@@ -68,7 +74,7 @@ def verdict(record: AuditRecord) -> list[str]:
         lines.append(f"There is no differential-privacy guarantee: {reason}. Stronger attacks than these may exist.")
     else:
         lines.append("Attacks show what is possible today; the guarantees below hold against every attack.")
-    return lines + how(record) + _of_module(record)
+    return [*lines, *_assumed(record)]
 
 
 def _which(record: AuditRecord, noise: Interval) -> str:
@@ -76,10 +82,19 @@ def _which(record: AuditRecord, noise: Interval) -> str:
     return f" {levels[0]:.3g} and {levels[1]:.3g}" if levels else ""
 
 
-def _of_module(record: AuditRecord) -> list[str]:
-    """What was assumed or found of a torch module, which does not say all that its gradient depends on."""
-    said = record.about.get("module")
-    return [f"Of the module: {'; '.join(said)}."] if said else []
+def _without_leak(record: AuditRecord) -> str:
+    """What who has no gradient comes to, which is what a reconstruction is to be compared with; "" where it is not known."""
+    every = ((record.prior_only, "a sample of the prior"), (record.mean_image, "the mean image"))
+    bases = {name: [r["psnr"] for r in rows if r["psnr"] is not None] for rows, name in every}
+    told = [f"{name} has {np.median(psnr):.1f}" for name, psnr in bases.items() if psnr]
+    return f" Without the leak {' and '.join(told)} dB." if told else ""
+
+
+def _assumed(record: AuditRecord) -> list[str]:
+    """The attacker, and what images and releases the figures are of."""
+    model = record.about.get("threat_model", "")
+    what = "Assumed are one release, images like these, and" if record.has_truth else "Assumed is"
+    return [f"{what} {model[0].lower()}{model[1:]}"] if model else []
 
 
 def _among(record: AuditRecord, level: Level) -> str:
@@ -91,25 +106,6 @@ def _among(record: AuditRecord, level: Level) -> str:
     )
 
 
-def how(record: AuditRecord) -> list[str]:
-    """How `auto` came by its pictures: by algebra, or by search alone, which is no evidence that there is nothing to find."""
-    lines: dict[str, list[str]] = defaultdict(list)  # noise levels by what is said of them
-    searched = False
-    for sigma in record.sigmas:
-        rows = [r["how"] for r in record.at(sigma) if r.get("how")]
-        solved = [text for text in rows if text.startswith("solved: ")]
-        others = [text for text in rows if text not in solved]
-        searched |= any("searched for" in text for text in others)
-        if solved:
-            lines[f"{len(solved)} of {len(rows)} leaks were {solved[0]}"].append(f"{sigma:.3g}")
-        if others:
-            lines[f"{len(others)} of {len(rows)} leaks were {others[0]}"].append(f"{sigma:.3g}")
-    said = [f"At sigma {', '.join(levels)} {text}." for text, levels in lines.items()]
-    if searched:
-        said.append("That a search finds little does not show that little can be found: see what the information limits allow.")
-    return said
-
-
 def _recognised(record: AuditRecord, noise_levels: list[Level], noise: float) -> list[str]:
     """What a picture below the threshold still gives away, at the first level with that noise."""
     if not record.can_recognise:
@@ -119,10 +115,8 @@ def _recognised(record: AuditRecord, noise_levels: list[Level], noise: float) ->
     kappa = 1 / record.candidates
     if at.identified.low <= kappa or at.identified.value <= at.recovered.value:  # no more than what came back anyway
         return []
-    return [
-        f"But a poor picture can tell enough: at sigma {at.sigma:.3g} {at.identified.percent()} are still recognised, "
-        f"at sigma {last.sigma:.3g} {last.identified.percent()}."
-    ]
+    told = [f"at sigma {level.sigma:.3g} {level.identified.percent()}" for level in dict.fromkeys((at, last))]
+    return [f"But a poor picture can tell enough: {' and '.join(told)} are still recognised."]
 
 
 def _epsilon_text(record: AuditRecord, sigma: float) -> str:
@@ -135,7 +129,7 @@ def _epsilon_text(record: AuditRecord, sigma: float) -> str:
     return f", which guarantees epsilon {epsilon:.4g} at delta {record.about['delta']:g} for one release"
 
 
-def _verdict_without_truth(record: AuditRecord) -> list[str]:
+def _without_truth(record: AuditRecord) -> list[str]:
     rows = [r for r in record.attacks if not r["failed"] and r["distance"] is not None]
     if not rows:
         return ["Every attack on this gradient failed; see the warnings."]

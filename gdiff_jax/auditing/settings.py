@@ -54,6 +54,11 @@ class Asked:
     )
     data: str = option("", "images like the private ones, whose covariance the van Trees limit takes; without, it is left out")
     spectra: int = option(1, "images whose spectrum of J^T J is computed")
+    worst: int = option(
+        2,
+        "so many of all of --images, told without an attack, that seem to leak most: those beyond --num_images are attacked "
+        "besides, outside of all averages; 0 leaves them out",
+    )
     fail_if: str = option(
         "",
         "end with exit code 3 where this holds at a noise level: recovered, recognised, psnr or ssim, then >, >=, < or <= and "
@@ -64,6 +69,7 @@ class Asked:
         need(math.isfinite(self.threshold), f"--threshold {self.threshold} must be a finite PSNR in dB, such as 20")
         need(0 < self.share < 1, f"--share {self.share} must lie in (0, 1), such as 0.1 for 10 %")
         need(self.more_levels >= 0, f"--more_levels {self.more_levels} must not be negative; 0 tries the grid alone")
+        need(self.worst >= 0, f"--worst {self.worst} must not be negative; 0 leaves the images that leak most out")
         need(self.spectra >= 0, f"--spectra {self.spectra} must not be negative; 0 leaves the spectrum out")
 
 

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from gdiff_jax.auditing import pictures, summary
+from gdiff_jax.auditing import pictures, summary, worst
 from gdiff_jax.auditing.record import SHOWN, AuditRecord, Row
 
 
@@ -57,6 +57,25 @@ def _sheet(
         for ax, key, text in zip(line, keys(i), notes, strict=True):
             show(ax, record.pictures.get(key), text)
     for ax, head in zip(axes[0], heads, strict=True):
+        ax.set_title(head, fontsize=9)
+    return figure
+
+
+def most_leaking(record: AuditRecord) -> Figure:
+    """The images that leak most, the worst first, and what the attacker chose at each noise level, seed 0; numbers are PSNR."""
+    rows = [*record.attacks, *worst.picked_trials(record)]
+    shown = worst.ranked(record)[: worst.SHOWN]
+    figure = Figure(figsize=(1.05 * (len(record.sigmas) + 1) + 0.2, 1.3 * len(shown) + 0.3), layout=tight(0.02))
+    axes = figure.subplots(len(shown), len(record.sigmas) + 1, squeeze=False)
+    for line, leaking in zip(axes, shown, strict=True):
+        show(line[0], record.pictures.get(f"worst/truth/{leaking.image}"), "picked" if leaking.picked else "audited")
+        for ax, sigma in zip(line[1:], record.sigmas, strict=True):
+            picks = summary.attacker_picks(
+                [r for r in rows if (r["sigma"], r["image"], r["seed"]) == (sigma, leaking.image, 0)]
+            )
+            note = f"{picks[0]['psnr']:.1f}" if picks else "failed"
+            show(ax, record.pictures.get(f"worst/{sigma!r}/{leaking.image}"), note)
+    for ax, head in zip(axes[0], ["truth", *[f"σ = {s:.3g}" for s in record.sigmas]], strict=True):
         ax.set_title(head, fontsize=9)
     return figure
 

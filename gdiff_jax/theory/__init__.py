@@ -8,13 +8,14 @@
 | how well can any attack do (Cramer-Rao, van Trees) | `limits` |
 | all of it for one victim, in plain numbers | `summary` |
 | what does the noise guarantee (epsilon, delta, mu, advantage, gamma) | `privacy` |
+| how close may an attacker come to an image, by the spectrum and the prior | `expected` |
 | how often does a leak name its record among K candidates | `identification` |
 """
 
 import importlib
 from types import ModuleType
 
-_SUBMODULES = ("identification", "jacobian", "jensen", "limits", "privacy", "spectrum", "summary")
+_SUBMODULES = ("expected", "identification", "jacobian", "jensen", "limits", "privacy", "spectrum", "summary")
 
 
 def __getattr__(name: str) -> ModuleType:

@@ -11,6 +11,7 @@ from test_audit_summary import make, row
 from gdiff_jax.auditing import figures, pictures
 from gdiff_jax.auditing.about import gaussian_release, guarantee_row
 from gdiff_jax.auditing.assemble import Trials, assemble
+from gdiff_jax.auditing.worst import ranked
 from gdiff_jax.mechanisms import Chain, Clip, GaussianNoise, Sign
 from gdiff_jax.theory import privacy
 
@@ -40,7 +41,8 @@ def test_an_audit_is_assembled_from_its_trials():
     assert (audit.candidates, audit.has_truth, len(audit.mean_image)) == (6, True, 6)
     assert audit.curve(audit.trials[0])["psnr"] == pytest.approx([0, 10, np.nan], nan_ok=True)
     shown = [f"{kind}/{i}" for kind in ("truth", "found/0.1") for i in range(4)]
-    assert list(audit.pictures) == [*shown, "film/0", "film/1"]
+    worst = [f"worst/{kind}/{leaking.image}" for kind in ("truth", 0.1) for leaking in ranked(audit)[:3]]
+    assert sorted(audit.pictures) == sorted([*shown, "film/0", "film/1", *worst])
     unknown = assembled(images, trials, None)
     assert (unknown.candidates, unknown.has_truth, unknown.mean_image, unknown.blind) == (0, False, [], None)
     assert len(audit.blind["questions"]) == 5  # and none of what failed

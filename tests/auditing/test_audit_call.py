@@ -23,7 +23,7 @@ from gdiff_jax.victims import networks
 
 def test_the_call_and_the_command_find_the_same(small, prior, data):
     (loss, params), (images, labels) = own_models.make(), data
-    options = dict(prior=prior, sigmas=(0.1, 0, 1), mechanism=clipped, candidates=images)
+    options = dict(prior=prior, sigmas=(0.1, 0, 1), mechanism=clipped, candidates=images, more=(images[3:], labels[3:]))
     methods = (InvertingGradients(steps=3), "calibrated-mean")
     audit = gd.audit(loss, params, images[:3], labels[:3], methods=methods, **options, **QUICK_AUDIT)
     theirs = gd.Audit.load(small / "audit.json")
@@ -43,6 +43,8 @@ def test_the_call_and_the_command_find_the_same(small, prior, data):
     assert audit.theory["rv"] == pytest.approx(theirs.theory["rv"], rel=1e-4)
     assert audit.theory["spectra"][0]["lambda_max"] == pytest.approx(theirs.theory["spectra"][0]["lambda_max"], rel=1e-6)
     assert audit.pictures.keys() == theirs.pictures.keys()
+    assert (audit.worst["measured"], audit.worst["places"]) == (6, theirs.worst["places"])
+    np.testing.assert_allclose(audit.worst["expected"], theirs.worst["expected"], rtol=1e-3)
     assert "<table>" in audit._repr_html_()
     assert "Audit of the model" in repr(audit)
 

@@ -55,7 +55,7 @@ def test_every_figure_answers_to_the_data(small):
     assert names == set(figures.drawings(audit))
     assert names == {
         "reconstructions", "recognised", "quality", "recovered", "epsilon", "identification", "steps", "signal", "film",
-        "layers", "spectrum",
+        "layers", "spectrum", "worst",
     }  # fmt: skip
     worse = lambda r: {**r, "psnr": r["psnr"] and r["psnr"] + 1, "rank": 1, "noise_norm": 2 * (r.get("noise_norm") or 0)}
     theory = {**audit.theory, "shares": {k: v / 2 for k, v in audit.theory["shares"].items()}}
@@ -79,7 +79,16 @@ def test_the_page_is_whole_and_asks_for_nothing(small):
     for svg in re.findall(r"data:image/svg\+xml;base64,([^\"]+)", text):
         inner = base64.b64decode(svg).decode()
         assert not re.findall(r'href="(?!#|data:)', inner)
-    for words in ("What the attacker has", "clip:1+gaussian", "γ(κ)", "Cramér-Rao", "python", "What this does not say"):
+    for words in (
+        "For those who decide",
+        "What leaks most",
+        "and attacker &#39;",
+        "clip:1+gaussian",
+        "γ(κ)",
+        "Cramér-Rao",
+        "python",
+        "What this does not say",
+    ):
         assert words in text
 
 

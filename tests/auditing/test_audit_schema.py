@@ -10,7 +10,7 @@ import pytest
 from written import SCHEMA, faults_of_json
 
 import gdiff_jax as gd
-from gdiff_jax.auditing import answers
+from gdiff_jax.auditing import answers, worst
 from gdiff_jax.auditing.enough import enough
 from gdiff_jax.auditing.record import FORMAT, AuditRecord
 
@@ -105,6 +105,7 @@ MUTATIONS = {
     "a picture of another kind": lambda d: d["pictures"].update({"thumbnail/0": ""}),
     "a bound above one": lambda d: d["identification"]["levels"][0]["counts"][0].update(bound=1.1),
     "a setting that nobody knows": lambda d: d["about"].update(mood="good"),
+    "a picked image without its attacks": lambda d: d["worst"].pop("trials"),
     "a spectrum of nothing": lambda d: d["theory"]["spectra"][0].pop("lambda_max"),
 }
 
@@ -132,6 +133,9 @@ def test_the_summary_is_what_the_page_says(audit):
         assert (told["sigma"], told["trials"], told["failed"]) == (level.sigma, level.trials, level.failed)
         for name, interval in (("psnr", level.psnr), ("recovered", level.recovered), ("recognised", level.identified)):
             assert [end if end is not None else math.nan for end in told[name].values()] == pytest.approx(interval, nan_ok=True)
+    for told, leaking in zip(data["worst"], worst.ranked(audit), strict=False):
+        assert (told["image"], told["picked"], told["psnr"]) == (leaking.image, leaking.picked, list(leaking.psnr))
+    assert len(data["worst"]) == worst.SHOWN
     assert [row["wanted"] for row in data["enough"]] == [row.wanted for row in enough(audit)]
     assert data["against_bound"][0]["success"]["value"] > 0
     everything = dataclasses.replace(audit, **SHAPES["all above the threshold"](audit))

@@ -1,0 +1,78 @@
+"""What an audit says to those who build: where the leak comes from, what to change, how to check again. Pure NumPy."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+
+import numpy as np
+
+from gdiff_jax.auditing import against_bound
+from gdiff_jax.auditing.record import AuditRecord
+from gdiff_jax.auditing.summary import smallest_noise
+
+
+def advice(record: AuditRecord) -> list[str]:
+    """For those who build: where the leak comes from, what to change, and how to check again."""
+    change = [] if record.about.get("unfinished") else _change(record)
+    return [*how(record), *_of_module(record), *_layers(record), *change]
+
+
+def how(record: AuditRecord) -> list[str]:
+    """How `auto` came by its pictures: by algebra, or by search alone, which is no evidence that there is nothing to find."""
+    lines: dict[str, list[str]] = defaultdict(list)  # noise levels by what is said of them
+    searched = False
+    for sigma in record.sigmas:
+        rows = [r["how"] for r in record.at(sigma) if r.get("how")]
+        solved = [text for text in rows if text.startswith("solved: ")]
+        others = [text for text in rows if text not in solved]
+        searched |= any("searched for" in text for text in others)
+        if solved:
+            lines[f"{len(solved)} of {len(rows)} leaks were {solved[0]}"].append(f"{sigma:.3g}")
+        if others:
+            lines[f"{len(others)} of {len(rows)} leaks were {others[0]}"].append(f"{sigma:.3g}")
+    said = [f"At sigma {', '.join(levels)} {text}." for text, levels in lines.items()]
+    if searched:
+        said.append("That a search finds little does not show that little can be found: see what the information limits allow.")
+    return said
+
+
+def _of_module(record: AuditRecord) -> list[str]:
+    """What was assumed or found of a torch module, which does not say all that its gradient depends on."""
+    said = record.about.get("module")
+    return [f"Of the module: {'; '.join(said)}."] if said else []
+
+
+def _layers(record: AuditRecord) -> list[str]:
+    """Which array of the parameters answers most to the pixels."""
+    shares = (record.theory or {}).get("shares")
+    if not shares or not max(shares.values()) > 0:
+        return []
+    most = max(shares, key=shares.__getitem__)
+    return [f"Of all that the gradient answers to the pixels {shares[most]:.0%} is in {most}."]
+
+
+def _change(record: AuditRecord) -> list[str]:
+    """What follows of the figures for those who can change the release, and how that is checked."""
+    about = record.about
+    if not record.has_truth:
+        return ["How close an attacker comes is told by an audit of the model with images of your own."]
+    noise, lines = smallest_noise(record).value, []
+    if against_bound.findings(record):
+        lines.append("First mend the mechanism: the other figures are of it as it is.")
+    elif noise == 0:
+        lines.append("These attacks ask for no change, which is no proof that none is needed.")
+    elif math.isinf(noise):
+        lines.append(f"More noise is needed: try more than sigma {record.sigmas[-1]:.3g}.")
+    else:
+        lines.append(f"Release with at least the noise that is told above, by {about['mechanism']}.")
+    norms = [r["gradient_norm"] for r in record.at(record.sigmas[0]) if r["gradient_norm"]]
+    if norms and any(g["reason"] == "no clipping" for g in record.guarantees):
+        lines.append(
+            f"A guarantee takes clipping as well, for instance to the gradients' median norm, {np.median(norms):.2g}, by "
+            f"clip:{np.median(norms):.2g}+gaussian."
+        )
+    by_command = "victim_given" in about
+    compare = "audit.py compare BEFORE AFTER" if by_command else "gd.compare(before, after)"
+    fail_if = f"; --fail_if='recovered > {about['share']:g}' keeps a pipeline to it" if by_command else ""
+    return [*lines, f"Then audit again with the same images and seed, and see what changed by {compare}{fail_if}."]

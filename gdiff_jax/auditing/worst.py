@@ -1,0 +1,132 @@
+"""The images that leak most: of those audited, and of those that were picked out of a larger set without an attack. Pure NumPy.
+
+Averages are of the images audited alone. Images that were picked because they leak much are in none of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import warnings
+from collections import defaultdict
+from collections.abc import Iterable
+
+import numpy as np
+
+from gdiff_jax.auditing.record import PRIOR_ONLY, AuditRecord, Row
+from gdiff_jax.auditing.summary import attacker_picks, crossing
+from gdiff_jax.intervals import more_for_worse, share_of_worse
+
+SHOWN = 3  # images of the sheet, and lines of the table
+HIGHEST = 60.0  # dB: above, an image is the truth to rounding, and differences say nothing
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaking:
+    """How much of one image came back, over the noise.
+
+    Attributes:
+      image: its number; those that were picked come after those audited.
+      name: of its file, or its number.
+      picked: whether it was attacked because it seemed to leak much.
+      noise: from which on it stays below the threshold, by `summary.crossing` of its medians over seeds.
+      psnr: of the attacker's choice at each noise level, ascending, dB, medians over seeds; -inf where every trial failed.
+    """
+
+    image: int
+    name: str
+    picked: bool
+    noise: float
+    psnr: tuple[float, ...]
+
+
+def picked_trials(record: AuditRecord) -> list[Row]:
+    """Attacks on the images that were picked; [] where there are none."""
+    return [row for row in (record.worst or {}).get("trials", []) if row["method"] != PRIOR_ONLY]
+
+
+def ranked(record: AuditRecord) -> list[Leaking]:
+    """All images that were attacked, the one that leaks most first: that needs most noise, and of equal ones most PSNR.
+
+    [] where the images are not known, and of groups: their images leak together.
+    """
+    if not record.has_truth or record.about["group"] > 1:
+        return []
+    picked = _leaking(record, picked_trials(record), True)
+    return sorted([*_leaking(record, record.attacks, False), *picked], key=_order, reverse=True)
+
+
+def _order(leaking: Leaking) -> tuple[float, float]:
+    return leaking.noise, float(np.mean(np.clip(leaking.psnr, 0, HIGHEST)))
+
+
+def _leaking(record: AuditRecord, rows: Iterable[Row], picked: bool) -> list[Leaking]:
+    by_image: dict[int, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
+    names = {row["image"]: str(row.get("name", row["image"])) for row in rows}
+    for sigma in record.sigmas:
+        for row in attacker_picks([row for row in rows if row["sigma"] == sigma]):
+            if row["psnr"] is not None:
+                by_image[row["image"]][sigma].append(row["psnr"])
+    found = []
+    for image, name in names.items():
+        psnr = tuple(float(np.median(by_image[image][s])) if by_image[image][s] else -math.inf for s in record.sigmas)
+        found.append(Leaking(image, name, picked, crossing(record.sigmas, psnr, record.about["threshold"]), psnr))
+    return found
+
+
+def sentences(record: AuditRecord) -> list[str]:
+    """The worst case in words, and how likely a worse one is; [] where `ranked` is."""
+    every = ranked(record)
+    audited = [leaking for leaking in every if not leaking.picked]
+    if not every:
+        return []
+    worst, n, others = every[0], len(audited), len(every) - len(audited)
+    picked = f"picked out of {(record.worst or {}).get('measured')} by what may be expected without an attack"
+    if worst.picked:
+        ends = up_to(record, worst), up_to(record, audited[0])
+        than = "as the worst" if ends[0] == ends[1] else "the worst"
+        of_audited = f"{than} of the {n} audited is" + ("" if ends[0] == ends[1] else f" {ends[1]}")
+        first = f"The image that leaks most ({worst.name}) is one {picked}: it is recovered {ends[0]}, {of_audited}."
+    else:
+        also = "the one" if others == 1 else f"all {others}"
+        less = f"; {also} {picked} leak{'s' * (others == 1)} less" if others else ""
+        first = f"The image that leaks most of the {n} audited ({worst.name}) is recovered {up_to(record, worst)}{less}."
+    return [
+        first,
+        f"Another image like the {n} leaks more than all of them with a probability of 1/{n + 1}, {more_for_worse(n)} more "
+        f"hold one as likely as not, and at most {share_of_worse(n):.0%} of such images do (95 %).",
+    ]
+
+
+def how_picked(record: AuditRecord) -> str:
+    """How images were looked for beside those audited, and how far that is to be trusted; "" where none were."""
+    data = record.worst
+    if not data or not data["expected"]:
+        return ""
+    audited = [leaking for leaking in ranked(record) if not leaking.picked]
+    of = f"{data['measured']} images" + (f", the first of {data['total']}" if data["measured"] < data["total"] else "")
+    said = (
+        f"Picked are, of {of}, those of the highest PSNR that may be expected from the gradient's derivative and the prior, "
+        "without an attack; they are in no average."
+    )
+    expected = [np.mean(np.minimum(data["expected"][v.image], HIGHEST)) for v in audited]
+    if len(audited) < 4 or np.ptp(expected) == 0:
+        return said
+    from scipy.stats import spearmanr  # not at the start, which need not wait for it
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what does not vary has no correlation
+        rho = float(spearmanr(expected, [_order(v)[1] for v in audited]).statistic)
+    known = f" Of the {len(audited)} audited it has a rank correlation of {rho:.2f} with what came back." if rho == rho else ""
+    return said + known
+
+
+def up_to(record: AuditRecord, leaking: Leaking) -> str:
+    """Up to which noise an image is recovered, in words."""
+    if leaking.noise == 0:
+        return "at no noise level tried"
+    if record.sigmas[-1] == 0:
+        return "without noise"
+    if math.isinf(leaking.noise):
+        return f"even at sigma {record.sigmas[-1]:.3g}, the most that was tried"
+    return f"up to sigma {leaking.noise:.2g}"
