@@ -78,7 +78,7 @@ def sentences(record: AuditRecord) -> list[str]:
     """The worst case in words, and how likely a worse one is; [] where `ranked` is."""
     every = ranked(record)
     audited = [leaking for leaking in every if not leaking.picked]
-    if not every:
+    if not audited:
         return []
     worst, n, others = every[0], len(audited), len(every) - len(audited)
     picked = f"picked out of {(record.worst or {}).get('measured')} by what may be expected without an attack"
@@ -109,7 +109,7 @@ def how_picked(record: AuditRecord) -> str:
         f"Picked are, of {of}, those of the highest PSNR that may be expected from the gradient's derivative and the prior, "
         "without an attack; they are in no average."
     )
-    expected = [np.mean(np.minimum(data["expected"][v.image], HIGHEST)) for v in audited]
+    expected = [np.mean(np.minimum(np.array(data["expected"][v.image], float), HIGHEST)) for v in audited]
     if len(audited) < 4 or np.ptp(expected) == 0:
         return said
     from scipy.stats import spearmanr  # not at the start, which need not wait for it

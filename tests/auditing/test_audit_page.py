@@ -98,7 +98,7 @@ def test_the_page_is_whole_and_asks_for_nothing(small):
         ("</table>", "", "closes another element"),
         ("</body>", "<p></body>", "closes another element"),
         ("</html>", "", "<html> is not closed"),
-        ('id="threat"', 'id="images"', "id 'images' twice"),
+        ('id="worst"', 'id="images"', "id 'images' twice"),
         ('href="#noise"', 'href="#nose"', "link to '#nose'"),
         ('href="#noise"', 'href="other.html"', "link to 'other.html'"),
         ('<img src="data:', '<img src="http:', "link to 'http:"),

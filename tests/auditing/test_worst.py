@@ -99,6 +99,8 @@ def test_how_far_the_picking_is_to_be_trusted():
     assert "Of the 6 audited it has a rank correlation of 1.00" in told
     falling = {**data, "expected": data["expected"][::-1]}
     assert "a rank correlation of -1.00" in worst.how_picked(dataclasses.replace(rising, worst=falling))
+    unknown = {**data, "expected": [[None] * len(SIGMAS), *data["expected"][1:]]}
+    assert "correlation" not in worst.how_picked(dataclasses.replace(rising, worst=unknown))
     assert worst.how_picked(rising) == ""
 
 
