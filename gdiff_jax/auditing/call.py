@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import math
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -19,14 +18,14 @@ import numpy as np
 from gdiff_jax import images as image_files
 from gdiff_jax import modules, numerics
 from gdiff_jax.auditing import checks
-from gdiff_jax.auditing.about import gaussian_release
+from gdiff_jax.auditing.own_mechanism import with_mechanism
 from gdiff_jax.auditing.pick import Picked, pick
 from gdiff_jax.auditing.result import Audit
 from gdiff_jax.auditing.run import DEFAULT_METHODS, Question, run, with_analytic
 from gdiff_jax.errors import need
 from gdiff_jax.files import say
 from gdiff_jax.matching import Loss
-from gdiff_jax.mechanisms import GaussianNoise, LaplaceNoise, Mechanism, UniformNoise
+from gdiff_jax.mechanisms import GaussianNoise, Mechanism
 from gdiff_jax.methods import DSG, Method
 from gdiff_jax.metrics import candidate_count
 from gdiff_jax.priors import Prior
@@ -52,7 +51,7 @@ from gdiff_jax.victims.own import (
 from gdiff_jax.victims.torch_model import TorchModel, as_model
 
 if TYPE_CHECKING:
-    from gdiff_jax.theory.privacy import Guarantee
+    pass
 
 
 def audit(
@@ -159,7 +158,7 @@ def audit(
             attacker=attacker, client=client, proxy=prior.expected_image[None], delta=delta, seeds=seeds, seed=seed,
         )  # fmt: skip
         checks.check_fits(victim, client, chosen)
-        plan = _with_mechanism(plan, mechanism, sigmas)
+        plan = with_mechanism(plan, mechanism, sigmas)
         plan = plan if methods else with_analytic(plan)
         if victim.has_batch_norm and attacker.knowledge.statistics == "replaced":
             plan = dataclasses.replace(plan, proxy=prior_samples(plan))
@@ -179,43 +178,6 @@ def audit(
 def _one_grid(sigma_grid: Sequence[float], sigmas: Sequence[float] | None) -> Sequence[float]:
     need(sigmas is None or sigma_grid is DEFAULT_SIGMAS, "sigma_grid and sigmas are two names of one argument; give one")
     return sigma_grid if sigmas is None else sigmas
-
-
-@dataclasses.dataclass(frozen=True)
-class OwnMechanism:
-    """A mechanism by a function of the noise's standard deviation: a `sweeping.plan.NoisyMechanism`."""
-
-    make: Callable[[Any], Mechanism]
-    hides_mask: bool = False  # only built-in victims are pruned, by their names
-
-    @property
-    def text(self) -> str:
-        return str(self.make(0.123456789)).replace("0.123456789", "sigma")
-
-    @property
-    def clip_norm(self) -> float | None:
-        release = gaussian_release(self.make(1.0))
-        return release.norm if release and math.isfinite(release.norm) else None
-
-    @property
-    def only_noise(self) -> bool:
-        return isinstance(self.make(1.0), GaussianNoise | LaplaceNoise | UniformNoise)
-
-    def for_image(self, key: jax.Array, sigma: Any, victim: Any, params: Any, x: jax.Array) -> Mechanism:
-        return self.make(sigma)
-
-    def guarantee(self, sigma: float, size: int, delta: float) -> Guarantee:
-        from gdiff_jax.theory import privacy  # with dp_accounting half a second, which a start need not wait
-
-        return privacy.guarantee(self.make(sigma), size, delta)
-
-
-def _with_mechanism(plan: Plan, make: Callable[[Any], Mechanism], sigmas: Sequence[float]) -> Plan:
-    (weights,) = plan.params.values()
-    checks.check_mechanism(make, weights)
-    checks.check_rate(make(1.0), plan.attacker.knowledge, plan.client)
-    mechanism, levels = OwnMechanism(make), tuple(sorted(float(sigma) for sigma in sigmas))
-    return dataclasses.replace(plan, mechanisms={mechanism.text: mechanism}, sigmas={mechanism.text: levels})
 
 
 def _victim(loss: Any, params: Any, x: np.ndarray, y: Any, attacker: Attacker, client: Client) -> tuple[Any, Any]:
