@@ -1,8 +1,8 @@
 """The diffusion's noise schedule: betas, abar, respacing, posterior mean and standard deviation.
 
 Everything is computed once in numpy float64 and cast to float32 at the end: products of a thousand factors lose
-digits otherwise. Index i counts the *kept* steps, 0 (least noise) to num_steps - 1; `Schedule.t[i]` is the timestep that
-the network was trained with.
+digits otherwise. Index i counts the *kept* steps, 0 (least noise) to num_steps - 1; `Schedule.t[i]` is what the network is told
+then: the timestep that it was trained with, or where it is continuous in time its own measure of the level.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gdiff_jax.parametrisation import Epsilon, Parametrisation
 from gdiff_jax.pytrees import pytree, static
 
 VarianceType = Literal["fixed_small", "fixed_large", "learned_range"]
-Spacing = Literal["uniform", "quadratic"]
+Spacing = Literal["uniform", "quadratic", "trailing"]
 BetaSchedule = Literal["linear", "scaled_linear", "squaredcos_cap_v2"]
 
 
@@ -36,10 +37,26 @@ def make_betas(schedule: BetaSchedule = "linear", num: int = 1000, start: float 
     raise ValueError(f"beta schedule {schedule!r} is not known; use linear, scaled_linear or squaredcos_cap_v2")
 
 
+def betas_of(abar: np.ndarray) -> np.ndarray:
+    """Betas of a process that is given by its levels: abar (T,) float64, falling, in [0, 1)."""
+    return 1 - abar / np.append(1.0, abar[:-1])
+
+
+def zero_terminal_snr(betas: np.ndarray) -> np.ndarray:
+    """Betas whose last step is noise alone (Lin et al. 2024, arXiv 2305.08891, Alg. 1): sqrt(abar) shifted to 0 and scaled."""
+    signal = np.sqrt(np.cumprod(1 - betas))
+    return betas_of(np.square((signal - signal[-1]) * signal[0] / (signal[0] - signal[-1])))
+
+
 def _kept(total: int, num: int, spacing: Spacing) -> np.ndarray:
-    """Increasing timesteps, `num` different ones, from 0 to total - 1; a single one is the last: it starts from pure noise."""
-    if spacing not in ("uniform", "quadratic"):
-        raise ValueError(f"spacing {spacing!r} is not known; use uniform or quadratic")
+    """Increasing timesteps, `num` different ones, the last of them total - 1: sampling starts from pure noise.
+
+    The first is 0 if there are two, but for `trailing`, which is diffusers' (Lin et al. 2024, Table 2).
+    """
+    if spacing not in ("uniform", "quadratic", "trailing"):
+        raise ValueError(f"spacing {spacing!r} is not known; use uniform, quadratic or trailing")
+    if spacing == "trailing":
+        return np.round(total / num * np.arange(1, num + 1)).astype(np.int64) - 1
     if num == 1:
         return np.array([total - 1])
     u = np.linspace(0, total - 1, num)
@@ -52,14 +69,16 @@ def _kept(total: int, num: int, spacing: Spacing) -> np.ndarray:
 class Schedule:
     """The kept timesteps of a reverse process, a pytree of arrays of shape (num_steps,); make with `Schedule.create`."""
 
-    t: jax.Array  # int32, timestep the network is asked at
+    t: jax.Array  # what the network is told: int32, the timestep; float32 where its parametrisation has a time of its own
     abar: jax.Array  # prod(1 - beta) up to t
+    noise: jax.Array  # sqrt(1 - abar), of which float32 would keep few digits where abar is near 1
     abar_prev: jax.Array  # the same at the next kept step towards 0; 1 at the last one
     mean_x0: jax.Array  # posterior mean = mean_x0 * x0 + mean_xt * x_t
     mean_xt: jax.Array
     log_beta: jax.Array  # log of beta_t = 1 - abar / abar_prev, the largest sensible variance
     log_beta_tilde: jax.Array  # log of the posterior variance; at t = 0, where it is 0, that of the next step up
     variance: VarianceType = static(default="fixed_small")
+    parametrisation: Parametrisation = static(default=Epsilon())
 
     @classmethod
     def create(
@@ -68,27 +87,37 @@ class Schedule:
         num_steps: int | None = None,
         variance: VarianceType = "fixed_small",
         spacing: Spacing = "uniform",
+        parametrisation: Parametrisation = Epsilon(),  # noqa: B008 - frozen
     ) -> Schedule:
-        """Schedule that keeps `num_steps` timesteps, the first and the last included.
+        """Schedule that keeps `num_steps` timesteps, the last included, and the first unless the spacing is `trailing`.
 
         Args:
-          betas: (T,) betas the network was trained with; DDPM's linear ones if None.
+          betas: (T,) betas the network was trained with; DDPM's linear ones if None. The last may be 1, a zero terminal SNR,
+            unless the network predicts epsilon. A process continuous in time is given by a fine table of its levels.
           num_steps: steps to keep, 1 <= num_steps <= T; all if None. As in guided-diffusion's respacing the betas
             of the kept steps are 1 - abar_t / abar_prev, never betas[t] (Nichol & Dhariwal 2021, Eq. 19).
           variance: of the reverse step: `fixed_small` is beta-tilde, `fixed_large` is beta, `learned_range`
             interpolates their logs by the network's second output.
           spacing: `uniform` in t, or `quadratic`, denser towards t = 0 (Song et al. 2021, DDIM, section D.2, who use it for
-            CIFAR-10): more of the steps are spent where details are decided.
+            CIFAR-10): more of the steps are spent where details are decided. `trailing` is diffusers' `timestep_spacing` of
+            that name: uniform, at the end of each of num_steps equal parts.
+          parametrisation: what the network predicts, see `gdiff_jax.parametrisation`.
 
         Raises:
-          ValueError: where num_steps is out of range, a beta is outside (0, 1), or variance or spacing is unknown.
+          ValueError: where num_steps is out of range, a beta is outside (0, 1), or variance or spacing is unknown; where the
+            last beta is 1 and the network predicts epsilon, of which x0hat is not a function there.
         """
         betas = make_betas() if betas is None else np.asarray(betas, np.float64)
         total = len(betas)
         num_steps = total if num_steps is None else num_steps
         if not 1 <= num_steps <= total:
             raise ValueError(f"num_steps {num_steps} is outside 1..{total}, the steps the prior was trained with")
-        if not np.all((betas > 0) & (betas < 1)):
+        if betas[-1] == 1 and isinstance(parametrisation, Epsilon):
+            raise ValueError(
+                "the last beta is 1, a zero terminal SNR, where x0hat cannot be had from epsilon; it goes with a network that "
+                "predicts v or the sample, or with betas that end below 1"
+            )
+        if not (np.all((betas > 0) & (betas <= 1)) and np.all(betas[:-1] < 1)):
             raise ValueError(f"betas must lie in (0, 1); got {betas.min()}..{betas.max()}")
         if variance not in ("fixed_small", "fixed_large", "learned_range"):
             raise ValueError(f"variance {variance!r} is not known; use fixed_small, fixed_large or learned_range")
@@ -99,15 +128,19 @@ class Schedule:
         beta_tilde = beta * (1 - abar_prev) / (1 - abar)
         log_tilde = np.log(np.append(beta_tilde[1] if num_steps > 1 else beta[0], beta_tilde[1:]))
         cast = lambda a: jnp.asarray(np.asarray(a, np.float32), jnp.float32)
+        noise = cast(np.sqrt(1 - abar))
+        time = parametrisation.time(cast(np.sqrt(abar)), noise)
         return cls(
-            t=jnp.asarray(np.asarray(t, np.int32), jnp.int32),
+            t=jnp.asarray(np.asarray(t, np.int32), jnp.int32) if time is None else time,
             abar=cast(abar),
+            noise=noise,
             abar_prev=cast(abar_prev),
             mean_x0=cast(np.sqrt(abar_prev) * beta / (1 - abar)),
             mean_xt=cast(np.sqrt(1 - beta) * (1 - abar_prev) / (1 - abar)),
             log_beta=cast(np.log(beta)),
             log_beta_tilde=cast(log_tilde),
             variance=variance,
+            parametrisation=parametrisation,
         )
 
     @property
@@ -116,11 +149,11 @@ class Schedule:
 
     def add_noise(self, x0: jax.Array, eps: jax.Array, i: jax.Array) -> jax.Array:
         """x_t of q(x_t | x0) for one image and one index i: sqrt(abar) x0 + sqrt(1 - abar) eps."""
-        return jnp.sqrt(self.abar[i]) * x0 + jnp.sqrt(1 - self.abar[i]) * eps
+        return jnp.sqrt(self.abar[i]) * x0 + self.noise[i] * eps
 
-    def predict_x0(self, x_t: jax.Array, eps: jax.Array, i: jax.Array) -> jax.Array:
-        """x0hat = (x_t - sqrt(1 - abar) eps) / sqrt(abar): Tweedie's formula (DPS, Eq. 10), not clipped."""
-        return (x_t - jnp.sqrt(1 - self.abar[i]) * eps) / jnp.sqrt(self.abar[i])
+    def levels(self) -> jax.Array:
+        """(num_steps,) log of noise / signal: of the noise's standard deviation, of an image that is not scaled."""
+        return jnp.log(self.noise) - 0.5 * jnp.log(self.abar)
 
     def posterior_mean(self, x0: jax.Array, x_t: jax.Array, i: jax.Array) -> jax.Array:
         """Mean of q(x_{t-1} | x_t, x0) (DDPM, Eq. 7)."""

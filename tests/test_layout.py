@@ -10,7 +10,7 @@ from tiny import ROOT
 FLOORS = (
     {
         *("errors", "options", "files", "provenance", "intervals", "first_dense"),
-        *("conv", "schedule", "images", "trace", "pytrees", "numerics", "forward", "jaxprs"),
+        *("conv", "parametrisation", "schedule", "images", "trace", "pytrees", "numerics", "forward", "jaxprs"),
     },
     {"mechanisms", "matching", "modules", "parallel", "tensor_files", "metrics", "federated"},
     {"victims", "priors"},

@@ -102,12 +102,13 @@ def test_the_last_step_adds_no_noise(variance: str, num_steps: int) -> None:
     assert all(np.all(np.isfinite(leaf)) for leaf in (s.log_beta, s.log_beta_tilde, s.mean_x0, s.mean_xt))
 
 
-def test_predict_x0_inverts_add_noise() -> None:
+def test_x0hat_of_the_added_noise_inverts_add_noise() -> None:
     """For the noise that was added; float32 loses 1 / sqrt(abar), 160 at the noisiest step."""
     s = Schedule.create(num_steps=10)
     x0, eps = jnp.linspace(-1, 1, 5), jnp.array([0.3, -2.0, 1.0, 0.0, 0.5])
     for i in range(10):
-        np.testing.assert_allclose(s.predict_x0(s.add_noise(x0, eps, i), eps, i), x0, atol=1e-4)
+        x0hat = s.parametrisation.x0(s.add_noise(x0, eps, i), eps, jnp.sqrt(s.abar[i]), s.noise[i])
+        np.testing.assert_allclose(x0hat, x0, atol=1e-4)
 
 
 def test_add_noise_has_unit_variance_for_unit_images() -> None:
@@ -124,7 +125,8 @@ def test_add_noise_has_unit_variance_for_unit_images() -> None:
     [
         (dict(num_steps=0), "num_steps 0 "),
         (dict(num_steps=1001), r"1001 is outside 1\.\.1000"),
-        (dict(betas=np.array([0.1, 1.0])), r"0\.1\.\.1\.0"),
+        (dict(betas=np.array([0.1, 1.1])), r"0\.1\.\.1\.1"),
+        (dict(betas=np.array([0.1, 1.0])), "x0hat cannot be had from epsilon"),
         (dict(betas=np.array([0.0, 0.1])), "betas must lie"),
         (dict(variance="fixed_smal"), "'fixed_smal' is not known"),
     ],

@@ -17,8 +17,10 @@ import safetensors.numpy
 
 from gdiff_jax import modules
 from gdiff_jax.modules import Params
+from gdiff_jax.parametrisation import Epsilon, Parametrisation
 from gdiff_jax.priors import cache, shards, sources, weights
 from gdiff_jax.priors.adm import ADMConfig
+from gdiff_jax.priors.schedulers import read_scheduler
 from gdiff_jax.priors.unet2d_config import UNet2DConfig
 from gdiff_jax.schedule import Schedule, Spacing, VarianceType
 
@@ -26,7 +28,9 @@ from gdiff_jax.schedule import Schedule, Spacing, VarianceType
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Denoiser:
-    """`eps, v = denoise(x_t, t)` for one image; a pytree whose leaves are the weights, so jit takes them as arguments.
+    """`out, v = denoise(x_t, t)` for one image; a pytree whose leaves are the weights, so jit takes them as arguments.
+
+    `out` is eps, or what else the prior's `parametrisation` says.
 
     Attributes:
       params: flat dict of float32 arrays.
@@ -43,17 +47,17 @@ class Denoiser:
     remat: bool = dataclasses.field(default=False, metadata=dict(static=True))
 
     def __call__(self, x_t: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-        """eps of one image x_t (H, W, C) at integer timestep t (scalar), and v of its shape, or None if v is not learned."""
-        eps, v = self.batch(x_t[None], jnp.asarray(t)[None])
-        return eps[0], None if v is None else v[0]
+        """The prediction for one image x_t (H, W, C) at t (scalar), and v of its shape, or None if v is not learned."""
+        out, v = self.batch(x_t[None], jnp.asarray(t)[None])
+        return out[0], None if v is None else v[0]
 
     def batch(self, x_t: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-        """eps and v of a batch (N, H, W, C) at timesteps (N,)."""
+        """Prediction and v of a batch (N, H, W, C) at timesteps (N,)."""
         out = modules.apply(self.config, self.params, x_t.astype(self.dtype), t, self.remat).astype(jnp.float32)
         if not self.config.learns_variance:
             return out, None
-        eps, v = jnp.split(out, 2, axis=-1)
-        return eps, v
+        out, v = jnp.split(out, 2, axis=-1)
+        return out, v
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,13 +65,14 @@ class Prior:
     """A denoiser with what is needed to sample from it and to cite it."""
 
     denoise: Denoiser
-    betas: np.ndarray  # (T,), float64
+    betas: np.ndarray  # (T,), float64; where the network is continuous in time those of a table of T levels
     variance: VarianceType
     name: str
     sha256: str  # of the weight file, or over its shards; "" for a prior that was never written
     mean_image: np.ndarray | None = None  # (H, W, C) in [-1, 1]: mean of the training data, the guess that knows nothing else
     clip: bool = True  # whether its scheduler clips x0hat to [-1, 1] in every step
     revision: str = ""  # commit of the hub repository that it came from
+    parametrisation: Parametrisation = Epsilon()  # what the network predicts
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -80,9 +85,9 @@ class Prior:
 
     @property
     def settings_sha256(self) -> str:
-        """Of all that decides its samples beside the weights: network, betas, variance, clip and mean image."""
+        """Of all that decides its samples beside the weights: network, betas, variance, clip, prediction and mean image."""
         mean = b"" if self.mean_image is None else self.mean_image.tobytes()
-        text = repr((self.denoise.config, self.variance, self.clip)).encode()
+        text = repr((self.denoise.config, self.parametrisation, self.variance, self.clip)).encode()
         return hashlib.sha256(text + np.asarray(self.betas, np.float64).tobytes() + mean).hexdigest()
 
     def schedule(self, num_steps: int | None = None, spacing: Spacing = "quadratic") -> Schedule:
@@ -91,7 +96,7 @@ class Prior:
         Quadratic spacing is the default because guided sampling gains by it: at 100 steps of the bundled prior the
         gradient is matched more closely than with uniform spacing.
         """
-        return Schedule.create(self.betas, num_steps, self.variance, spacing)
+        return Schedule.create(self.betas, num_steps, self.variance, spacing, self.parametrisation)
 
 
 def _read_mean(path: Path, shape: tuple[int, ...]) -> np.ndarray:
@@ -112,17 +117,18 @@ def save_prior(folder: str | os.PathLike[str], prior: Prior, scheduler: dict[str
     Args:
       folder: created if absent.
       prior: a UNet2D's; its params are stored in float16.
-      scheduler: dict of `scheduler_config.json` (beta_schedule, beta_start, beta_end, num_train_timesteps, variance_type).
+      scheduler: dict of `scheduler_config.json` (beta_schedule, beta_start, beta_end, num_train_timesteps, variance_type,
+        prediction_type).
 
     Raises:
-      ValueError: where the scheduler does not say what the prior's betas, variance and clip are, or the folder holds
-        weights of another name, which would be read instead.
+      ValueError: where the scheduler does not say what the prior's betas, variance, clip and prediction are, or the folder
+        holds weights of another name, which would be read instead.
     """
     folder = Path(folder)
-    said = sources.read_scheduler(scheduler)
+    said = read_scheduler(scheduler)
     same = said.betas.shape == prior.betas.shape and np.allclose(said.betas, prior.betas, rtol=1e-12)
-    if not same or (said.variance, said.clip) != (prior.variance, prior.clip):
-        raise ValueError("the scheduler's betas, variance_type or clip_sample are not those of the prior")
+    if not same or (said.variance, said.clip, said.parametrisation) != (prior.variance, prior.clip, prior.parametrisation):
+        raise ValueError("the scheduler's betas, variance_type, clip_sample or prediction_type are not those of the prior")
     name = "diffusion_pytorch_model.fp16.safetensors"
     if others := [file.name for file in folder.glob("diffusion_pytorch_model*") if file.name != name]:
         raise ValueError(f"{folder} holds other weights ({', '.join(others)}); remove them or take another folder")
@@ -205,4 +211,5 @@ def load_prior(
         mean_image=mean,
         clip=found.diffusion.clip,
         revision=found.revision,
+        parametrisation=found.diffusion.parametrisation,
     )

@@ -12,11 +12,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from gdiff_jax.priors.adm import ADMConfig
+from gdiff_jax.priors.schedulers import Diffusion, read_scheduler
 from gdiff_jax.priors.unet2d_config import UNet2DConfig
-from gdiff_jax.schedule import VarianceType, make_betas
 
 BUNDLED = ("cifar10-32", "faces-64")
 
@@ -30,23 +28,6 @@ _WEIGHT_FILES = (
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _INDEX = f"{_STEM}.*.index*.json"  # of shards
 _CONFIGS = ["*config.json", "unet/config.json", "scheduler/scheduler_config.json", _INDEX, f"unet/{_INDEX}"]
-# Schedulers whose betas are those of a discrete, variance-preserving process; the others scale x_t in ways of their own.
-_SCHEDULERS = ("DDPM", "DDIM", "PNDM", "DPMSolverMultistep", "DPMSolverSinglestep", "DEISMultistep", "UniPCMultistep")
-_VARIANCES: dict[str, VarianceType] = {
-    "fixed_small": "fixed_small",
-    "fixed_small_log": "fixed_small",  # the same variance, by way of its logarithm
-    "fixed_large": "fixed_large",
-    "learned_range": "learned_range",
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Diffusion:
-    """What a scheduler's config says that a sampler needs."""
-
-    betas: np.ndarray  # (T,) float64
-    variance: VarianceType
-    clip: bool  # x0hat to [-1, 1] in every step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,48 +39,6 @@ class Source:
     weights: Path  # a weight file, the index of its shards, or the `checkpoints` folder of a training run
     revision: str = ""  # commit on the hub
     mean_image: Path | None = None
-
-
-def read_scheduler(config: Mapping[str, Any]) -> Diffusion:
-    """A diffusers `scheduler_config.json` as betas, variance and clip; absent fields have the class defaults of diffusers.
-
-    Raises:
-      ValueError: naming the fields whose values are not implemented.
-    """
-    kind = str(config.get("_class_name", "DDPMScheduler")).removesuffix("Scheduler")
-    bad = []
-    for field, known in (
-        ("prediction_type", ("epsilon",)),
-        ("predict_epsilon", (True,)),  # what old files say instead
-        ("rescale_betas_zero_snr", (False,)),
-        ("thresholding", (False,)),
-        ("use_flow_sigmas", (False,)),
-        ("timestep_values", (None,)),
-        ("clip_sample_range", (1, 1.0)),
-    ):
-        if config.get(field, known[0]) not in known:
-            bad.append(f"{field}={config[field]!r} (implemented: {known[0]!r})")
-    if kind not in _SCHEDULERS:
-        bad.append(f"_class_name={config['_class_name']!r} (implemented: {', '.join(_SCHEDULERS)})")
-    variance = config.get("variance_type")
-    variance = "fixed_small" if variance is None else variance
-    if not isinstance(variance, str) or variance not in _VARIANCES:
-        bad.append(f"variance_type={variance!r} (implemented: {', '.join(_VARIANCES)})")
-    clip = config.get("clip_sample", kind in ("DDPM", "DDIM"))
-    if type(clip) is not bool:
-        bad.append(f"clip_sample={clip!r} (needed: true or false)")
-    total, trained = config.get("num_train_timesteps", 1000), config.get("trained_betas")
-    ends = [config.get("beta_start", 1e-4), config.get("beta_end", 0.02)] if trained is None else trained
-    if type(total) is not int or not 1 <= total <= 10**5:
-        bad.append(f"num_train_timesteps={total!r} (needed: an integer in 1..100000)")
-    elif not isinstance(ends, list) or not all(type(v) is float and 0 < v < 1 for v in ends):
-        bad.append(f"{'beta_start, beta_end' if trained is None else 'trained_betas'}={ends!r} (needed: numbers in (0, 1))")
-    elif trained is not None and len(trained) != total:
-        bad.append(f"trained_betas of length {len(trained)} (needed: num_train_timesteps {total})")
-    if bad:
-        raise ValueError("this scheduler config cannot be used: " + "; ".join(bad))
-    betas = make_betas(config.get("beta_schedule", "linear"), total, *ends) if trained is None else np.asarray(trained)
-    return Diffusion(betas, _VARIANCES[variance], clip)
 
 
 def find(name: str, config: Mapping[str, Any] | None = None) -> Source:

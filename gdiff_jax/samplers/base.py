@@ -1,9 +1,10 @@
 """What the samplers share: the posterior of one reverse step, its guidance, and the loop.
 
-A *denoiser* is a callable `eps, v = denoise(x_t, t)` on one image and an integer timestep (v is the learned variance or
-None); an *objective* is a callable `distance = objective(x0)` to a scalar. Both must be pytrees (a module, a registered
-dataclass, `jax.tree_util.Partial`) if they are to pass through jit as arguments. Images are (H, W, C) in [-1, 1]; a batch of
-trials is a `jax.vmap` over keys and objectives. Nothing here knows of victims or gradients.
+A *denoiser* is a callable `out, v = denoise(x_t, t)` on one image and a timestep: `out` is eps unless the schedule's
+`parametrisation` says otherwise, v is the learned variance or None. `predict` makes x0hat of it, and nothing else here knows
+what the network predicts. An *objective* is a callable `distance = objective(x0)` to a scalar. Both must be pytrees (a module,
+a registered dataclass, `jax.tree_util.Partial`) if they are to pass through jit as arguments. Images are (H, W, C) in [-1, 1];
+a batch of trials is a `jax.vmap` over keys and objectives. Nothing here knows of victims or gradients.
 """
 
 from __future__ import annotations
@@ -83,10 +84,11 @@ def start_from(key: jax.Array, schedule: Schedule, image: jax.Array, std: jax.Ar
 
     The first kept step with at least that much noise is taken, and the missing noise added; the noisiest, if none has it.
     """
-    ratio = (1 - schedule.abar) / schedule.abar
-    index = jnp.minimum(jnp.searchsorted(ratio, jnp.square(std)), schedule.num_steps - 1)
-    missing = jnp.sqrt(jnp.maximum(ratio[index] - jnp.square(std), 0.0))
-    x = jnp.sqrt(schedule.abar[index]) * (image + missing * jax.random.normal(key, image.shape))
+    noise = jnp.square(schedule.noise)
+    index = jnp.minimum(jnp.searchsorted(noise / schedule.abar, jnp.square(std)), schedule.num_steps - 1)
+    # Of x_t, not of the image: finite where abar is 0.
+    missing = jnp.sqrt(jnp.maximum(noise[index] - schedule.abar[index] * jnp.square(std), 0.0))
+    x = jnp.sqrt(schedule.abar[index]) * image + missing * jax.random.normal(key, image.shape)
     return Start(x, index)
 
 
@@ -99,9 +101,18 @@ def _each(denoise: Denoise, x_t: jax.Array, t: jax.Array) -> tuple[jax.Array, ja
     return jax.vmap(denoise, (0, None))(x_t, t)
 
 
-def _predict_x0(denoise: Denoise, schedule: Schedule, x: jax.Array, i: jax.Array, clip: bool) -> tuple[jax.Array, Any]:
-    eps, v = denoise(x, schedule.t[i])
-    x0 = schedule.predict_x0(x, eps, i)
+def predict(
+    denoise: Denoise, schedule: Schedule, x_t: jax.Array, signal: jax.Array, noise: jax.Array, t: jax.Array
+) -> tuple[jax.Array, Any]:
+    """x0hat of one x_t = signal x0 + noise n, not clipped, and v; t is what the network is told of the level."""
+    p = schedule.parametrisation
+    out, v = denoise(p.shown(x_t, signal, noise), t)
+    return p.x0(x_t, out, signal, noise), v
+
+
+def predict_kept(denoise: Denoise, schedule: Schedule, x: jax.Array, i: jax.Array, clip: bool) -> tuple[jax.Array, Any]:
+    """x0hat at the kept step i, clipped to [-1, 1] if so asked, and v."""
+    x0, v = predict(denoise, schedule, x, jnp.sqrt(schedule.abar[i]), schedule.noise[i], schedule.t[i])
     return (jnp.clip(x0, -1.0, 1.0) if clip else x0), v
 
 
@@ -111,7 +122,7 @@ def _posterior(schedule: Schedule, x0: jax.Array, v: jax.Array | None, x: jax.Ar
 
 def posterior(denoise: Denoise, schedule: Schedule, x: jax.Array, i: jax.Array, clip: bool = True) -> Posterior:
     """The prior's own reverse step (DDPM, Eq. 7), unguided."""
-    x0, v = _predict_x0(denoise, schedule, x, i, clip)
+    x0, v = predict_kept(denoise, schedule, x, i, clip)
     return _posterior(schedule, x0, v, x, i)
 
 
@@ -133,9 +144,9 @@ def guided_posterior(
     its projection onto the data's manifold): the prior is not differentiated.
     """
     if through_prior:
-        x0, pull, v = jax.vjp(lambda x: _predict_x0(denoise, schedule, x, i, clip), x, has_aux=True)
+        x0, pull, v = jax.vjp(lambda x: predict_kept(denoise, schedule, x, i, clip), x, has_aux=True)
     else:
-        x0, v = _predict_x0(denoise, schedule, x, i, clip)
+        x0, v = predict_kept(denoise, schedule, x, i, clip)
     distance, grad = jax.value_and_grad(objective)(x0)
     worth = None if share is None else share(x0, distance, grad)
     if through_prior:

@@ -6,15 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gdiff_jax.samplers.base import Denoise
+from gdiff_jax.samplers.base import Denoise, predict
 from gdiff_jax.schedule import Schedule
 
 APART, AROUND = 3, 5  # pixels, of `posterior_deviation`; three times as many probes, a channel each, told as much [measured]
 
 
-def _levels(schedule: Schedule) -> jax.Array:
-    """Log standard deviation of the noise of each kept step, of an image that is not scaled."""
-    return 0.5 * (jnp.log1p(-schedule.abar) - jnp.log(schedule.abar))
+def _greatest(levels: jax.Array) -> jax.Array:
+    """Of the kept steps' levels the last that is finite: the noisiest may be noise alone."""
+    return jnp.where(jnp.isfinite(levels[-1]), levels[-1], levels[-2:][0])
 
 
 def denoise_estimate(
@@ -29,9 +29,9 @@ def denoise_estimate(
     """E[x | estimate] by the prior, of an estimate = x + std n, n standard normal.
 
     x + std n *is* x_t / sqrt(abar) where (1 - abar) / abar = std^2, so Tweedie's formula (Efron 2011; DPS, Eq. 10) is one call:
-    estimate - std eps(estimate / sqrt(1 + std^2), t). Of all estimators it has the least expected squared error that the prior
-    allows; `start_from` draws from the posterior instead. t is interpolated linearly in log std between the kept steps and
-    rounded, as there are ten times as many timesteps as one keeps [our choice].
+    x0hat of x_t = estimate / sqrt(1 + std^2). Of all estimators it has the least expected squared error that the prior
+    allows; `start_from` draws from the posterior instead. The t of a network trained on timesteps is interpolated linearly in
+    log std between the kept steps and rounded, as there are ten times as many timesteps as one keeps [our choice].
 
     Args:
       denoise: `eps, v = denoise(x_t, t)`, of one image, a pytree (see `samplers.base`).
@@ -45,11 +45,16 @@ def denoise_estimate(
       (H, W, C). An estimate that is not finite gives one that is not finite, unless std is above the greatest noise.
     """
     std = jnp.asarray(std, image.dtype)
-    levels = _levels(schedule)
-    t = jnp.interp(jnp.log(jnp.maximum(std, 1e-30)), levels, schedule.t.astype(image.dtype))
-    eps, _ = denoise(image / jnp.sqrt(1 + jnp.square(std)), jnp.round(t).astype(schedule.t.dtype))
-    x = jnp.where(std < jnp.exp(levels[0]), image, image - std * eps)
-    x = jnp.where(std > jnp.exp(levels[-1]), mean, x)
+    levels = schedule.levels()
+    least, most = jnp.exp(levels[0]), jnp.exp(_greatest(levels))
+    level = jnp.clip(std, least, most)
+    signal = jax.lax.rsqrt(1 + jnp.square(level))
+    noise = level * signal
+    t = schedule.parametrisation.time(signal, noise)
+    if t is None:
+        t = jnp.round(jnp.interp(jnp.log(level), levels, schedule.t.astype(image.dtype))).astype(schedule.t.dtype)
+    expected, _ = predict(denoise, schedule, image * signal, signal, noise, t)
+    x = jnp.where(std < least, image, jnp.where(std > most, mean, expected))
     return jnp.clip(x, -1.0, 1.0) if clip else x
 
 
@@ -86,7 +91,7 @@ def posterior_deviation(
 
     diagonal = jax.lax.map(asked, jnp.arange(APART**2, dtype=probe.dtype)).sum(0)
     deviation = std * jnp.sqrt(jnp.maximum(_mean_around(diagonal), 0.0))
-    return jnp.where(std > jnp.exp(_levels(schedule)[-1]), jnp.nan, deviation)
+    return jnp.where(std > jnp.exp(_greatest(schedule.levels())), jnp.nan, deviation)
 
 
 def _mean_around(image: jax.Array) -> jax.Array:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gdiff_jax.samplers.base import Denoise
+from gdiff_jax.samplers.base import Denoise, predict_kept
 from gdiff_jax.schedule import Schedule
 from gdiff_jax.trace import Objective, StepInfo, norm, x0_error
 
@@ -48,8 +48,8 @@ def red_diff_sample(
     def step(carry: tuple[jax.Array, optax.OptState], i: jax.Array) -> tuple[tuple[jax.Array, optax.OptState], StepInfo]:
         x, state = carry
         noise = jax.random.normal(jax.random.fold_in(key_steps, i), shape)
-        eps, _ = denoise(schedule.add_noise(x, noise, i), schedule.t[i])
-        pull = jnp.sqrt((1 - schedule.abar[i]) / schedule.abar[i]) * (eps - noise)
+        x0, _ = predict_kept(denoise, schedule, schedule.add_noise(x, noise, i), i, clip=False)
+        pull = x - x0  # sqrt((1 - abar) / abar) (eps_hat - eps), whatever the network predicts
         distance, grad = jax.value_and_grad(objective)(x)
         length = norm(grad)
         direction = grad / jnp.where(length > 0, length, 1.0) + weight * pull / x.size**0.5

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from pathlib import Path
+from typing import cast, get_args
 
 from gdiff_jax import images as image_files
 from gdiff_jax.errors import need
@@ -228,17 +229,16 @@ class PriorOptions:
     clip: str = option("prior", "clip x0hat to [-1, 1] in every step: yes, no, or what the prior's scheduler says")
     steps: int = option(100, "reverse steps, at most as many as the prior was trained with")
     spacing: str = option(
-        "quadratic", "of the steps over the prior's: quadratic (denser where there is little noise) or uniform"
+        "quadratic", "of the steps over the prior's: quadratic (denser where there is little noise), uniform, or trailing"
     )
 
     def schedule_of(self, prior: Prior) -> Schedule:
-        spacing: Spacing = "uniform" if self.spacing == "uniform" else "quadratic"
-        return prior.schedule(self.steps, spacing)
+        return prior.schedule(self.steps, cast(Spacing, self.spacing))  # one of them, by `check`
 
     def check(self) -> None:
         check_choice("prior_dtype", self.prior_dtype, ("float32", "bfloat16"))
         check_choice("clip", self.clip, ("prior", "yes", "no"))
-        check_choice("spacing", self.spacing, ("uniform", "quadratic"))
+        check_choice("spacing", self.spacing, get_args(Spacing))
         check_least(self, 1, "steps")
 
 

@@ -28,10 +28,16 @@ SHEET_SIDE, SHEET_STEPS = 8, 250
 
 
 def eps_loss(denoise: Denoiser, schedule: Schedule, key: jax.Array, x0: jax.Array, t: jax.Array) -> jax.Array:
-    """Mean squared error of eps for each image of a batch, (N,) (DDPM, Eq. 14); t counts steps of an un-respaced schedule."""
+    """Mean squared error of eps for each image of a batch, (N,) (DDPM, Eq. 14); t counts steps of an un-respaced schedule.
+
+    Of a network that predicts something else it is the error of the eps that belongs to its x0hat.
+    """
     eps = jax.random.normal(key, x0.shape)
     x_t = jax.vmap(schedule.add_noise)(x0, eps, t)
-    return jnp.square(denoise.batch(x_t, t)[0] - eps).mean((1, 2, 3))
+    signal, noise = (a[t].reshape(-1, 1, 1, 1) for a in (jnp.sqrt(schedule.abar), schedule.noise))
+    p = schedule.parametrisation
+    out, _ = denoise.batch(p.shown(x_t, signal, noise), schedule.t[t])
+    return jnp.square((x_t - signal * p.x0(x_t, out, signal, noise)) / noise - eps).mean((1, 2, 3))
 
 
 _eps_loss = jax.jit(eps_loss)

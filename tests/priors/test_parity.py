@@ -13,6 +13,8 @@ from test_golden import run
 
 import gdiff_jax as gd
 from gdiff_jax.priors import ADMConfig, UNet2DConfig
+from gdiff_jax.priors.schedulers import read_scheduler
+from gdiff_jax.samplers.base import predict_kept
 from gdiff_jax.tensor_files import read_tensors
 
 
@@ -105,3 +107,63 @@ def test_legacy_files_and_whole_modules_of_torch_are_refused(tmp_path):
     torch.save(torch.nn.Linear(2, 2), tmp_path / "module.pt")
     with pytest.raises(ValueError, match=r"it asks for torch\.nn"):
         read_tensors(tmp_path / "module.pt")
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction"])
+@pytest.mark.parametrize("zero", [False, True])
+def test_x0hat_is_that_of_diffusers_schedulers(kind, zero):
+    from diffusers import DDIMScheduler
+
+    if zero and kind == "epsilon":
+        pytest.skip("is refused")
+    theirs = DDIMScheduler(
+        prediction_type=kind, rescale_betas_zero_snr=zero, timestep_spacing="trailing", clip_sample=False, set_alpha_to_one=True
+    )
+    diffusion = read_scheduler(dict(theirs.config))
+    np.testing.assert_allclose(diffusion.betas, theirs.betas.double().numpy(), rtol=1e-4, atol=5e-7)
+    ours = gd.Schedule.create(diffusion.betas, 7, spacing="trailing", parametrisation=diffusion.parametrisation)
+    theirs.set_timesteps(7)
+    np.testing.assert_array_equal(ours.t[::-1], theirs.timesteps.numpy())
+    x, out = np.random.default_rng(0).normal(size=(2, 1, 1, 2, 2)).astype(np.float32)
+    for i, t in zip(range(6, -1, -1), theirs.timesteps, strict=True):
+        found, _ = predict_kept(lambda *_: (out, None), ours, x, i, clip=False)
+        expected = theirs.step(torch.from_numpy(out), t, torch.from_numpy(x)).pred_original_sample
+        assert error(found, expected.numpy()) < 2e-4  # its betas are float32
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("levels", ["karras", "exponential"])
+def test_edm_is_that_of_diffusers(kind, levels):
+    from diffusers import EDMEulerScheduler
+
+    theirs = EDMEulerScheduler(prediction_type=kind, sigma_schedule=levels, sigma_data=0.7)
+    diffusion = read_scheduler(dict(theirs.config) | {"_class_name": "EDMEulerScheduler", "num_train_timesteps": 9})
+    ours = gd.Schedule.create(diffusion.betas, parametrisation=diffusion.parametrisation)
+    theirs.set_timesteps(9)
+    np.testing.assert_allclose(ours.t[::-1], theirs.timesteps.numpy(), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(np.exp(ours.levels())[::-1], theirs.sigmas[:-1].numpy(), rtol=1e-5)
+    x, out = np.random.default_rng(0).normal(size=(2, 1, 1, 2, 2)).astype(np.float32)
+    for i, (t, sigma) in enumerate(zip(theirs.timesteps, theirs.sigmas, strict=False)):
+        shown = []
+        denoise = lambda x, t: (shown.append(x), (out, None))[1]  # noqa: B023
+        found, _ = predict_kept(denoise, ours, x / float((1 + sigma**2) ** 0.5), 8 - i, clip=False)
+        scaled = theirs.scale_model_input(torch.from_numpy(x), t)
+        assert error(shown[0], scaled.numpy()) < 1e-5
+        expected = theirs.precondition_outputs(torch.from_numpy(x), torch.from_numpy(out), sigma)
+        assert error(found, expected.numpy()) < 1e-5
+        theirs.step(torch.from_numpy(out), t, torch.from_numpy(x))
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_flow_matching_is_that_of_diffusers(shift):
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    theirs = FlowMatchEulerDiscreteScheduler(shift=shift)
+    diffusion = read_scheduler(dict(theirs.config) | {"_class_name": "FlowMatchEulerDiscreteScheduler"})
+    ours = gd.Schedule.create(diffusion.betas, 1000, parametrisation=diffusion.parametrisation)
+    np.testing.assert_allclose(ours.t[::-1], theirs.timesteps.numpy(), rtol=1e-4)
+    x, out = np.random.default_rng(0).normal(size=(2, 1, 1, 2, 2)).astype(np.float32)
+    for i in (0, 400, 999):
+        s = theirs.sigmas[999 - i].item()
+        found, _ = predict_kept(lambda *_: (out, None), ours, x / np.float32(np.hypot(s, 1 - s)), i, clip=False)
+        assert error(found, x - s * out) < 1e-5  # Euler's step of theirs to s = 0

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import pickle
@@ -20,8 +21,10 @@ import torch_files
 from parity_cases import ADM, ADM_CONV1D, CELEBAHQ, FFHQ, TWO, state_dict, torch_shapes
 
 from gdiff_jax import modules, tensor_files
+from gdiff_jax.parametrisation import EDM, Flow, Sample, V
 from gdiff_jax.priors import ADMConfig, Prior, UNet2DConfig, cache, load_prior, save_prior, sources, weights
-from gdiff_jax.schedule import make_betas
+from gdiff_jax.priors.schedulers import read_scheduler
+from gdiff_jax.schedule import Schedule, make_betas
 
 SCHEDULER = dict(beta_schedule="linear", beta_start=1e-4, beta_end=0.02, num_train_timesteps=50, variance_type="fixed_large")
 FP16 = "diffusion_pytorch_model.fp16.safetensors"
@@ -433,9 +436,13 @@ def test_legacy_pickle_is_refused_with_the_command_that_converts_it(folder):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        (dict(prediction_type="v_prediction"), "prediction_type='v_prediction'"),
-        (dict(predict_epsilon=False), "predict_epsilon=False"),
-        (dict(rescale_betas_zero_snr=True), "rescale_betas_zero_snr=True"),
+        (dict(prediction_type="score"), r"prediction_type='score' \(implemented: 'epsilon' or 'sample' or 'v_prediction'\)"),
+        (dict(rescale_betas_zero_snr=True), "rescale_betas_zero_snr=True with prediction_type='epsilon'.*say what"),
+        (dict(timestep_spacing="leaded"), "timestep_spacing='leaded'"),
+        (dict(_class_name="EulerDiscreteScheduler", timestep_type="continuous"), "timestep_type='continuous'"),
+        (dict(_class_name="EDMEulerScheduler", sigma_min=90), r"sigma_min=90 \(needed: below sigma_max 80\)"),
+        (dict(_class_name="EDMEulerScheduler", sigma_data="0.5"), r"sigma_data='0\.5' \(needed: a number"),
+        (dict(_class_name="FlowMatchEulerDiscreteScheduler", use_dynamic_shifting=True), "use_dynamic_shifting=True"),
         (dict(thresholding=True), "thresholding=True"),
         (dict(clip_sample_range=2.0), r"clip_sample_range=2\.0"),
         (dict(variance_type="learned"), "variance_type='learned'"),
@@ -467,12 +474,35 @@ def test_scheduler_values_that_are_not_implemented_are_refused(folder, fields, m
     ],
 )
 def test_scheduler_config_is_honoured(fields, variance, clip):
-    diffusion = sources.read_scheduler(fields)
+    diffusion = read_scheduler(fields)
     assert (diffusion.variance, diffusion.clip) == (variance, clip)
     np.testing.assert_array_equal(diffusion.betas, np.linspace(1e-4, 0.02, 1000))
     betas = [0.1, 0.2]
     with_betas = fields | dict(trained_betas=betas, num_train_timesteps=2)
-    np.testing.assert_array_equal(sources.read_scheduler(with_betas).betas, betas)
+    np.testing.assert_array_equal(read_scheduler(with_betas).betas, betas)
+
+
+@pytest.mark.parametrize(
+    ("fields", "parametrisation"),
+    [
+        (dict(predict_epsilon=False), Sample()),
+        (dict(prediction_type="sample", predict_epsilon=True), Sample()),
+        (dict(_class_name="EulerDiscreteScheduler", prediction_type="v_prediction", timestep_spacing="trailing"), V()),
+        (dict(_class_name="DDIMScheduler", prediction_type="v_prediction", rescale_betas_zero_snr=True), V()),
+        (dict(_class_name="EDMDPMSolverMultistepScheduler", sigma_data=1.0), EDM(1.0)),
+        (dict(_class_name="EDMEulerScheduler", prediction_type="v_prediction"), EDM(0.5, -1.0)),
+        (dict(_class_name="FlowMatchEulerDiscreteScheduler", shift=3.0), Flow(50.0)),
+    ],
+)
+def test_what_a_network_predicts_is_read_of_its_scheduler(folder, fields, parametrisation):
+    (folder / "scheduler_config.json").write_text(json.dumps(SCHEDULER | fields))
+    prior = load_prior(folder)
+    assert prior.parametrisation == prior.schedule(7).parametrisation == parametrisation
+    zero = "rescale_betas_zero_snr" in fields or fields.get("_class_name", "").startswith("Flow")
+    assert (prior.betas[-1] == 1) == zero
+    save_prior(folder, prior, SCHEDULER | fields)
+    with pytest.raises(ValueError, match="prediction_type are not those of the prior"):
+        save_prior(folder, prior, SCHEDULER)
 
 
 def test_another_model_class_is_refused(folder):
@@ -526,12 +556,12 @@ def test_odd_values_in_adm_flags_and_schedulers_are_refused_or_harmless():
                 config = ADMConfig.from_flags(ADM["plain"] | {field: value})
                 modules.param_shapes(dataclasses.replace(config, num_channels=min(config.num_channels, 64)))
     fields = (*SCHEDULER, "trained_betas", "clip_sample", "_class_name", "prediction_type", "timestep_values")
-    for field in fields:
-        for value in (*odd, 10**400, [0.1], [2.0]):
+    fields += ("predict_epsilon", "rescale_betas_zero_snr", "sigma_min", "sigma_max", "sigma_data", "rho", "shift")
+    for kind in ("DDPMScheduler", "EDMEulerScheduler", "FlowMatchEulerDiscreteScheduler"):
+        for field, value in itertools.product(fields, (*odd, 1e-6, 10**400, [0.1], [2.0])):
             with contextlib.suppress(ValueError):
-                diffusion = sources.read_scheduler(SCHEDULER | {field: value})
-                assert len(diffusion.betas) > 0
-                assert ((diffusion.betas > 0) & (diffusion.betas < 1)).all()
+                diffusion = read_scheduler(SCHEDULER | {"_class_name": kind, field: value})
+                assert len(Schedule.create(diffusion.betas, 1, parametrisation=diffusion.parametrisation).t) == 1
 
 
 def test_mean_image_that_is_none_is_refused(folder):
@@ -573,7 +603,13 @@ def test_saving_what_would_be_read_back_as_another_prior_is_refused(folder, tiny
 
 def test_settings_beside_the_weights_have_a_digest_of_their_own(folder):
     prior = load_prior(folder)
-    for changed in (dict(variance="fixed_small"), dict(clip=False), dict(mean_image=None), dict(betas=make_betas(num=49))):
+    for changed in (
+        dict(variance="fixed_small"),
+        dict(clip=False),
+        dict(mean_image=None),
+        dict(betas=make_betas(num=49)),
+        dict(parametrisation=V()),
+    ):
         assert dataclasses.replace(prior, **changed).settings_sha256 != prior.settings_sha256
     assert load_prior(folder, "bfloat16").settings_sha256 == prior.settings_sha256
 
