@@ -1,13 +1,13 @@
-"""What a network predicts and how that becomes x0hat: epsilon, the sample, v, EDM's F, the velocity of a flow.
+"""What a network predicts and how that becomes x0hat: epsilon, the sample, v, EDM's F, a score, the velocity of a flow.
 
 Samplers know one process, x_t = signal x0 + noise n with signal^2 + noise^2 = 1, and of it x0hat and the noise level. Processes
 that scale x_t otherwise are this one, seen through another scale [derived]:
 
-- EDM's x0 + sigma n is x_t / signal, at sigma = noise / signal;
+- a variance-exploding x0 + sigma n, as EDM's, is x_t / signal, at sigma = noise / signal;
 - a rectified flow's (1 - s) x0 + s n is x_t / (signal + noise), at s = noise / (signal + noise).
 
 So a parametrisation is three functions of a level (signal, noise), scalars: what the network is shown of x_t, what it is told
-of the time, and x0hat by what it says. Nothing but `Epsilon` divides by the signal, which is 0 at a zero terminal SNR.
+of the time, and x0hat by what it says. `Sample`, `V` and `Flow` do not divide by the signal, which is 0 at a zero terminal SNR.
 """
 
 from __future__ import annotations
@@ -94,6 +94,24 @@ class EDM:
     def x0(self, x_t: jax.Array, out: jax.Array, signal: jax.Array, noise: jax.Array) -> jax.Array:
         r = self._r(signal, noise)
         return self.sigma_data * (self.sigma_data * signal / r * x_t + self.sign * noise * out) / r
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """The score of a variance-exploding process of images in [0, 1] (Song et al. 2021, arXiv 2011.13456), told its sigma.
+
+    y = (x_t / signal + 1) / 2 is what it sees, with half of our sigma = noise / signal; y0hat = y + sigma^2 score, by Tweedie's
+    formula.
+    """
+
+    def shown(self, x_t: jax.Array, signal: jax.Array, noise: jax.Array) -> jax.Array:
+        return (x_t / signal + 1) / 2
+
+    def time(self, signal: jax.Array, noise: jax.Array) -> jax.Array:
+        return noise / signal / 2
+
+    def x0(self, x_t: jax.Array, out: jax.Array, signal: jax.Array, noise: jax.Array) -> jax.Array:
+        return x_t / signal + jnp.square(noise / signal) / 2 * out
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ import pytest
 from conftest import QUICK_COMPILE
 
 import gdiff_jax as gd
-from gdiff_jax.parametrisation import EDM, Epsilon, Flow, Sample, V
+from gdiff_jax.parametrisation import EDM, Epsilon, Flow, Sample, Score, V
 from gdiff_jax.priors.schedulers import read_scheduler
 from gdiff_jax.samplers import denoise_estimate, start_from
 from gdiff_jax.samplers.base import predict, predict_kept
@@ -51,8 +51,14 @@ def flow(x_s, t):
     return (s - (1 - s) * S**2) / (S**2 * (1 - s) ** 2 + s**2) * x_s, None
 
 
-EDM_BETAS, FLOW_BETAS = (
-    read_scheduler({"_class_name": f"{name}Scheduler"}).betas for name in ("EDMEuler", "FlowMatchEulerDiscrete")
+def score(y, sigma):
+    """Of y = y0 + sigma n, y0 in [0, 1] drawn from N(1/2, S^2 / 4)."""
+    return -(y - 0.5) / (S**2 / 4 + sigma**2), None
+
+
+EDM_BETAS, FLOW_BETAS, SCORE_BETAS = (
+    read_scheduler({"_class_name": f"{name}Scheduler", "sigma_max": 80}).betas
+    for name in ("EDMEuler", "FlowMatchEulerDiscrete", "ScoreSdeVe")
 )
 KINDS = {
     "epsilon": (Epsilon(), of_timesteps("epsilon", ABAR), make_betas()),
@@ -62,6 +68,7 @@ KINDS = {
     "edm of other data": (EDM(1.3), functools.partial(edm, data=1.3), EDM_BETAS),
     "edm, its sign turned": (EDM(0.5, -1.0), lambda x, t: (-edm(x, t)[0], None), EDM_BETAS),
     "flow": (Flow(), flow, FLOW_BETAS),
+    "score": (Score(), score, SCORE_BETAS),
 }
 
 
@@ -80,8 +87,8 @@ def test_x0hat_is_the_posterior_mean_at_every_level(kind):
         x0, _ = predict_kept(KINDS[kind][1], s, x, i, clip=False)
         signal = np.sqrt(np.cumprod(1 - KINDS[kind][2])[kept(kind, 20)[i]])
         expected = signal * S**2 / (S**2 * signal**2 + 1 - signal**2) * np.asarray(x)
-        # Tweedie's formula magnifies the rounding of x_t by 1 / signal, 160 at the noisiest step; the others do not.
-        np.testing.assert_allclose(x0, expected, rtol=1e-5, atol=5e-7 / signal if kind == "epsilon" else 2e-6)
+        # Tweedie's formula magnifies the rounding of x_t by 1 / signal, 160 at the noisiest step; most others do not.
+        np.testing.assert_allclose(x0, expected, rtol=1e-5, atol={"epsilon": 5e-7, "score": 1e-6}.get(kind, 0) / signal + 2e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -90,7 +97,7 @@ def test_an_estimate_is_denoised_at_its_own_level(kind):
     image = 0.3 * jax.random.normal(jax.random.key(0), SHAPE)
     asked = jax.jit(lambda std: denoise_estimate(KINDS[kind][1], schedule(kind, 100), image, std, image + 9, clip=False))
     for std in (0.0333, 0.4, 3.0):
-        rtol = 1e-5 if kind.startswith(("edm", "flow")) else 0.02
+        rtol = 1e-5 if kind.startswith(("edm", "flow", "score")) else 0.02
         np.testing.assert_allclose(asked(std), image * S**2 / (S**2 + std**2), rtol=rtol, atol=1e-6)
     np.testing.assert_array_equal(asked(1e4), image + 9)
 

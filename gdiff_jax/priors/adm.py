@@ -17,6 +17,7 @@ from flax import nnx
 from gdiff_jax.modules import GroupNorm, Linear
 from gdiff_jax.priors.adm_flags import ADMFlags
 from gdiff_jax.priors.layers import (
+    Embedding,
     attend,
     average_pool,
     block_runner,
@@ -105,7 +106,10 @@ class Upsample(nnx.Module):
 
 
 class ADM(nnx.Module):
-    """(N, H, W, 3) and (N,) -> (N, H, W, 3 or 6), float32: eps, and v where it is learned; blocks in the dtype of x."""
+    """(N, H, W, 3), t (N,), label (N,) if conditional -> (N, H, W, 3 or 6), float32: eps, and v where it is learned.
+
+    The blocks compute in the dtype of x.
+    """
 
     def __init__(self, config: ADMFlags, rngs: nnx.Rngs):
         self.config = config
@@ -113,6 +117,8 @@ class ADM(nnx.Module):
         emb = 4 * config.num_channels
         first = Linear(config.num_channels, emb, rngs=rngs)
         self.time_embed = nnx.List([first, jax.nn.silu, Linear(emb, emb, rngs=rngs)])
+        if config.num_classes is not None:
+            self.label_emb = Embedding(config.num_classes, emb, rngs)
 
         def attention(channels: int) -> list[nnx.Module]:
             return [AttentionBlock(channels, config, rngs)] if size in config.attention_sizes else []
@@ -146,10 +152,11 @@ class ADM(nnx.Module):
         last = conv(c, 6 if config.learn_sigma else 3, 3, rngs=rngs, init=zeros)
         self.out = nnx.List([_norm(c), jax.nn.silu, last])
 
-    def __call__(self, x: jax.Array, t: jax.Array, remat: bool = False) -> jax.Array:
+    def __call__(self, x: jax.Array, t: jax.Array, remat: bool = False, label: jax.Array | None = None) -> jax.Array:
         run = block_runner(remat)
         emb = timestep_embedding(t, self.config.num_channels, freq_shift=0, flip_sin_to_cos=True)
-        emb = self.time_embed[2](jax.nn.silu(self.time_embed[0](emb))).astype(x.dtype)
+        emb = self.time_embed[2](jax.nn.silu(self.time_embed[0](emb)))
+        emb = (emb if label is None else emb + self.label_emb(label)).astype(x.dtype)
         h = self.input_blocks[0][0](x)
         skips = [h]
         for block in self.input_blocks[1:]:

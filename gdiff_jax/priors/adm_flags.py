@@ -23,7 +23,8 @@ _IGNORED = {
     "timestep_respacing",
     "model_path",
 }
-_ONLY = {"class_cond": False, "predict_xstart": False, "rescale_timesteps": False, "num_heads_upsample": -1}
+_CLASSES = 1000  # of a conditional network: of ImageNet, in the order of its folders' names
+_ONLY = {"predict_xstart": False, "rescale_timesteps": False, "num_heads_upsample": -1}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +45,7 @@ class ADMFlags:
     sigma_small: bool = False
     diffusion_steps: int = 1000
     noise_schedule: str = "linear"
+    class_cond: bool = False
 
     def __post_init__(self) -> None:
         for name, most in (("image_size", 4096), ("num_channels", 4096), ("num_res_blocks", 64), ("diffusion_steps", 10**5)):
@@ -106,6 +108,15 @@ class ADMFlags:
     def learns_variance(self) -> bool:
         """Whether half of the output is v."""
         return self.learn_sigma
+
+    @property
+    def label_ndim(self) -> int | None:
+        """0 where it is told a label, None where it is not conditional."""
+        return 0 if self.class_cond else None
+
+    @property
+    def num_classes(self) -> int | None:
+        return _CLASSES if self.class_cond else None
 
     @property
     def betas(self) -> np.ndarray:

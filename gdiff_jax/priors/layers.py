@@ -1,4 +1,4 @@
-"""What the two U-Nets share: activations over pixels, resampling, the embedding of time, rematerialisation."""
+"""What the U-Nets share: activations over pixels, resampling, the embedding of time, rematerialisation."""
 
 from __future__ import annotations
 
@@ -53,6 +53,40 @@ def average_pool(x: jax.Array) -> jax.Array:
     """Mean of 2 x 2 pixels, half the size."""
     n, h, w, c = x.shape
     return x.reshape(n, h // 2, 2, w // 2, 2, c).mean((2, 4))
+
+
+_FIR = (1, 3, 3, 1)
+
+
+def fir_downsample(x: jax.Array) -> jax.Array:
+    """Half the size, through the filter (1, 3, 3, 1) / 8 in each direction, zeros around the image."""
+    for axis in (1, 2):
+        n = x.shape[axis] // 2
+        x = jnp.pad(x, [(1, 1) if a == axis else (0, 0) for a in range(4)])
+        part = lambda k, x=x, n=n, axis=axis: jax.lax.slice_in_dim(x, k, k + 2 * n - 1, stride=2, axis=axis)
+        x = functools.reduce(jnp.add, [(w / 8) * part(k) for k, w in enumerate(_FIR)])
+    return x
+
+
+def fir_upsample(x: jax.Array) -> jax.Array:
+    """Twice the size: zeros between the pixels, then the filter (1, 3, 3, 1) / 4 in each direction."""
+    for axis in (1, 2):
+        wide = jnp.pad(x, [(1, 1) if a == axis else (0, 0) for a in range(4)])
+        part = lambda k, wide=wide, n=x.shape[axis], axis=axis: jax.lax.slice_in_dim(wide, k, k + n, axis=axis)
+        even, odd = 0.25 * part(0) + 0.75 * x, 0.75 * x + 0.25 * part(2)
+        shape = [2 * n if a == axis else n for a, n in enumerate(x.shape)]
+        x = jnp.stack([even, odd], axis + 1).reshape(shape)
+    return x
+
+
+class Embedding(nnx.Module):
+    """A row of a table for each index (N,)."""
+
+    def __init__(self, count: int, channels: int, rngs: nnx.Rngs):
+        self.weight = nnx.Param(jax.random.normal(rngs.params(), (count, channels), jnp.float32))
+
+    def __call__(self, index: jax.Array) -> jax.Array:
+        return self.weight[...][index]
 
 
 def space_to_depth(x: jax.Array, p: int) -> jax.Array:

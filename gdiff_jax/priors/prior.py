@@ -10,54 +10,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
-from gdiff_jax import modules
 from gdiff_jax.modules import Params
 from gdiff_jax.parametrisation import Epsilon, Parametrisation
 from gdiff_jax.priors import cache, shards, sources, weights
-from gdiff_jax.priors.adm import ADMConfig
+from gdiff_jax.priors.denoiser import Denoiser, Network
 from gdiff_jax.priors.schedulers import read_scheduler
 from gdiff_jax.priors.unet2d_config import UNet2DConfig
 from gdiff_jax.schedule import Schedule, Spacing, VarianceType
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Denoiser:
-    """`out, v = denoise(x_t, t)` for one image; a pytree whose leaves are the weights, so jit takes them as arguments.
-
-    `out` is eps, or what else the prior's `parametrisation` says.
-
-    Attributes:
-      params: flat dict of float32 arrays.
-      config: the network.
-      dtype: of the network's arithmetic. The time embedding, statistics, softmax, the last convolution and what is
-        returned are float32 always.
-      remat: keep only the inputs of each block for the backward pass and compute the rest again. Of use on a GPU or TPU;
-        on a CPU XLA computes it again early and keeps it all the same (measured: more time, no less memory).
-    """
-
-    params: Params
-    config: UNet2DConfig | ADMConfig = dataclasses.field(metadata=dict(static=True))
-    dtype: str = dataclasses.field(default="float32", metadata=dict(static=True))
-    remat: bool = dataclasses.field(default=False, metadata=dict(static=True))
-
-    def __call__(self, x_t: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-        """The prediction for one image x_t (H, W, C) at t (scalar), and v of its shape, or None if v is not learned."""
-        out, v = self.batch(x_t[None], jnp.asarray(t)[None])
-        return out[0], None if v is None else v[0]
-
-    def batch(self, x_t: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-        """Prediction and v of a batch (N, H, W, C) at timesteps (N,)."""
-        out = modules.apply(self.config, self.params, x_t.astype(self.dtype), t, self.remat).astype(jnp.float32)
-        if not self.config.learns_variance:
-            return out, None
-        out, v = jnp.split(out, 2, axis=-1)
-        return out, v
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +103,7 @@ def save_prior(folder: str | os.PathLike[str], prior: Prior, scheduler: dict[str
     os.replace(partial, folder / name)
 
 
-def save_configs(folder: Path, config: UNet2DConfig | ADMConfig, scheduler: dict[str, Any]) -> None:
+def save_configs(folder: Path, config: Network, scheduler: dict[str, Any]) -> None:
     """`config.json` and `scheduler_config.json` as diffusers has them."""
     if not isinstance(config, UNet2DConfig):
         raise ValueError("only a UNet2D can be written in diffusers' layout")
@@ -185,6 +147,8 @@ def load_prior(
         found = sources.find(name, config)
         if found.diffusion.variance == "learned_range" and not found.config.learns_variance:
             raise ValueError("its scheduler wants a learned variance, its network has no output for it")
+        if isinstance(found.config, UNet2DConfig):
+            found.config.check_time(found.diffusion.parametrisation, len(found.diffusion.betas))
         if found.weights.is_dir() and isinstance(found.config, UNet2DConfig):
             params, digest = cache.latest_ema(found.weights, found.config)
         else:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from gdiff_jax.parametrisation import EDM, Epsilon, Flow, Parametrisation, Sample, V
+from gdiff_jax.parametrisation import EDM, Epsilon, Flow, Parametrisation, Sample, Score, V
 from gdiff_jax.schedule import VarianceType, betas_of, make_betas, zero_terminal_snr
 
 # Of a discrete process whose network sees x_t of unit variance. The last four sample with an x_t that is scaled otherwise, and
@@ -21,7 +21,8 @@ _DISCRETE = (
     *("DDPM", "DDIM", "PNDM", "DPMSolverMultistep", "DPMSolverSinglestep", "DEISMultistep", "UniPCMultistep"),
     *("EulerDiscrete", "EulerAncestralDiscrete", "HeunDiscrete", "LMSDiscrete"),
 )
-_EDM, _FLOW = ("EDMEuler", "EDMDPMSolverMultistep"), ("FlowMatchEulerDiscrete",)
+_EDM, _FLOW, _SCORE = ("EDMEuler", "EDMDPMSolverMultistep"), ("FlowMatchEulerDiscrete",), ("ScoreSdeVe",)
+_KINDS = (*_DISCRETE, *_EDM, *_FLOW, *_SCORE)
 _VARIANCES: dict[str, VarianceType] = {
     "fixed_small": "fixed_small",
     "fixed_small_log": "fixed_small",  # the same variance, by way of its logarithm
@@ -50,10 +51,10 @@ def read_scheduler(config: Mapping[str, Any]) -> Diffusion:
       ValueError: naming the fields whose values are not implemented.
     """
     kind = str(config.get("_class_name", "DDPMScheduler")).removesuffix("Scheduler")
-    read = _edm if kind in _EDM else _flow if kind in _FLOW else _discrete
+    read = _edm if kind in _EDM else _flow if kind in _FLOW else _score if kind in _SCORE else _discrete
     bad: list[str] = []
-    if kind not in (*_DISCRETE, *_EDM, *_FLOW):
-        bad.append(f"_class_name={config['_class_name']!r} (implemented: {', '.join((*_DISCRETE, *_EDM, *_FLOW))})")
+    if kind not in _KINDS:
+        bad.append(f"_class_name={config['_class_name']!r} (implemented: {', '.join(_KINDS)})")
     total = config.get("num_train_timesteps", 1000)
     if type(total) is not int or not 1 <= total <= _LEVELS:
         bad.append(f"num_train_timesteps={total!r} (needed: an integer in 1..{_LEVELS})")
@@ -145,6 +146,17 @@ def _edm(config: Mapping[str, Any], kind: str, bad: list[str]) -> Diffusion | No
     sign = -1.0 if config.get("prediction_type") == "v_prediction" else 1.0
     betas = edm_betas(config.get("num_train_timesteps", 1000), least, most, rho if karras else None)
     return Diffusion(betas, "fixed_small", False, EDM(data, sign))
+
+
+def _score(config: Mapping[str, Any], kind: str, bad: list[str]) -> Diffusion | None:
+    least, most = _number(config, bad, "sigma_min", 0.01), _number(config, bad, "sigma_max", 1348.0)
+    if least >= most:
+        bad.append(f"sigma_min={least:g} (needed: below sigma_max {most:g})")
+    if bad:
+        return None
+    # Its sigmas are of images in [0, 1], ours of those in [-1, 1].
+    betas = edm_betas(config.get("num_train_timesteps", 2000), 2 * least, 2 * most, None)
+    return Diffusion(betas, "fixed_small", False, Score())
 
 
 def _flow(config: Mapping[str, Any], kind: str, bad: list[str]) -> Diffusion | None:

@@ -9,17 +9,10 @@ from typing import Any
 
 from flax import nnx
 
+from gdiff_jax.parametrisation import Epsilon, Flow, Parametrisation, Sample, Score, V
 from gdiff_jax.priors.unet2d import UNet2D
 from gdiff_jax.priors.unet2d_fields import UNet2DFields
 
-# Fields that diffusers' config may hold and that only one value of is implemented.
-_ONLY: dict[str, tuple[Any, ...]] = {
-    "time_embedding_type": ("positional",),
-    "mid_block_type": ("UNetMidBlock2D",),
-    "class_embed_type": (None,),
-    "num_class_embeds": (None,),
-    "num_train_timesteps": (None,),
-}
 # What diffusers' `EMAModel.save_pretrained` puts beside the network's fields: how its weights were averaged.
 _OF_AVERAGING = (
     "decay", "min_decay", "optimization_step", "update_after_step", "use_ema_warmup", "inv_gamma", "power",
@@ -50,12 +43,14 @@ class UNet2DConfig(UNet2DFields):
                 continue
             if name in own:
                 values[name] = tuple(value) if isinstance(value, list) else value
+                if name in ("down_block_types", "up_block_types") and isinstance(value, list):
+                    values[name] = tuple(v.removeprefix("UNetRes") if isinstance(v, str) else v for v in value)
+                if name in ("downsample_type", "upsample_type") and value is None:
+                    values[name] = "conv"  # as diffusers has it
                 if name == "sample_size" and isinstance(value, list) and len(value) == 2 and value[0] == value[1]:
                     values[name] = value[0]
-            elif name not in _ONLY:
+            else:
                 bad.append(f"{name}={value!r} (unknown field)")
-            elif value not in _ONLY[name]:
-                bad.append(f"{name}={value!r} (implemented: {_ONLY[name][0]!r})")
         if type(values.get("sample_size")) is not int:
             bad.append(f"sample_size={config.get('sample_size')!r} (implemented: one integer)")
         if bad:
@@ -78,6 +73,33 @@ class UNet2DConfig(UNet2DFields):
         """(H, W, C) of the images that the network denoises."""
         size = self.sample_size * self.patch_size
         return size, size, self.in_channels // self.patch_size**2
+
+    def check_time(self, parametrisation: Parametrisation, levels: int) -> None:
+        """Raises a ValueError where the network cannot be told the times of a prior of so many levels."""
+        if self.time_embedding_type == "fourier" and not isinstance(parametrisation, Score | Flow):
+            raise ValueError(
+                "time_embedding_type 'fourier' takes the logarithm of a noise level, as a ScoreSdeVeScheduler tells it; its "
+                f"scheduler's is {parametrisation}"
+            )
+        if self.time_embedding_type != "learned":
+            return
+        if not isinstance(parametrisation, Epsilon | Sample | V) or levels > (self.num_train_timesteps or 0):
+            raise ValueError(
+                f"time_embedding_type 'learned' has a row for each of num_train_timesteps {self.num_train_timesteps}; its "
+                f"scheduler has {levels} levels of {parametrisation}"
+            )
+
+    @property
+    def label_ndim(self) -> int | None:
+        """0 where it is told a label, 1 where a vector that is added to the time's, None where it is not conditional."""
+        if self.class_embed_type == "identity":
+            return 1
+        return None if self.class_embed_type is None and self.num_class_embeds is None else 0
+
+    @property
+    def num_classes(self) -> int | None:
+        """Of a network with a row for each; None where it is told none, any number, or a vector."""
+        return self.num_class_embeds if self.class_embed_type is None else None
 
     @property
     def learns_variance(self) -> bool:

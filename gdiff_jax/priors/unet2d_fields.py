@@ -7,8 +7,11 @@ from typing import Any, Literal
 
 import jax
 
-DOWN_BLOCKS: tuple[str, ...] = ("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D")
-UP_BLOCKS: tuple[str, ...] = ("UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D")
+DOWN_BLOCKS: tuple[str, ...] = (
+    *("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D"),
+    *("SkipDownBlock2D", "AttnSkipDownBlock2D"),
+)
+UP_BLOCKS: tuple[str, ...] = ("UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D", "SkipUpBlock2D", "AttnSkipUpBlock2D")
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -38,8 +41,10 @@ def _each(kind: type, most: int) -> tuple[str, Any]:
     return f"a list of 1..{most} {kind.__name__}", ok
 
 
-def _one_of(*known: str) -> tuple[str, Any]:
-    return " or ".join(known), lambda config, field: getattr(config, field) in known
+def _one_of(*known: str | None) -> tuple[str, Any]:
+    return " or ".join(
+        "null" if name is None else name for name in known
+    ), lambda config, field: getattr(config, field) in known
 
 
 def _boolean(config: Any, field: str) -> bool:
@@ -66,12 +71,17 @@ _NEEDED: dict[str, tuple[str, Any]] = {
     "dropout": _number(0, 1, float),
     "act_fn": _one_of(*ACTIVATIONS),
     "attention_head_dim": _number(1, _WIDE, none=True),
-    "norm_num_groups": _number(1, _WIDE),
+    "norm_num_groups": _number(1, _WIDE, none=True),
     "attn_norm_num_groups": _number(1, _WIDE, none=True),
     "norm_eps": _number(0, 1, float),
     "resnet_time_scale_shift": _one_of("default", "scale_shift"),
     "add_attention": ("true or false", _boolean),
     "patch_size": _number(1, 64),
+    "time_embedding_type": _one_of("positional", "fourier", "learned"),
+    "mid_block_type": _one_of("UNetMidBlock2D", None),
+    "class_embed_type": _one_of(None, "timestep", "identity"),
+    "num_class_embeds": _number(1, _WIDE, none=True),
+    "num_train_timesteps": _number(1, 10**5, none=True),
 }
 
 
@@ -101,12 +111,17 @@ class UNet2DFields:
     dropout: float = 0.0
     act_fn: str = "silu"
     attention_head_dim: int | None = 8
-    norm_num_groups: int = 32
+    norm_num_groups: int | None = 32
     attn_norm_num_groups: int | None = None
     norm_eps: float = 1e-5
     resnet_time_scale_shift: Literal["default", "scale_shift"] = "default"
     add_attention: bool = True
     patch_size: int = 1
+    time_embedding_type: Literal["positional", "fourier", "learned"] = "positional"
+    mid_block_type: Literal["UNetMidBlock2D"] | None = "UNetMidBlock2D"
+    class_embed_type: Literal["timestep", "identity"] | None = None
+    num_class_embeds: int | None = None
+    num_train_timesteps: int | None = None
 
     def __post_init__(self) -> None:
         bad = [
@@ -126,11 +141,14 @@ class UNet2DFields:
                     raise ValueError(f"block type {name!r} is not implemented here; implemented: {', '.join(blocks_known)}")
         for name, divisor in (
             ("norm_num_groups", self.norm_num_groups),
-            ("attn_norm_num_groups", 1 if self.attn_norm_num_groups is None else self.attn_norm_num_groups),
-            ("attention_head_dim", 1 if self.attention_head_dim is None else self.attention_head_dim),
+            ("attn_norm_num_groups", self.attn_norm_num_groups),
+            ("attention_head_dim", self.attention_head_dim),
         ):
-            if any(width % divisor for width in self.block_out_channels):
+            if divisor is not None and any(width % divisor for width in self.block_out_channels):
                 raise ValueError(f"{name} {divisor} does not divide all of block_out_channels {self.block_out_channels}")
+        self._check_skip_blocks()
+        if self.time_embedding_type == "learned" and self.num_train_timesteps is None:
+            raise ValueError("time_embedding_type 'learned' needs num_train_timesteps, of which it has a row each")
         factor = 2 ** (blocks - 1)
         if self.sample_size % factor:
             raise ValueError(f"sample_size {self.sample_size} cannot be halved {blocks - 1} times; use a multiple of {factor}")
@@ -142,3 +160,18 @@ class UNet2DFields:
             raise ValueError(
                 f"out_channels {self.out_channels} must be in_channels {self.in_channels} (eps) or twice as many (eps and v)"
             )
+
+    def _check_skip_blocks(self) -> None:
+        """Those of NCSN++ hand the image on, so that all levels of a way must do so, and it has three channels in diffusers."""
+        skips = [["Skip" in kind for kind in kinds] for kinds in (self.down_block_types, self.up_block_types)]
+        for name, way in zip(("down_block_types", "up_block_types"), skips, strict=True):
+            if any(way) and not all(way):
+                raise ValueError(
+                    f"{name} {getattr(self, name)}: Skip blocks hand the image on, so all must be of that kind, or none"
+                )
+        if any(map(any, skips)) and (self.in_channels, self.out_channels) != (3, 3):
+            raise ValueError(
+                f"in_channels {self.in_channels}, out_channels {self.out_channels}: with Skip blocks both must be 3"
+            )
+        if self.norm_num_groups is None and not all(map(all, skips)):
+            raise ValueError("norm_num_groups None is for networks of Skip blocks alone")

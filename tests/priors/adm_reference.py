@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 
 
-def forward(weights: dict[str, torch.Tensor], flags: dict, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+def forward(
+    weights: dict[str, torch.Tensor], flags: dict, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor | None = None
+) -> torch.Tensor:
     """(N, 3, H, W) and (N,) -> (N, 3 or 6, H, W)."""
     per_level = flags["num_res_blocks"] + 1
 
@@ -75,6 +77,8 @@ def forward(weights: dict[str, torch.Tensor], flags: dict, x: torch.Tensor, t: t
     angles = t[:, None].double() * torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float64) / half)
     emb = torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1).to(x.dtype)
     emb = linear("time_embed.2", F.silu(linear("time_embed.0", emb)))
+    if y is not None:
+        emb = emb + weights["label_emb.weight"][y]
 
     h, skips = x, []
     for i, name in enumerate(parts("input_blocks")):

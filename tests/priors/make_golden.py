@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import torch
 from diffusers import DDPMScheduler, UNet2DModel
-from parity_cases import ADM, ADM_CONV1D, GOLDEN, UNET2D, inputs, state_dict, torch_shapes
+from parity_cases import ADM, ADM_CONV1D, GOLDEN, UNET2D, inputs, state_dict, told, torch_shapes
 
 from gdiff_jax import Schedule
 from gdiff_jax.priors import ADMConfig
@@ -34,18 +34,20 @@ def torch_unet(config: dict) -> UNet2DModel:
 
 
 def unet2d_output(config: dict) -> np.ndarray:
-    x, t = inputs(config["sample_size"], config["in_channels"])
+    x, _ = inputs(config["sample_size"], config["in_channels"])
+    t, labels = (None if a is None else torch.from_numpy(a) for a in told(config))
     with torch.no_grad():
-        y = torch_unet(config)(torch.from_numpy(x).permute(0, 3, 1, 2), torch.from_numpy(t)).sample
+        y = torch_unet(config)(torch.from_numpy(x).permute(0, 3, 1, 2), t, labels).sample
     return y.permute(0, 2, 3, 1).numpy()
 
 
 def adm_output(flags: dict) -> np.ndarray:
     shapes = torch_shapes(ADMConfig.from_flags(flags), ADM_CONV1D)
-    x, t = inputs(flags["image_size"], 3)
+    x, _ = inputs(flags["image_size"], 3)
+    t, labels = (None if a is None else torch.from_numpy(a) for a in told(flags))
     weights = {name: torch.from_numpy(value) for name, value in state_dict(shapes).items()}
     with torch.no_grad():
-        y = adm_reference.forward(weights, flags, torch.from_numpy(x).permute(0, 3, 1, 2), torch.from_numpy(t))
+        y = adm_reference.forward(weights, flags, torch.from_numpy(x).permute(0, 3, 1, 2), t, labels)
     return y.permute(0, 2, 3, 1).numpy()
 
 

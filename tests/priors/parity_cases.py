@@ -66,6 +66,18 @@ TWO = SMALL_CIFAR10 | dict(
     attention_head_dim=8,
     sample_size=8,
 )
+# As google/ncsnpp-ffhq-1024 is built, smaller.
+NCSNPP = TWO | dict(
+    block_out_channels=[32, 64, 64],
+    down_block_types=["SkipDownBlock2D", "AttnSkipDownBlock2D", "SkipDownBlock2D"],
+    up_block_types=["SkipUpBlock2D", "AttnSkipUpBlock2D", "SkipUpBlock2D"],
+    center_input_sample=True,
+    mid_block_scale_factor=2.0**0.5,
+    time_embedding_type="fourier",
+    norm_num_groups=None,
+    attention_head_dim=None,
+    norm_eps=1e-6,
+)
 UNET2D = {
     "celebahq": SMALL_CELEBAHQ,
     "cifar10": SMALL_CIFAR10,
@@ -87,6 +99,23 @@ UNET2D = {
     "mish": TWO | dict(act_fn="mish", time_embedding_dim=24),
     "gelu": TWO | dict(act_fn="gelu"),
     "relu-grey": TWO | dict(act_fn="relu", in_channels=1, out_channels=1),
+    "classes": TWO | dict(num_class_embeds=5),
+    "classes-as-time": TWO | dict(class_embed_type="timestep", freq_shift=0),
+    "vectors": TWO | dict(class_embed_type="identity", time_embedding_dim=24),
+    "fourier": TWO | dict(time_embedding_type="fourier", class_embed_type="timestep"),
+    "learned-time": TWO | dict(time_embedding_type="learned", num_train_timesteps=1000),
+    "no-mid-block": TWO | dict(mid_block_type=None, dropout=0.3),
+    "ncsnpp": NCSNPP,
+    "ncsnpp-classes": NCSNPP
+    | dict(
+        block_out_channels=[32, 64],
+        down_block_types=["SkipDownBlock2D", "SkipDownBlock2D"],
+        up_block_types=["SkipUpBlock2D", "SkipUpBlock2D"],
+        norm_num_groups=None,
+        layers_per_block=2,
+        num_class_embeds=3,
+        resnet_time_scale_shift="scale_shift",
+    ),
 }
 # The rows of the table of mistakes: each change must be seen by the golden file of the right network.
 UNET2D_MISTAKES = {
@@ -101,6 +130,7 @@ SMALL_FFHQ = FFHQ | dict(image_size=16, num_channels=32, channel_mult="1,2,2", a
 ADM = {
     "ffhq": SMALL_FFHQ,
     "imagenet": SMALL_FFHQ | dict(num_res_blocks=2, attention_resolutions="8,4"),
+    "classes": SMALL_FFHQ | dict(class_cond=True, resblock_updown=False),
     "plain": dict(
         image_size=8,
         num_channels=32,
@@ -149,6 +179,17 @@ def inputs(size: int, channels: int) -> tuple[np.ndarray, np.ndarray]:
     """x (3, H, W, C) and three different timesteps."""
     x = np.random.default_rng(size).normal(size=(3, size, size, channels)).astype(np.float32)
     return x, np.array([0, 371, 999], np.int32)
+
+
+def told(config: dict) -> tuple[np.ndarray, np.ndarray | None]:
+    """Times and labels (3,) that go with `inputs`: a network of Fourier features is told noise levels, some are told labels."""
+    t = np.array([0.5, 3.7, 20], np.float32) if config.get("time_embedding_type") == "fourier" else inputs(8, 1)[1]
+    if config.get("class_embed_type") == "identity":
+        dim = config.get("time_embedding_dim") or 4 * config["block_out_channels"][0]
+        return t, np.random.default_rng(1).normal(size=(3, dim)).astype(np.float32)
+    if config.get("class_embed_type") == "timestep":
+        return t, np.array([3, 1, 2], np.int32)  # a log is taken of them
+    return t, np.array([2, 0, 1], np.int32) if "num_class_embeds" in config or config.get("class_cond") else None
 
 
 def error(a, b) -> float:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import hashlib
+import json
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +24,10 @@ from parity_cases import (
     error,
     inputs,
     state_dict,
+    told,
     torch_shapes,
 )
+from tiny import ROOT
 
 import gdiff_jax as gd
 from gdiff_jax import modules
@@ -49,17 +52,18 @@ def adm(flags):
     return Denoiser(to_params(spec, state_dict(torch_shapes(spec, ADM_CONV1D)), "golden"), spec)
 
 
-def run(denoise):
+def run(denoise, t=None, labels=None):
     """The network's whole output, eps and v."""
     shape = denoise.config.image_shape
-    x, t = map(jnp.asarray, inputs(shape[0], shape[2]))
+    x, usual = map(jnp.asarray, inputs(shape[0], shape[2]))
+    t, denoise = usual if t is None else jnp.asarray(t), denoise if labels is None else denoise.given(labels)
     eps, v = jax.jit(lambda *args: Denoiser.batch(*args), compiler_options=QUICK_COMPILE)(denoise, x, t)  # traced each time
     return eps if v is None else jnp.concatenate([eps, v], axis=-1)
 
 
 @pytest.mark.parametrize("name", UNET2D)
 def test_unet2d_is_diffusers(name):
-    assert error(run(unet2d(UNET2D[name])), golden("unet2d")[name]) < TOLERANCE
+    assert error(run(unet2d(UNET2D[name]), *told(UNET2D[name])), golden("unet2d")[name]) < TOLERANCE
 
 
 @pytest.mark.long
@@ -72,7 +76,7 @@ def test_a_mistake_in_the_unet2d_is_seen(mistake):
 
 @pytest.mark.parametrize("name", ADM)
 def test_adm_is_the_independent_one(name):
-    assert error(run(adm(ADM[name])), golden("adm")[name]) < TOLERANCE
+    assert error(run(adm(ADM[name]), *told(ADM[name])), golden("adm")[name]) < TOLERANCE
 
 
 ADM_MISTAKES = {
@@ -115,8 +119,13 @@ def test_adm_parameters_are_those_of_the_published_ffhq_model():
         hashlib.sha256("\n".join(lines).encode()).hexdigest()
         == "7f09d26b10dc9c4a1bd44507f9f9339f160d2ebaf1a1c208b1c74d0585ac46f0"
     )
-    imagenet = FFHQ | dict(num_channels=256, num_res_blocks=2, attention_resolutions="32,16,8")
-    assert sum(int(np.prod(s)) for s in modules.param_shapes(ADMConfig.from_flags(imagenet)).values()) == 552_814_086
+    # In millions, by the paper (Table 4); the conditional 256 px network has a row of 1,024 for each of 1,000 classes more.
+    of_paper = {"256x256_diffusion_uncond": 553, "64x64_diffusion": 296, "128x128_diffusion": 422, "256x256_diffusion": 554}
+    for name, millions in of_paper.items():
+        flags = json.loads((ROOT / "third_party" / "adm" / f"{name}.json").read_text())
+        count = sum(int(np.prod(s)) for s in modules.param_shapes(ADMConfig.from_flags(flags)).values())
+        assert round(count / 1e6) == millions, name
+    assert count == 552_814_086 + 1000 * 1024
 
 
 @pytest.mark.long

@@ -18,11 +18,12 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import torch_files
+from conftest import QUICK_COMPILE
 from parity_cases import ADM, ADM_CONV1D, CELEBAHQ, FFHQ, TWO, state_dict, torch_shapes
 
 from gdiff_jax import modules, tensor_files
 from gdiff_jax.parametrisation import EDM, Flow, Sample, V
-from gdiff_jax.priors import ADMConfig, Prior, UNet2DConfig, cache, load_prior, save_prior, sources, weights
+from gdiff_jax.priors import ADMConfig, Denoiser, Prior, UNet2DConfig, cache, load_prior, save_prior, sources, weights
 from gdiff_jax.priors.schedulers import read_scheduler
 from gdiff_jax.schedule import Schedule, make_betas
 
@@ -264,7 +265,7 @@ def test_adm_file_is_read_with_its_flags(adm_file):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (dict(class_cond=True), r"class_cond=True \(implemented: False\)"),
+        (dict(class_cond="some"), r"class_cond='some' \(a bool is needed\)"),
         (dict(predict_xstart=True, colour=1), r"predict_xstart=True .*; colour=1 \(unknown flag\)"),
         (dict(learn_sigma="perhaps"), r"learn_sigma='perhaps' \(a bool is needed\)"),
         (dict(num_channels=32.5), r"num_channels=32\.5 \(a int is needed\)"),
@@ -448,7 +449,8 @@ def test_legacy_pickle_is_refused_with_the_command_that_converts_it(folder):
         (dict(variance_type="learned"), "variance_type='learned'"),
         (dict(variance_type="fixed_large_log"), "variance_type='fixed_large_log'"),
         (dict(variance_type="learned_range"), "its network has no output for it"),
-        (dict(_class_name="ScoreSdeVeScheduler"), "_class_name='ScoreSdeVeScheduler'"),
+        (dict(_class_name="ScoreSdeVpScheduler"), "_class_name='ScoreSdeVpScheduler'"),
+        (dict(_class_name="ScoreSdeVeScheduler", sigma_min=2000), r"sigma_min=2000 \(needed: below sigma_max 1348\)"),
         (dict(beta_schedule="laplace"), "'laplace'"),
         (dict(trained_betas=[0.1, 1.5]), r"in \(0, 1\)"),
         (dict(trained_betas=[0.1, 0.2]), "length 2 .*num_train_timesteps 50"),
@@ -505,6 +507,81 @@ def test_what_a_network_predicts_is_read_of_its_scheduler(folder, fields, parame
         save_prior(folder, prior, SCHEDULER)
 
 
+@pytest.mark.parametrize(
+    ("network", "scheduler", "message"),
+    [
+        (dict(time_embedding_type="fourier"), {}, "'fourier' takes the logarithm of a noise level, as a ScoreSdeVeScheduler"),
+        (
+            dict(time_embedding_type="learned", num_train_timesteps=49),
+            {},
+            "num_train_timesteps 49; .* has 50 levels",
+        ),
+        (
+            dict(time_embedding_type="learned", num_train_timesteps=50),
+            dict(_class_name="EDMEulerScheduler"),
+            "has 50 levels of EDM",
+        ),
+        (dict(time_embedding_type="learned"), {}, "'learned' needs num_train_timesteps"),
+        (dict(class_embed_type="simple_projection"), {}, "class_embed_type='simple_projection' .needed: null or timestep"),
+        (
+            dict(down_block_types=["KDownBlock2D"]),
+            {},
+            "block type 'KDownBlock2D' is not implemented here; .* AttnSkip",
+        ),
+        (dict(down_block_types=["SkipDownBlock2D"]), {}, "in_channels 1, out_channels 1: .* 3"),
+        (dict(norm_num_groups=None), {}, "norm_num_groups None is for networks of Skip blocks"),
+    ],
+)
+def test_times_and_blocks_that_do_not_go_together_are_refused(folder, network, scheduler, message):
+    for name, fields in (("config.json", network), ("scheduler_config.json", scheduler)):
+        (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | fields))
+    with pytest.raises(ValueError, match=message):
+        load_prior(folder)
+
+
+def test_blocks_under_their_old_names_and_what_is_left_out_are_what_diffusers_makes_of_them():
+    old = TWO | dict(down_block_types=["UNetResDownBlock2D", "UNetResAttnDownBlock2D"], downsample_type=None)
+    assert UNet2DConfig.from_diffusers(old) == UNet2DConfig.from_diffusers(TWO)
+
+
+def told_classes(**config):
+    spec = UNet2DConfig.from_diffusers(TWO | config)
+    return Denoiser(weights.to_params(spec, state_dict(torch_shapes(spec)), "toy"), spec)
+
+
+def test_a_conditional_prior_is_told_a_label_or_says_that_it_needs_one():
+    denoise = told_classes(num_class_embeds=5)
+    x, t = jnp.ones((3, 8, 8, 3)), jnp.full(3, 7)
+    with pytest.raises(ValueError, match=r"is conditional and was told no label: give it one, denoise\.given"):
+        denoise(x[0], t[0])
+    labels = jnp.array([0, 4, 2])
+    of_batch = jax.jit(lambda: denoise.given(labels).batch(x, t)[0], compiler_options=QUICK_COMPILE)
+    of_trials = jax.jit(jax.vmap(lambda label: denoise.given(label)(x[0], t[0])[0]), compiler_options=QUICK_COMPILE)
+    each = of_batch()
+    np.testing.assert_allclose(of_trials(labels), each, atol=1e-5)
+    assert np.abs(each[0] - each[1]).max() > 0.01
+    for label, message in ((5, r"label 5 is outside 0\.\.4"), (-1, "label -1 is outside"), (1.0, "labels are float32")):
+        with pytest.raises(ValueError, match=message):
+            denoise.given(label)
+    with pytest.raises(ValueError, match=r"class_guidance 2\.0 needs a null_label"):
+        dataclasses.replace(denoise.given(1), class_guidance=2.0)(x[0], t[0])
+    with pytest.raises(ValueError, match="this prior is not conditional"):
+        told_classes().given(1)
+
+
+def test_classifier_free_guidance_goes_from_the_null_label_past_the_label():
+    denoise = told_classes(num_class_embeds=5)
+    x, t = jnp.ones((1, 8, 8, 3)), jnp.full(1, 7)
+    run = jax.jit(lambda denoise: denoise.batch(x, t)[0], compiler_options=QUICK_COMPILE)
+    of_label, of_none = run(denoise.given(2)), run(denoise.given(4))
+    guided = dataclasses.replace(denoise, null_label=4, class_guidance=3.0)
+    np.testing.assert_allclose(run(guided.given(2)), of_none + 3 * (of_label - of_none), atol=1e-5)
+    np.testing.assert_allclose(run(guided.given(None)), of_none, atol=1e-6)
+    np.testing.assert_allclose(run(guided.of_any_class(jax.random.key(0))), of_none, atol=1e-6)
+    drawn = [int(denoise.of_any_class(jax.random.key(i)).label) for i in range(40)]
+    assert set(drawn) == set(range(5))
+
+
 def test_another_model_class_is_refused(folder):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | dict(_class_name="UNet2DConditionModel")))
@@ -526,7 +603,8 @@ def test_flags_are_for_adm_files_only(folder):
 
 def fields_and_values():
     odd = (None, True, -1, 0, 10**12, 1.5, float("nan"), float("inf"), "8", "", [], [8], ["8"], [None], [[8], [8]], {})
-    for field in [*CELEBAHQ, "patch_size", "time_embedding_dim", "attn_norm_num_groups", "add_attention", "dropout"]:
+    more = ("patch_size", "time_embedding_dim", "attn_norm_num_groups", "add_attention", "dropout", "class_embed_type")
+    for field in [*CELEBAHQ, *more, "num_class_embeds", "num_train_timesteps", "mid_block_type"]:
         for value in odd:
             yield field, value
 
