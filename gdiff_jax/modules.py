@@ -49,15 +49,20 @@ class Conv(nnx.Module):
 
 
 class Linear(nnx.Module):
-    """Dense layer with bias on the last axis, in the dtype of its input."""
+    """Dense layer on the last axis, with bias unless told otherwise, in the dtype of its input."""
 
-    def __init__(self, c_in: int, c_out: int, *, rngs: nnx.Rngs, init: Callable[..., jax.Array] | None = None):
+    def __init__(
+        self, c_in: int, c_out: int, *, rngs: nnx.Rngs, init: Callable[..., jax.Array] | None = None, bias: bool = True
+    ):
         init = init or nnx.initializers.lecun_normal()
         self.kernel = nnx.Param(init(rngs.params(), (c_in, c_out), jnp.float32))
-        self.bias = nnx.Param(jnp.zeros((c_out,), jnp.float32))
+        if bias:
+            self.bias = nnx.Param(jnp.zeros((c_out,), jnp.float32))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = x @ self.kernel[...].astype(x.dtype)
+        if not hasattr(self, "bias"):
+            return y
         return y + self.bias[...].astype(x.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
 
 

@@ -115,6 +115,10 @@ class ADMFlags:
         return 0 if self.class_cond else None
 
     @property
+    def null_label(self) -> int | None:
+        return None  # whether a row stands for no class is not said
+
+    @property
     def num_classes(self) -> int | None:
         return _CLASSES if self.class_cond else None
 

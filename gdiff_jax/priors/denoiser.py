@@ -7,6 +7,7 @@ from typing import Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from gdiff_jax import modules
@@ -35,6 +36,11 @@ class Network(Protocol):
     @property
     def num_classes(self) -> int | None:
         """Labels are integers below it; None where it is told none, any number, or a vector."""
+        ...
+
+    @property
+    def null_label(self) -> int | None:
+        """The label that stands for none, where its file says so."""
         ...
 
     def __hash__(self) -> int: ...
@@ -95,14 +101,12 @@ class Denoiser:
         if self.config.label_ndim is None:
             raise ValueError(f"label {label!r}: this prior is not conditional; give it none")
         label, classes = jnp.asarray(label), self.config.num_classes
-        if classes is not None and not jnp.issubdtype(label.dtype, jnp.integer):
+        if classes is None:
+            return dataclasses.replace(self, label=label)
+        if not jnp.issubdtype(label.dtype, jnp.integer):
             raise ValueError(f"labels are {label.dtype}, this prior is told integers below {classes}")
         # A traced one cannot be looked at; a row that there is not would be read as the last one.
-        if (
-            classes is not None
-            and not isinstance(label, jax.core.Tracer)
-            and not bool(((label >= 0) & (label < classes)).all())
-        ):
+        if not isinstance(label, jax.core.Tracer) and not all(0 <= n < classes for n in np.asarray(label).flat):
             raise ValueError(f"label {label} is outside 0..{classes - 1}, the classes of this prior")
         return dataclasses.replace(self, label=label)
 
@@ -124,9 +128,8 @@ class Denoiser:
         null = None if self.null_label is None else jnp.full(len(x), self.null_label)
         if self.label is None:
             return network(null)
-        of_label = network(
-            jnp.broadcast_to(self.label, (len(x), *self.label.shape[self.label.ndim - self.config.label_ndim :]))
-        )
+        own = self.label.shape[self.label.ndim - self.config.label_ndim :]  # of one image
+        of_label = network(jnp.broadcast_to(self.label, (len(x), *own)))
         if self.class_guidance == 1:
             return of_label
         of_none = network(null)

@@ -58,11 +58,11 @@ def average_pool(x: jax.Array) -> jax.Array:
 _FIR = (1, 3, 3, 1)
 
 
-def fir_downsample(x: jax.Array) -> jax.Array:
-    """Half the size, through the filter (1, 3, 3, 1) / 8 in each direction, zeros around the image."""
+def fir_downsample(x: jax.Array, padding: int = 1) -> jax.Array:
+    """Half the size (one less without padding), by the filter (1, 3, 3, 1) / 8 in each direction; zeros around the image."""
     for axis in (1, 2):
-        n = x.shape[axis] // 2
-        x = jnp.pad(x, [(1, 1) if a == axis else (0, 0) for a in range(4)])
+        n = x.shape[axis] // 2 - 1 + padding
+        x = jnp.pad(x, [(padding, padding) if a == axis else (0, 0) for a in range(4)])
         part = lambda k, x=x, n=n, axis=axis: jax.lax.slice_in_dim(x, k, k + 2 * n - 1, stride=2, axis=axis)
         x = functools.reduce(jnp.add, [(w / 8) * part(k) for k, w in enumerate(_FIR)])
     return x

@@ -17,6 +17,7 @@ from gdiff_jax.modules import Params
 from gdiff_jax.parametrisation import Epsilon, Parametrisation
 from gdiff_jax.priors import cache, shards, sources, weights
 from gdiff_jax.priors.denoiser import Denoiser, Network
+from gdiff_jax.priors.edm import EDMConfig
 from gdiff_jax.priors.schedulers import read_scheduler
 from gdiff_jax.priors.unet2d_config import UNet2DConfig
 from gdiff_jax.schedule import Schedule, Spacing, VarianceType
@@ -49,7 +50,8 @@ class Prior:
     def settings_sha256(self) -> str:
         """Of all that decides its samples beside the weights: network, betas, variance, clip, prediction and mean image."""
         mean = b"" if self.mean_image is None else self.mean_image.tobytes()
-        text = repr((self.denoise.config, self.parametrisation, self.variance, self.clip)).encode()
+        classes = (self.denoise.null_label, self.denoise.class_guidance)
+        text = repr((self.denoise.config, self.parametrisation, self.variance, self.clip, *classes)).encode()
         return hashlib.sha256(text + np.asarray(self.betas, np.float64).tobytes() + mean).hexdigest()
 
     def schedule(self, num_steps: int | None = None, spacing: Spacing = "quadratic") -> Schedule:
@@ -114,8 +116,23 @@ def save_configs(folder: Path, config: Network, scheduler: dict[str, Any]) -> No
         os.replace(partial, folder / name)
 
 
+def _check_classes(config: Network, null_label: int | None, class_guidance: float) -> None:
+    """Raises a ValueError where a network cannot be guided so."""
+    classes = config.num_classes
+    if null_label is not None and null_label != config.null_label and not 0 <= null_label < (classes or 0):
+        raise ValueError(f"null_label {null_label} is none of the {classes or 0} classes of its network")
+    if class_guidance != 1 and null_label is None:
+        raise ValueError(f"class_guidance {class_guidance} needs a null_label, a label that stands for none")
+
+
 def load_prior(
-    source: str | os.PathLike[str], dtype: str = "float32", *, remat: bool = False, config: Mapping[str, Any] | None = None
+    source: str | os.PathLike[str],
+    dtype: str = "float32",
+    *,
+    remat: bool = False,
+    config: Mapping[str, Any] | None = None,
+    null_label: int | None = None,
+    class_guidance: float = 1.0,
 ) -> Prior:
     """The prior of a source, without torch.
 
@@ -128,10 +145,14 @@ def load_prior(
           shards with their index;
         - OWNER/NAME or OWNER/NAME@REVISION of such a folder on diffusers' hub, which is downloaded once;
         - an ADM (guided-diffusion) file, `.pt` or `.safetensors`, with its flags in NAME.json beside it or in `config`;
+        - the state dict of an EDM network, `.pt` or `.safetensors`, with its arguments likewise (how to export both from
+          EDM's own `.pkl` is said where one is given);
         - the output folder of `experiments/train_prior.py`, finished or not: its latest moving average.
       dtype: of the network's arithmetic, `float32` or `bfloat16`.
       remat: see `Denoiser`.
-      config: guided-diffusion's flags of an ADM file.
+      config: guided-diffusion's flags of an ADM file, EDM's arguments of an EDM file.
+      null_label: of a conditional network the label that stands for none, where it has one and its file does not say so.
+      class_guidance: see `Denoiser`.
 
     Returns:
       The prior. Converted weights are kept in the user's cache (GDIFF_JAX_CACHE overrides where), by the digest of the file.
@@ -155,19 +176,24 @@ def load_prior(
             digest = shards.sha256(found.weights)
 
             def convert() -> Params:
-                converted = weights.to_params(found.config, shards.read(found.weights), name)
+                tensors = shards.read(found.weights)
+                if isinstance(found.config, EDMConfig):
+                    tensors = found.config.weights_of(tensors)
+                converted = weights.to_params(found.config, tensors, name)
                 if shards.sha256(found.weights) != digest:
                     raise ValueError(f"{found.weights} changed while it was read; try again")
                 return converted
 
             about = {"source": name, "revision": found.revision, "sha256": digest}
             params = convert() if name in sources.BUNDLED else cache.cached(found.config, convert, about)
+        null_label = found.config.null_label if null_label is None else null_label
+        _check_classes(found.config, null_label, class_guidance)
         mean = None if found.mean_image is None else _read_mean(found.mean_image, found.config.image_shape)
     except ValueError as error:
         text = str(error)
         raise ValueError(text if repr(name) in text else f"prior {name!r}: {text}") from None
     return Prior(
-        denoise=Denoiser(params, found.config, dtype, remat),
+        denoise=Denoiser(params, found.config, dtype, remat, None, null_label, class_guidance),
         betas=found.diffusion.betas,
         variance=found.diffusion.variance,
         name=name,

@@ -1,4 +1,4 @@
-"""Where a prior's files are: a bundled name, a hub id, a diffusers folder of either layout, an ADM file with its flags."""
+"""Where a prior's files are: a bundled name, a hub id, a diffusers folder of either layout, or an ADM or EDM file."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from gdiff_jax.parametrisation import EDM
 from gdiff_jax.priors.adm import ADMConfig
-from gdiff_jax.priors.schedulers import Diffusion, read_scheduler
+from gdiff_jax.priors.edm import EDMConfig
+from gdiff_jax.priors.edm_fields import EXPORT
+from gdiff_jax.priors.schedulers import Diffusion, edm_betas, read_scheduler
 from gdiff_jax.priors.unet2d_config import UNet2DConfig
 
 BUNDLED = ("cifar10-32", "faces-64")
@@ -34,7 +37,7 @@ _CONFIGS = ["*config.json", "unet/config.json", "scheduler/scheduler_config.json
 class Source:
     """The files of a prior, found and their configs read; no weights yet."""
 
-    config: UNet2DConfig | ADMConfig
+    config: UNet2DConfig | ADMConfig | EDMConfig
     diffusion: Diffusion
     weights: Path  # a weight file, the index of its shards, or the `checkpoints` folder of a training run
     revision: str = ""  # commit on the hub
@@ -52,9 +55,9 @@ def find(name: str, config: Mapping[str, Any] | None = None) -> Source:
     if name in BUNDLED:
         path = Path(str(resources.files("gdiff_jax") / "priors" / "bundled" / re.sub(r"\W", "_", name)))
     if os.path.isfile(path):  # unlike Path.is_file, False for names that no file system takes
-        return _adm(path, config)
+        return _single(path, config)
     if config is not None:
-        raise ValueError(f"prior {name!r} brings its own config; flags are for ADM files only")
+        raise ValueError(f"prior {name!r} brings its own config; flags are for ADM and EDM files only")
     if os.path.isdir(path):
         return _folder(path)
     repo, _, revision = name.partition("@")
@@ -139,13 +142,19 @@ def _weight_file(folder: Path) -> Path:
     raise FileNotFoundError(f"prior {str(folder)!r}: expected one {_STEM}*.safetensors or .bin in the folder, found 0")
 
 
-def _adm(path: Path, flags: Mapping[str, Any] | None) -> Source:
+def _single(path: Path, flags: Mapping[str, Any] | None) -> Source:
+    """A file of weights, of ADM or EDM, by what is said of its network."""
     beside = path.with_suffix(".json")
+    if path.suffix.lower() == ".pkl":
+        raise ValueError(
+            f"{path} is a pickle, which runs what it holds when it is read; where EDM's code is installed export it by these "
+            f"two lines of Python (import json, pickle, torch), then load {path.stem}.pt:\n{EXPORT.format(name=path.stem)}"
+        )
     if flags is None:
         if not beside.is_file():
             raise FileNotFoundError(
-                f"prior {str(path)!r}: an ADM file needs guided-diffusion's flags, as JSON in {beside.name} beside it; "
-                "those of the published models are in third_party/adm"
+                f"prior {str(path)!r}: an ADM or EDM file needs guided-diffusion's flags, or EDM's arguments, as JSON in "
+                f"{beside.name} beside it; those of the published ADMs are in third_party/adm"
             )
         try:
             flags = json.loads(beside.read_text(encoding="utf-8-sig"))
@@ -153,5 +162,8 @@ def _adm(path: Path, flags: Mapping[str, Any] | None) -> Source:
             raise ValueError(f"{beside} is not JSON ({error})") from None
         if not isinstance(flags, dict):
             raise ValueError(f"{beside} holds no JSON object of flags")
+    if {"class_name", "img_resolution"} & flags.keys():
+        network = EDMConfig.from_kwargs(flags)
+        return Source(network, Diffusion(edm_betas(), "fixed_small", False, EDM(network.sigma_data)), path)
     config = ADMConfig.from_flags(flags)
     return Source(config, Diffusion(config.betas, config.variance, clip=True), path)

@@ -97,6 +97,10 @@ class UNet2DConfig(UNet2DFields):
         return None if self.class_embed_type is None and self.num_class_embeds is None else 0
 
     @property
+    def null_label(self) -> int | None:
+        return None  # whether a row stands for no class is not said
+
+    @property
     def num_classes(self) -> int | None:
         """Of a network with a row for each; None where it is told none, any number, or a vector."""
         return self.num_class_embeds if self.class_embed_type is None else None

@@ -12,11 +12,12 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "priors")]
 
 import adm_reference
+import edm_reference
 import jax
 import numpy as np
 import torch
 from diffusers import DDPMScheduler, UNet2DModel
-from parity_cases import ADM, ADM_CONV1D, GOLDEN, UNET2D, inputs, state_dict, told, torch_shapes
+from parity_cases import ADM, ADM_CONV1D, EDM, GOLDEN, UNET2D, edm_state_dict, edm_told, inputs, state_dict, told, torch_shapes
 
 from gdiff_jax import Schedule
 from gdiff_jax.priors import ADMConfig
@@ -51,6 +52,17 @@ def adm_output(flags: dict) -> np.ndarray:
     return y.permute(0, 2, 3, 1).numpy()
 
 
+def edm_output(kwargs: dict) -> np.ndarray:
+    x, _ = inputs(kwargs["img_resolution"], 3)
+    noise, labels = edm_told(kwargs)
+    weights = {name.removeprefix("model."): torch.from_numpy(value) for name, value in edm_state_dict(kwargs).items()}
+    # One number after the last class is none: a row of zeros.
+    rows = None if labels is None else torch.eye(kwargs["label_dim"] + 1)[:, :-1][torch.from_numpy(labels).long()]
+    with torch.no_grad():
+        y = edm_reference.forward(weights, kwargs, torch.from_numpy(x).permute(0, 3, 1, 2), torch.from_numpy(noise), rows)
+    return y.permute(0, 2, 3, 1).numpy()
+
+
 def trajectory(config: dict, variance: str, timesteps: np.ndarray, clip: bool = True) -> np.ndarray:
     """x_0 of diffusers' ancestral sampler, on the noise that `gdiff_jax.unguided_sample(jax.random.key(0))` draws."""
     from diffusers.schedulers import scheduling_ddpm
@@ -75,6 +87,7 @@ def main() -> None:
     GOLDEN.mkdir(exist_ok=True)
     np.savez_compressed(GOLDEN / "unet2d.npz", **{name: unet2d_output(config) for name, config in UNET2D.items()})
     np.savez_compressed(GOLDEN / "adm.npz", **{name: adm_output(flags) for name, flags in ADM.items()})
+    np.savez_compressed(GOLDEN / "edm.npz", **{name: edm_output(kwargs) for name, kwargs in EDM.items()})
     t = np.asarray(Schedule.create(num_steps=TRAJECTORY_STEPS).t)
     runs = {
         "celebahq-fixed_small": trajectory(UNET2D["celebahq"], "fixed_small", t),

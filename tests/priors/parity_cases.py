@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from gdiff_jax.modules import param_shapes
+from gdiff_jax.priors import EDMConfig
 
 GOLDEN = Path(__file__).parent / "golden"
 TOLERANCE = 1e-5  # of the largest value; the mistakes that a port makes start at 6e-5
@@ -147,6 +148,50 @@ ADM = {
 ADM_CONV1D = ("qkv", "proj_out")  # what guided-diffusion has as 1-d convolutions, and we as matrices
 
 
+# As the published models are built (CIFAR-10's DDPM++ and NCSN++, ImageNet-64's ADM), smaller.
+DDPMPP = dict(
+    class_name="EDMPrecond",
+    model_type="SongUNet",
+    img_resolution=16,
+    model_channels=16,
+    channel_mult=[1, 2, 2],
+    num_blocks=1,
+    attn_resolutions=[8],
+    label_dim=10,
+    augment_dim=9,
+    use_fp16=True,
+    dropout=0.13,
+)
+NCSNPP_EDM = DDPMPP | dict(
+    label_dim=0, channel_mult_noise=2, embedding_type="fourier", encoder_type="residual", resample_filter=[1, 3, 3, 1]
+)
+DHARIWAL = DDPMPP | dict(model_type="DhariwalUNet", model_channels=64, channel_mult=[1, 2], label_dim=7, label_dropout=0.1)
+EDM = {
+    "ddpmpp": DDPMPP,
+    "ncsnpp": NCSNPP_EDM,
+    "residual": NCSNPP_EDM | dict(resample_filter=[1, 1], num_blocks=2),
+    "skips": NCSNPP_EDM | dict(encoder_type="skip", decoder_type="skip", label_dim=3),
+    "plain-skips": DDPMPP | dict(encoder_type="skip", decoder_type="skip", channel_mult_emb=2),
+    "dhariwal": DHARIWAL,
+    "dhariwal-unconditional": DHARIWAL | dict(label_dim=0, augment_dim=0, num_blocks=2),
+}
+
+
+def edm_state_dict(kwargs: dict) -> dict[str, np.ndarray]:
+    """What EDM saves of such a network: its weights under their names, the filters, and the map of augmentations."""
+    shapes = torch_shapes(EDMConfig.from_kwargs(kwargs))
+    shapes = {n: (*s, 1, 1) if n.endswith(("qkv.weight", "proj.weight")) else s for n, s in shapes.items()}
+    tensors = state_dict(shapes)
+    if "map_noise.weight" in tensors:
+        tensors["map_noise.freqs"] = tensors.pop("map_noise.weight")
+    if kwargs["augment_dim"]:
+        tensors["map_augment.weight"] = np.ones((4, kwargs["augment_dim"]), np.float32)
+    taps = np.array(kwargs.get("resample_filter", [1, 1]), np.float32)
+    for name in [n for n in shapes if n.endswith(("_down.conv0.weight", "_up.conv0.weight"))]:
+        tensors[name.replace("weight", "resample_filter")] = np.outer(taps, taps)[None, None] / taps.sum() ** 2
+    return {f"model.{name}": value for name, value in tensors.items()}
+
+
 def torch_shapes(spec, conv1d: tuple[str, ...] = ()) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the torch state dict of a network of ours."""
     shapes = {}
@@ -190,6 +235,12 @@ def told(config: dict) -> tuple[np.ndarray, np.ndarray | None]:
     if config.get("class_embed_type") == "timestep":
         return t, np.array([3, 1, 2], np.int32)  # a log is taken of them
     return t, np.array([2, 0, 1], np.int32) if "num_class_embeds" in config or config.get("class_cond") else None
+
+
+def edm_told(kwargs: dict) -> tuple[np.ndarray, np.ndarray | None]:
+    """c_noise of three levels, and labels, the last of them none."""
+    labels = np.array([1, 0, kwargs["label_dim"]], np.int32) if kwargs["label_dim"] else None
+    return np.array([-1.5, -0.1, 1.09], np.float32), labels
 
 
 def error(a, b) -> float:

@@ -13,6 +13,7 @@ from conftest import QUICK_COMPILE
 from parity_cases import (
     ADM,
     ADM_CONV1D,
+    EDM,
     FFHQ,
     GOLDEN,
     SMALL_CELEBAHQ,
@@ -21,6 +22,8 @@ from parity_cases import (
     TWO,
     UNET2D,
     UNET2D_MISTAKES,
+    edm_state_dict,
+    edm_told,
     error,
     inputs,
     state_dict,
@@ -31,7 +34,7 @@ from tiny import ROOT
 
 import gdiff_jax as gd
 from gdiff_jax import modules
-from gdiff_jax.priors import ADMConfig, Denoiser, UNet2DConfig, layers
+from gdiff_jax.priors import ADMConfig, Denoiser, EDMConfig, UNet2DConfig, layers
 from gdiff_jax.priors import adm as adm_module
 from gdiff_jax.priors.weights import to_params
 
@@ -77,6 +80,23 @@ def test_a_mistake_in_the_unet2d_is_seen(mistake):
 @pytest.mark.parametrize("name", ADM)
 def test_adm_is_the_independent_one(name):
     assert error(run(adm(ADM[name]), *told(ADM[name])), golden("adm")[name]) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", EDM)
+def test_edm_is_the_independent_one(name):
+    spec = EDMConfig.from_kwargs(EDM[name])
+    params = to_params(spec, spec.weights_of(edm_state_dict(EDM[name])), "golden")
+    noise, labels = edm_told(EDM[name])
+    denoise = dataclasses.replace(Denoiser(params, spec), label=None if labels is None else jnp.asarray(labels))
+    assert error(run(denoise, noise), golden("edm")[name]) < TOLERANCE
+
+
+def test_edm_networks_have_the_parameters_of_the_paper():
+    """In millions, as it has them for CIFAR-10's DDPM++ and ImageNet-64's ADM; what maps augmentations is not counted."""
+    song = dict(img_resolution=32, model_type="SongUNet", channel_mult=[2, 2, 2])
+    for kwargs, millions in ((song, 56), (dict(img_resolution=64, label_dim=1000), 296)):
+        shapes = modules.param_shapes(EDMConfig.from_kwargs(kwargs)).values()
+        assert round(sum(int(np.prod(shape)) for shape in shapes) / 1e6) == millions, kwargs
 
 
 ADM_MISTAKES = {

@@ -8,7 +8,7 @@ torch = pytest.importorskip("torch", reason="needs the extra `parity`")
 
 import make_golden
 from diffusers import DDPMPipeline
-from parity_cases import ADM, ADM_CONV1D, CELEBAHQ, CIFAR10, GOLDEN, TOLERANCE, UNET2D, error, state_dict, torch_shapes
+from parity_cases import ADM, ADM_CONV1D, CELEBAHQ, CIFAR10, EDM, GOLDEN, TOLERANCE, UNET2D, error, state_dict, torch_shapes
 from test_golden import run
 
 import gdiff_jax as gd
@@ -28,6 +28,12 @@ def test_golden_unet2d_is_what_diffusers_computes(name):
 def test_golden_adm_is_what_the_reference_computes(name):
     with np.load(GOLDEN / "adm.npz") as golden:
         assert error(golden[name], make_golden.adm_output(ADM[name])) < 3e-6
+
+
+@pytest.mark.parametrize("name", EDM)
+def test_golden_edm_is_what_the_reference_computes(name):
+    with np.load(GOLDEN / "edm.npz") as golden:
+        assert error(golden[name], make_golden.edm_output(EDM[name])) < 3e-6
 
 
 def test_golden_trajectories_are_those_of_diffusers_scheduler():

@@ -18,12 +18,21 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import torch_files
-from conftest import QUICK_COMPILE
-from parity_cases import ADM, ADM_CONV1D, CELEBAHQ, FFHQ, TWO, state_dict, torch_shapes
+from parity_cases import ADM, ADM_CONV1D, CELEBAHQ, EDM, FFHQ, TWO, edm_state_dict, state_dict, torch_shapes
 
-from gdiff_jax import modules, tensor_files
-from gdiff_jax.parametrisation import EDM, Flow, Sample, V
-from gdiff_jax.priors import ADMConfig, Denoiser, Prior, UNet2DConfig, cache, load_prior, save_prior, sources, weights
+from gdiff_jax import modules, parametrisation, tensor_files
+from gdiff_jax.parametrisation import Flow, Sample, V
+from gdiff_jax.priors import (
+    ADMConfig,
+    EDMConfig,
+    Prior,
+    UNet2DConfig,
+    cache,
+    load_prior,
+    save_prior,
+    sources,
+    weights,
+)
 from gdiff_jax.priors.schedulers import read_scheduler
 from gdiff_jax.schedule import Schedule, make_betas
 
@@ -258,7 +267,7 @@ def test_adm_file_is_read_with_its_flags(adm_file):
     other = adm_file.with_suffix(".safetensors")
     safetensors.numpy.save_file(tensor_files.read_tensors(adm_file), other)
     assert_same(load_prior(other, config=flags).denoise.params, prior.denoise.params, rtol=0)
-    with pytest.raises(FileNotFoundError, match=r"flags, as JSON in toy\.json"):
+    with pytest.raises(FileNotFoundError, match=r"flags, or EDM's arguments, as JSON in toy\.json"):
         load_prior(adm_file)
 
 
@@ -280,6 +289,86 @@ def test_adm_file_is_read_with_its_flags(adm_file):
 def test_adm_flags_that_cannot_be_used_are_refused(flags, message):
     with pytest.raises(ValueError, match=message):
         ADMConfig.from_flags(ADM["ffhq"] | flags)
+
+
+@pytest.fixture
+def edm_file(tmp_path):
+    path = tmp_path / "edm-toy.pt"
+    torch_files.save(path, edm_state_dict(EDM["dhariwal"]))
+    path.with_suffix(".json").write_text(json.dumps(EDM["dhariwal"]))
+    return path
+
+
+def test_edm_file_is_read_with_its_arguments(edm_file):
+    prior = load_prior(edm_file)
+    assert prior.denoise.config == EDMConfig.from_kwargs(EDM["dhariwal"])
+    assert (prior.variance, prior.clip, prior.image_shape) == ("fixed_small", False, (16, 16, 3))
+    assert prior.schedule(7).parametrisation == parametrisation.EDM(0.5)
+    assert (prior.denoise.config.num_classes, prior.denoise.null_label) == (7, 7)  # it was trained with labels left out
+    other = edm_file.with_suffix(".safetensors")
+    safetensors.numpy.save_file(tensor_files.read_tensors(edm_file), other)
+    assert_same(load_prior(other, config=EDM["dhariwal"]).denoise.params, prior.denoise.params, rtol=0)
+    guided = load_prior(edm_file, class_guidance=2.0)
+    assert guided.denoise.class_guidance == 2
+    assert guided.settings_sha256 != prior.settings_sha256
+    edm_file.with_suffix(".json").write_text(json.dumps(EDM["dhariwal"] | dict(label_dropout=0)))
+    assert load_prior(edm_file).denoise.null_label is None
+    with pytest.raises(ValueError, match=r"class_guidance 2\.0 needs a null_label"):
+        load_prior(edm_file, class_guidance=2.0)
+    with pytest.raises(ValueError, match="null_label 9 is none of the 7 classes"):
+        load_prior(edm_file, null_label=9)
+
+
+def test_edm_pickle_is_refused_with_the_lines_that_export_it(tmp_path):
+    path = tmp_path / "edm-cifar10-32x32-cond-vp.pkl"
+    path.write_bytes(pickle.dumps({"ema": 1}))
+    with pytest.raises(ValueError, match="runs what it holds") as error:
+        load_prior(path)
+    assert "torch.save(net.state_dict(), 'edm-cifar10-32x32-cond-vp.pt')\n" in str(error.value)
+    assert "{'class_name': type(net).__name__, **net.init_kwargs}, open('edm-cifar10-32x32-cond-vp.json', 'w'))" in str(
+        error.value
+    )
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        (dict(class_name="VPPrecond"), r"class_name 'VPPrecond' is not implemented; .*edm-\*"),
+        (dict(colour=1), "colour: unknown arguments"),
+        (dict(model_type="UNet"), "model_type='UNet' .implemented: 'SongUNet' or 'DhariwalUNet'"),
+        (dict(encoder_type="skip"), "encoder_type='skip' is of a SongUNet"),
+        (dict(resample_filter=[1, 2, 1]), r"resample_filter=\(1, 2, 1\)"),
+        (dict(model_channels=60), "60 channels cannot have 15 groups|multiple of 4|heads"),
+        (dict(img_resolution=17), r"img_resolution 17 cannot be halved for each of channel_mult \(1, 2\)"),
+        (dict(label_dim=8), r"of another shape: map_label\.weight \(256, 7\)"),
+        (dict(num_blocks=2), r"missing: dec\.16x16_block2"),
+        (dict(augment_dim=0), r"unexpected: map_augment\.weight"),
+    ],
+)
+def test_edm_arguments_that_cannot_be_used_are_refused(edm_file, kwargs, message):
+    edm_file.with_suffix(".json").write_text(json.dumps(EDM["dhariwal"] | kwargs))
+    with pytest.raises(ValueError, match=message):
+        load_prior(edm_file)
+
+
+def test_edm_filter_of_another_kind_is_refused(edm_file):
+    tensors = edm_state_dict(EDM["dhariwal"])
+    tensors["model.enc.8x8_down.conv0.resample_filter"] = (
+        np.outer([1, 3, 3, 1], [1, 3, 3, 1])[None, None].astype(np.float32) / 64
+    )
+    torch_files.save(edm_file, tensors)
+    with pytest.raises(ValueError, match=r"8x8_down.conv0.resample_filter is not the resample_filter \(1, 1\)"):
+        load_prior(edm_file)
+
+
+def test_odd_values_in_edm_arguments_are_refused_or_harmless():
+    odd = (None, True, -1, 0, 10**12, 1.5, float("nan"), "8", "", [], [8], ["8"], [[8]], {})
+    for base, field in itertools.product((EDM["ddpmpp"], EDM["dhariwal"]), (f.name for f in dataclasses.fields(EDMConfig))):
+        for value in odd:
+            with contextlib.suppress(ValueError):
+                config = EDMConfig.from_kwargs(base | {field: value})
+                # Sizes that are allowed and large are built of nothing but shapes, and would take long.
+                modules.param_shapes(dataclasses.replace(config, model_channels=64 if config.model_channels > 64 else 16))
 
 
 def test_adm_flags_may_be_text_as_on_a_command_line():
@@ -485,21 +574,21 @@ def test_scheduler_config_is_honoured(fields, variance, clip):
 
 
 @pytest.mark.parametrize(
-    ("fields", "parametrisation"),
+    ("fields", "predicted"),
     [
         (dict(predict_epsilon=False), Sample()),
         (dict(prediction_type="sample", predict_epsilon=True), Sample()),
         (dict(_class_name="EulerDiscreteScheduler", prediction_type="v_prediction", timestep_spacing="trailing"), V()),
         (dict(_class_name="DDIMScheduler", prediction_type="v_prediction", rescale_betas_zero_snr=True), V()),
-        (dict(_class_name="EDMDPMSolverMultistepScheduler", sigma_data=1.0), EDM(1.0)),
-        (dict(_class_name="EDMEulerScheduler", prediction_type="v_prediction"), EDM(0.5, -1.0)),
+        (dict(_class_name="EDMDPMSolverMultistepScheduler", sigma_data=1.0), parametrisation.EDM(1.0)),
+        (dict(_class_name="EDMEulerScheduler", prediction_type="v_prediction"), parametrisation.EDM(0.5, -1.0)),
         (dict(_class_name="FlowMatchEulerDiscreteScheduler", shift=3.0), Flow(50.0)),
     ],
 )
-def test_what_a_network_predicts_is_read_of_its_scheduler(folder, fields, parametrisation):
+def test_what_a_network_predicts_is_read_of_its_scheduler(folder, fields, predicted):
     (folder / "scheduler_config.json").write_text(json.dumps(SCHEDULER | fields))
     prior = load_prior(folder)
-    assert prior.parametrisation == prior.schedule(7).parametrisation == parametrisation
+    assert prior.parametrisation == prior.schedule(7).parametrisation == predicted
     zero = "rescale_betas_zero_snr" in fields or fields.get("_class_name", "").startswith("Flow")
     assert (prior.betas[-1] == 1) == zero
     save_prior(folder, prior, SCHEDULER | fields)
@@ -542,44 +631,6 @@ def test_times_and_blocks_that_do_not_go_together_are_refused(folder, network, s
 def test_blocks_under_their_old_names_and_what_is_left_out_are_what_diffusers_makes_of_them():
     old = TWO | dict(down_block_types=["UNetResDownBlock2D", "UNetResAttnDownBlock2D"], downsample_type=None)
     assert UNet2DConfig.from_diffusers(old) == UNet2DConfig.from_diffusers(TWO)
-
-
-def told_classes(**config):
-    spec = UNet2DConfig.from_diffusers(TWO | config)
-    return Denoiser(weights.to_params(spec, state_dict(torch_shapes(spec)), "toy"), spec)
-
-
-def test_a_conditional_prior_is_told_a_label_or_says_that_it_needs_one():
-    denoise = told_classes(num_class_embeds=5)
-    x, t = jnp.ones((3, 8, 8, 3)), jnp.full(3, 7)
-    with pytest.raises(ValueError, match=r"is conditional and was told no label: give it one, denoise\.given"):
-        denoise(x[0], t[0])
-    labels = jnp.array([0, 4, 2])
-    of_batch = jax.jit(lambda: denoise.given(labels).batch(x, t)[0], compiler_options=QUICK_COMPILE)
-    of_trials = jax.jit(jax.vmap(lambda label: denoise.given(label)(x[0], t[0])[0]), compiler_options=QUICK_COMPILE)
-    each = of_batch()
-    np.testing.assert_allclose(of_trials(labels), each, atol=1e-5)
-    assert np.abs(each[0] - each[1]).max() > 0.01
-    for label, message in ((5, r"label 5 is outside 0\.\.4"), (-1, "label -1 is outside"), (1.0, "labels are float32")):
-        with pytest.raises(ValueError, match=message):
-            denoise.given(label)
-    with pytest.raises(ValueError, match=r"class_guidance 2\.0 needs a null_label"):
-        dataclasses.replace(denoise.given(1), class_guidance=2.0)(x[0], t[0])
-    with pytest.raises(ValueError, match="this prior is not conditional"):
-        told_classes().given(1)
-
-
-def test_classifier_free_guidance_goes_from_the_null_label_past_the_label():
-    denoise = told_classes(num_class_embeds=5)
-    x, t = jnp.ones((1, 8, 8, 3)), jnp.full(1, 7)
-    run = jax.jit(lambda denoise: denoise.batch(x, t)[0], compiler_options=QUICK_COMPILE)
-    of_label, of_none = run(denoise.given(2)), run(denoise.given(4))
-    guided = dataclasses.replace(denoise, null_label=4, class_guidance=3.0)
-    np.testing.assert_allclose(run(guided.given(2)), of_none + 3 * (of_label - of_none), atol=1e-5)
-    np.testing.assert_allclose(run(guided.given(None)), of_none, atol=1e-6)
-    np.testing.assert_allclose(run(guided.of_any_class(jax.random.key(0))), of_none, atol=1e-6)
-    drawn = [int(denoise.of_any_class(jax.random.key(i)).label) for i in range(40)]
-    assert set(drawn) == set(range(5))
 
 
 def test_another_model_class_is_refused(folder):
