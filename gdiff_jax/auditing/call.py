@@ -31,6 +31,7 @@ from gdiff_jax.metrics import candidate_count
 from gdiff_jax.priors import Prior
 from gdiff_jax.pytrees import at_least_float32
 from gdiff_jax.sweeping.attackers import Attacker
+from gdiff_jax.sweeping.conditioning import check_classes
 from gdiff_jax.sweeping.config import DEFAULT_SIGMAS, Client
 from gdiff_jax.sweeping.inputs import prior_samples
 from gdiff_jax.sweeping.plan import Plan, VictimState, first_leak
@@ -150,6 +151,7 @@ def audit(
         victim, weights = _victim(loss, params, x, y, attacker, client)
         if their_labels is not None and client.group == 1:
             checks.check_candidate_labels(victim.loss, weights, x[0], their_labels)
+        check_classes(prior, {name: victim})
         for line in victim.said if progress and isinstance(victim, OwnVictim) else ():
             say(f"{name}: {line}")
         plan = Plan(

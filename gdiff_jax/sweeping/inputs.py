@@ -19,7 +19,10 @@ from gdiff_jax.methods import METHODS, Method
 from gdiff_jax.options import flat
 from gdiff_jax.priors import Prior, load_prior
 from gdiff_jax.samplers import unguided_sample
+from gdiff_jax.samplers.base import Denoise
+from gdiff_jax.schedule import Schedule
 from gdiff_jax.sweeping import checks, processes
+from gdiff_jax.sweeping.conditioning import check_classes, of_any_class
 from gdiff_jax.sweeping.config import PriorOptions, PrivateImages, SweepConfig
 from gdiff_jax.sweeping.plan import Plan, VictimState, first_leak
 from gdiff_jax.victims import Victim, checkpoints, own, zoo
@@ -66,6 +69,7 @@ def load(config: SweepConfig, images_known: bool = True, weighted: Weighted = la
     )
     methods = config.attacks.make(config.attacker.knowledge.labels == "joint", calibrated)
     _check_fits(methods, victims, group)
+    check_classes(prior, victims)
     params, trained = _load_params(config, victims, own_params, data)
     normed = any(victim.has_batch_norm for victim in victims.values())
     plan = Plan(
@@ -278,5 +282,8 @@ def prior_samples(plan: Plan) -> np.ndarray:
     """(K, H, W, C) samples of the prior: images that everybody has, for the statistics of BatchNorms."""
     keys = jax.random.split(jax.random.fold_in(numerics.key(plan.seed), 2**17), PROXY_SAMPLES)
     shape, clip = plan.prior.image_shape, plan.prior.clip
-    sample = lambda denoise, schedule, key: unguided_sample(key, denoise, schedule, shape, clip=clip)
+
+    def sample(denoise: Denoise, schedule: Schedule, key: jax.Array) -> tuple[jax.Array, Any]:
+        return unguided_sample(key, of_any_class(denoise, jax.random.fold_in(key, 1)), schedule, shape, clip=clip)
+
     return np.asarray(jax.jit(jax.vmap(sample, (None, None, 0)))(plan.prior.denoise, plan.schedule, keys)[0])

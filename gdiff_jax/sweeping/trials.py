@@ -20,7 +20,8 @@ from gdiff_jax.federated import guess_learning_rate
 from gdiff_jax.matching import GradientMatching, cosine, equal_layers, l2, released
 from gdiff_jax.methods import Method, Problem
 from gdiff_jax.metrics import image_metrics, match_images
-from gdiff_jax.samplers import batched, unguided_sample
+from gdiff_jax.samplers import unguided_sample
+from gdiff_jax.sweeping.conditioning import of_any_class, told
 from gdiff_jax.sweeping.plan import PRIOR_ONLY, Plan, VictimState
 from gdiff_jax.victims import Victim
 
@@ -160,7 +161,11 @@ def sample_prior(plan: Plan, shared: Shared, own: Private) -> dict[str, Any]:
     """As many samples of the prior as a leak has images, which ignore it."""
     _, k_sample = jax.random.split(own.key)
     shape, clip = plan.prior.image_shape, plan.prior.clip
-    sample = lambda key, truth=None: unguided_sample(key, shared.denoise, shared.schedule, shape, clip=clip, truth=truth)
+
+    def sample(key: jax.Array, truth: jax.Array | None = None) -> tuple[jax.Array, Any]:
+        denoise = of_any_class(shared.denoise, jax.random.fold_in(key, 1))
+        return unguided_sample(key, denoise, shared.schedule, shape, clip=clip, truth=truth)
+
     if plan.client.group == 1:
         x, trace = sample(k_sample, own.images[0])
     else:
@@ -229,11 +234,11 @@ def attacker_match(plan: Plan, group: Group, shared: Shared, own: Private, out: 
     return GradientMatching(shared.params, y, leak, loss, plan.distance, mechanism, weights, client)
 
 
-def problem_of(plan: Plan, group: Group, shared: Shared, own: Private, match: GradientMatching) -> Problem:
-    """What the attacker of a trial has."""
+def problem_of(plan: Plan, group: Group, shared: Shared, own: Private, match: GradientMatching, labels: Any = None) -> Problem:
+    """What the attacker of a trial has, who goes by these labels."""
     victim, one = plan.victims[group.victim], plan.client.group == 1
     return Problem(
-        shared.denoise if one else batched(shared.denoise),
+        told(shared.denoise, labels, victim.num_classes, several=not one),
         shared.schedule,
         match,
         jnp.asarray(plan.prior.expected_image),
@@ -252,7 +257,7 @@ def leaked(plan: Plan, group: Group, shared: Shared, own: Private) -> tuple[jax.
     out = release(plan, group, shared, own, k_noise)
     guess = guess_labels(plan, group, shared, own, out.leak)
     match = attacker_match(plan, group, shared, own, out, guess)
-    return k_sample, out, guess, problem_of(plan, group, shared, own, match)
+    return k_sample, out, guess, problem_of(plan, group, shared, own, match, guess)
 
 
 def attack(plan: Plan, group: Group, shared: Shared, own: Private, method: Any = None) -> dict[str, Any]:

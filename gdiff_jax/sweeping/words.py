@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from gdiff_jax.sweeping.attackers import ATTACKERS
+from gdiff_jax.sweeping.conditioning import described
 from gdiff_jax.sweeping.plan import Plan
 
 
@@ -75,4 +76,5 @@ def settings(plan: Plan) -> str:
     guided = f"guided by {getattr(plan.distance, '__name__', plan.distance)}{where}" + (
         ", layers weighted alike" if plan.equal_layers else ""
     )
-    return ", ".join([*(method.describe() for method in plan.methods.values()), guided])
+    told = described(plan.prior, plan.victims)
+    return ", ".join([*(method.describe() for method in plan.methods.values()), guided, *told])

@@ -5,7 +5,6 @@ how far the samples are from the training images.
 from __future__ import annotations
 
 import datetime
-import functools
 from pathlib import Path
 
 import jax
@@ -20,6 +19,7 @@ from gdiff_jax.files import shown, write_atomic
 from gdiff_jax.priors import Denoiser, Prior, load_prior
 from gdiff_jax.samplers import unguided_sample
 from gdiff_jax.schedule import Schedule
+from gdiff_jax.trace import StepInfo
 from gdiff_jax.training.data import load_split
 from gdiff_jax.training.settings import PriorCard
 
@@ -63,7 +63,11 @@ def eps_mse_by_level(
 
 def draw_samples(prior: Prior) -> np.ndarray:
     """Unguided samples, seeds 0, 1, 2 ..., none left out: uint8 (SHEET_SIDE^2, H, W, C)."""
-    sample = functools.partial(unguided_sample, shape=prior.image_shape, clip=prior.clip)
+
+    def sample(key: jax.Array, denoise: Denoiser, schedule: Schedule) -> tuple[jax.Array, StepInfo]:
+        denoise = denoise.of_any_class(jax.random.fold_in(key, 1))
+        return unguided_sample(key, denoise, schedule, shape=prior.image_shape, clip=prior.clip)
+
     run = jax.jit(jax.vmap(lambda key, d, s: sample(key, d, s)[0], in_axes=(0, None, None)))
     keys = jax.vmap(numerics.key)(jnp.arange(SHEET_SIDE**2))
     schedule = prior.schedule(_sheet_steps(prior))
