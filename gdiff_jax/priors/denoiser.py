@@ -65,7 +65,7 @@ class Denoiser:
       label: of a conditional network, see `given`; an array, so trials with different labels are one program.
       null_label: the label that stands for none, where the network was trained with one.
       class_guidance: w of classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598, there 1 + w): the output is
-        null + w (of the label - null). 1 is the network as it is, at half the cost of any other.
+        null + w (of the label - null), and v the label's. 1 is the network as it is, at half the cost of any other.
     """
 
     params: Params
@@ -75,6 +75,12 @@ class Denoiser:
     label: jax.Array | None = None
     null_label: int | None = static(default=None)
     class_guidance: float = static(default=1.0)
+
+    @property
+    def num_labels(self) -> int | None:
+        """Of its classes those that are some: without the last, where that stands for none."""
+        classes = self.config.num_classes
+        return classes - 1 if classes is not None and self.null_label == classes - 1 else classes
 
     def __call__(self, x_t: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array | None]:
         """The prediction for one image x_t (H, W, C) at t (scalar), and v of its shape, or None if v is not learned."""
@@ -133,4 +139,9 @@ class Denoiser:
         if self.class_guidance == 1:
             return of_label
         of_none = network(null)
-        return of_none + self.class_guidance * (of_label - of_none)
+        guided = of_none + self.class_guidance * (of_label - of_none)
+        if not self.config.learns_variance:
+            return guided
+        # A variance is no direction to go further in: it is the label's.
+        half = guided.shape[-1] // 2
+        return jnp.concatenate([guided[..., :half], of_label[..., half:]], axis=-1)

@@ -17,7 +17,7 @@ from gdiff_jax.samplers.base import Denoise
 
 
 def _are_its_classes(denoise: Any, num_classes: int) -> bool:
-    return isinstance(denoise, Denoiser) and denoise.config.num_classes == num_classes
+    return isinstance(denoise, Denoiser) and denoise.num_labels == num_classes
 
 
 def check_classes(prior: Prior, victims: Mapping[str, Any]) -> None:

@@ -46,13 +46,16 @@ def test_a_conditional_prior_is_told_a_label_or_says_that_it_needs_one():
 
 
 def test_classifier_free_guidance_goes_from_the_null_label_past_the_label():
-    denoise = told_classes(num_class_embeds=5)
+    denoise = told_classes(num_class_embeds=5, out_channels=6)
     x, t = jnp.ones((1, 8, 8, 3)), jnp.full(1, 7)
-    run = jax.jit(lambda denoise: denoise.batch(x, t)[0], compiler_options=QUICK_COMPILE)
-    of_label, of_none = run(denoise.given(2)), run(denoise.given(4))
+    run = jax.jit(lambda denoise: denoise.batch(x, t), compiler_options=QUICK_COMPILE)
+    (of_label, v), (of_none, v_of_none) = run(denoise.given(2)), run(denoise.given(4))
+    assert np.abs(v - v_of_none).max() > 0.01
     guided = dataclasses.replace(denoise, null_label=4, class_guidance=3.0)
-    np.testing.assert_allclose(run(guided.given(2)), of_none + 3 * (of_label - of_none), atol=1e-5)
-    np.testing.assert_allclose(run(guided.given(None)), of_none, atol=1e-6)
-    np.testing.assert_allclose(run(guided.of_any_class(jax.random.key(0))), of_none, atol=1e-6)
+    found, found_v = run(guided.given(2))
+    np.testing.assert_allclose(found, of_none + 3 * (of_label - of_none), atol=1e-5)
+    np.testing.assert_allclose(found_v, v, atol=1e-6)  # a variance is not gone further in
+    np.testing.assert_allclose(run(guided.given(None))[0], of_none, atol=1e-6)
+    np.testing.assert_allclose(run(guided.of_any_class(jax.random.key(0)))[0], of_none, atol=1e-6)
     drawn = [int(denoise.of_any_class(jax.random.key(i)).label) for i in range(40)]
     assert set(drawn) == set(range(5))

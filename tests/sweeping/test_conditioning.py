@@ -64,6 +64,13 @@ def test_of_a_leak_of_several_images_each_has_its_own_label(plan):
     np.testing.assert_allclose(denoisers(pair)[0], expected(plan, [0, 1]), atol=1e-5)
 
 
+def test_a_last_row_that_stands_for_none_is_no_class(plan):
+    own = dataclasses.replace(plan, prior=conditional(plan.prior, 11, null_label=10))
+    assert words.settings(own).endswith("told the label that the attacker goes by")
+    first = dataclasses.replace(plan, prior=conditional(plan.prior, 11, null_label=0))  # which row is class 0 is not known
+    assert words.settings(first).endswith("told no class, for the victim has others")
+
+
 def test_a_prior_of_other_classes_is_told_none_where_a_label_stands_for_none_and_else_refused(plan):
     victims = plan.victims
     with pytest.raises(ConfigError, match=r"conditional on 7 classes.* victim mlp-narrow has 10; give a prior"):
