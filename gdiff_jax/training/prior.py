@@ -107,6 +107,11 @@ def read_network(settings: PriorTraining) -> UNet2DConfig:
     except (OSError, ValueError) as error:
         raise ConfigError(f"--config {settings.config}: {error}") from None
     need(not network.dropout, f"--config {settings.config}: dropout {network.dropout} is not implemented; use 0")
+    plain = network.label_ndim is None and network.time_embedding_type == "positional"
+    need(
+        plain,
+        f"--config {settings.config}: trained is epsilon, without classes, time_embedding_type positional",
+    )
     return network
 
 
@@ -191,7 +196,7 @@ def _start(run: _Run, create: Callable[[], State]) -> State:
     if latest is None:
         return jax.device_put(jax.jit(create)(), run.replicated)
     about = run.checkpoints.restore(latest, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
-    same = about["config"] == json.loads(json.dumps(run.network.to_diffusers()))
+    same = UNet2DConfig.from_diffusers(about["config"]) == run.network  # an older version wrote fewer fields
     need(same, f"--out {run.settings.out} holds a run of another --config; give another folder")
     other = numerics.differences(about.get("settings", {}), numerics.unusual())
     need(not other, f"--out {run.settings.out} was begun under other settings of JAX ({other}); set them as they were")

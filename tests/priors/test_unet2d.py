@@ -18,7 +18,7 @@ from gdiff_jax.conv import conv_prior
 from gdiff_jax.modules import GroupNorm
 from gdiff_jax.priors import Denoiser, UNet2DConfig
 from gdiff_jax.priors.layers import depth_to_space, space_to_depth, timestep_embedding
-from gdiff_jax.priors.unet2d import Attention, Downsample, Upsample
+from gdiff_jax.priors.unet2d_blocks import Attention, Downsample, Upsample
 from gdiff_jax.priors.weights import to_torch
 
 # Configs
@@ -41,13 +41,13 @@ def test_config_fields_are_read():
         ("colour", "blue"),
         ("act_fn", "tanh"),
         ("attn_norm_num_groups", 7),
-        ("class_embed_type", "timestep"),
+        ("class_embed_type", "projection"),
         ("downsample_type", "fir"),
-        ("mid_block_type", None),
-        ("num_class_embeds", 10),
-        ("num_train_timesteps", 1000),
+        ("mid_block_type", "UNetMidBlock2DCrossAttn"),
+        ("num_class_embeds", 0),
+        ("num_train_timesteps", 1.5),
         ("resnet_time_scale_shift", "spatial"),
-        ("time_embedding_type", "fourier"),
+        ("time_embedding_type", "cosine"),
         ("upsample_type", "fir"),
         ("downsample_padding", 2),
         ("sample_size", None),
@@ -61,8 +61,10 @@ def test_config_values_that_are_not_implemented_are_refused_by_name_and_value(fi
 
 
 def test_all_that_is_wrong_with_a_config_is_listed_at_once():
-    with pytest.raises(ValueError, match=r"time_embedding_type='fourier'.*shape='round' \(unknown field\)"):
-        UNet2DConfig.from_diffusers(CIFAR10 | dict(time_embedding_type="fourier", shape="round"))
+    with pytest.raises(ValueError, match=r"act_fn='tanh'.*time_embedding_type='cosine'"):
+        UNet2DConfig.from_diffusers(CIFAR10 | dict(time_embedding_type="cosine", act_fn="tanh"))
+    with pytest.raises(ValueError, match=r"colour='blue' .*shape='round' \(unknown field\)"):
+        UNet2DConfig.from_diffusers(CIFAR10 | dict(colour="blue", shape="round"))
 
 
 @pytest.mark.parametrize("field", ["down_block_types", "up_block_types", "block_out_channels"])
@@ -72,7 +74,9 @@ def test_config_of_uneven_lengths_is_refused(field):
 
 
 def test_config_with_an_unknown_block_is_refused():
-    with pytest.raises(ValueError, match="'SkipDownBlock2D' is not implemented"):
+    with pytest.raises(ValueError, match="'KDownBlock2D' is not implemented"):
+        UNet2DConfig.from_diffusers(CIFAR10 | dict(down_block_types=["DownBlock2D"] * 3 + ["KDownBlock2D"]))
+    with pytest.raises(ValueError, match="Skip blocks hand the image on; use them for all, or for none"):
         UNet2DConfig.from_diffusers(CIFAR10 | dict(down_block_types=["DownBlock2D"] * 3 + ["SkipDownBlock2D"]))
 
 

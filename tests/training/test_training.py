@@ -20,7 +20,7 @@ from gdiff_jax import modules
 from gdiff_jax.commands import prior_card as card_command
 from gdiff_jax.commands import train_prior, train_victim
 from gdiff_jax.commands.train_prior import command_line
-from gdiff_jax.errors import RunError
+from gdiff_jax.errors import ConfigError, RunError
 from gdiff_jax.priors import UNet2DConfig
 from gdiff_jax.training import prior, prior_card
 from gdiff_jax.training.settings import PriorTraining, VictimTraining
@@ -128,6 +128,10 @@ def test_an_unfinished_training_run_is_a_prior(data, tmp_path):
     (tmp_path / "run" / "config.json").write_text(json.dumps(NETWORK.to_diffusers()))
     latest = tmp_path / "run" / "checkpoints" / "2"
     note = latest / "about" / "metadata"
+    about = json.loads(note.read_text())
+    older = {name: value for name, value in about["config"].items() if name not in ("class_embed_type", "mid_block_type")}
+    note.write_text(json.dumps(about | {"config": older}))  # of a version that had fewer fields
+    assert gd.load_prior(tmp_path / "run").sha256 == unfinished.sha256
     note.write_text(json.dumps(json.loads(note.read_text()) | {"ema_sha256": "0"}))
     with pytest.raises(ValueError, match=r"checkpoints/2 cannot be read .*digest"):
         gd.load_prior(tmp_path / "run")
@@ -138,6 +142,13 @@ def test_an_unfinished_training_run_is_a_prior(data, tmp_path):
     latest.parent.mkdir()
     with pytest.raises(ValueError, match="no checkpoint yet"):
         gd.load_prior(tmp_path / "run")
+
+
+@pytest.mark.parametrize("changes", [dict(num_class_embeds=3), dict(time_embedding_type="fourier")])
+def test_a_network_that_is_told_more_than_a_timestep_is_not_trained_here(tmp_path, changes):
+    (tmp_path / "config.json").write_text(json.dumps(NETWORK.to_diffusers() | changes))
+    with pytest.raises(ConfigError, match="trained is epsilon, without classes"):
+        prior.read_network(PriorTraining(config=str(tmp_path / "config.json")))
 
 
 def test_eps_mse_of_a_network_that_predicts_zero_is_one(data):
