@@ -76,7 +76,7 @@ def test_config_of_uneven_lengths_is_refused(field):
 def test_config_with_an_unknown_block_is_refused():
     with pytest.raises(ValueError, match="'KDownBlock2D' is not implemented"):
         UNet2DConfig.from_diffusers(CIFAR10 | dict(down_block_types=["DownBlock2D"] * 3 + ["KDownBlock2D"]))
-    with pytest.raises(ValueError, match="Skip blocks hand the image on; use them for all, or for none"):
+    with pytest.raises(ValueError, match="Skip blocks hand the image on, so all must be"):
         UNet2DConfig.from_diffusers(CIFAR10 | dict(down_block_types=["DownBlock2D"] * 3 + ["SkipDownBlock2D"]))
 
 
