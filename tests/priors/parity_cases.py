@@ -177,6 +177,12 @@ EDM = {
 }
 
 
+VARIATIONS = (
+    *("classes-as-time", "vectors", "learned-time", "no-mid-block", "ncsnpp-classes"),
+    *("residual", "skips", "dhariwal-unconditional"),
+)
+
+
 def edm_state_dict(kwargs: dict) -> dict[str, np.ndarray]:
     """What EDM saves of such a network: its weights under their names, the filters, and the map of augmentations."""
     shapes = torch_shapes(EDMConfig.from_kwargs(kwargs))

@@ -22,6 +22,7 @@ from parity_cases import (
     TWO,
     UNET2D,
     UNET2D_MISTAKES,
+    VARIATIONS,
     edm_state_dict,
     edm_told,
     error,
@@ -64,7 +65,12 @@ def run(denoise, t=None, labels=None):
     return eps if v is None else jnp.concatenate([eps, v], axis=-1)
 
 
-@pytest.mark.parametrize("name", UNET2D)
+def cases(configs):
+    """The names; what is a variation of another is long."""
+    return [pytest.param(name, marks=pytest.mark.long) if name in VARIATIONS else name for name in configs]
+
+
+@pytest.mark.parametrize("name", cases(UNET2D))
 def test_unet2d_is_diffusers(name):
     assert error(run(unet2d(UNET2D[name]), *told(UNET2D[name])), golden("unet2d")[name]) < TOLERANCE
 
@@ -82,7 +88,7 @@ def test_adm_is_the_independent_one(name):
     assert error(run(adm(ADM[name]), *told(ADM[name])), golden("adm")[name]) < TOLERANCE
 
 
-@pytest.mark.parametrize("name", EDM)
+@pytest.mark.parametrize("name", cases(EDM))
 def test_edm_is_the_independent_one(name):
     spec = EDMConfig.from_kwargs(EDM[name])
     params = to_params(spec, spec.weights_of(edm_state_dict(EDM[name])), "golden")
@@ -91,6 +97,7 @@ def test_edm_is_the_independent_one(name):
     assert error(run(denoise, noise), golden("edm")[name]) < TOLERANCE
 
 
+@pytest.mark.long
 def test_edm_networks_have_the_parameters_of_the_paper():
     """In millions, as it has them for CIFAR-10's DDPM++ and ImageNet-64's ADM; what maps augmentations is not counted."""
     song = dict(img_resolution=32, model_type="SongUNet", channel_mult=[2, 2, 2])
@@ -139,6 +146,10 @@ def test_adm_parameters_are_those_of_the_published_ffhq_model():
         hashlib.sha256("\n".join(lines).encode()).hexdigest()
         == "7f09d26b10dc9c4a1bd44507f9f9339f160d2ebaf1a1c208b1c74d0585ac46f0"
     )
+
+
+@pytest.mark.long
+def test_adm_networks_have_the_parameters_of_the_paper():
     # In millions, by the paper (Table 4); the conditional 256 px network has a row of 1,024 for each of 1,000 classes more.
     of_paper = {"256x256_diffusion_uncond": 553, "64x64_diffusion": 296, "128x128_diffusion": 422, "256x256_diffusion": 554}
     for name, millions in of_paper.items():
