@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import types
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +38,7 @@ import gdiff_jax as gd
 from gdiff_jax import modules
 from gdiff_jax.priors import ADMConfig, Denoiser, EDMConfig, UNet2DConfig, layers
 from gdiff_jax.priors import adm as adm_module
+from gdiff_jax.priors import edm as edm_module
 from gdiff_jax.priors.weights import to_params
 
 
@@ -131,6 +133,30 @@ def test_a_mistake_in_the_adm_is_seen(mistake, monkeypatch):
     monkeypatch.setattr(owner, attribute, wrong, raising=False)
     try:
         assert error(run(denoise), golden("adm")["ffhq"]) > 3 * TOLERANCE
+    finally:
+        modules._abstract.cache_clear()
+
+
+# Of a network whose parameters fit either way, as they do in those above.
+EDM_MISTAKES = {
+    "eps 1e-5": ("_norm", lambda channels, config: modules.GroupNorm(channels, min(32, channels // 4), 1e-5)),
+    "sin and cos swapped": ("timestep_embedding", lambda t, dim, **_: layers.timestep_embedding(t, dim, 1, True)),
+    "frequencies without end": ("timestep_embedding", lambda t, dim, **_: layers.timestep_embedding(t, dim, 0, False)),
+    "sums not divided": ("math", types.SimpleNamespace(sqrt=lambda _: 1.0)),
+}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("mistake", EDM_MISTAKES)
+def test_a_mistake_in_the_edm_is_seen(mistake, monkeypatch):
+    spec = EDMConfig.from_kwargs(EDM["ddpmpp"])
+    params = to_params(spec, spec.weights_of(edm_state_dict(EDM["ddpmpp"])), "golden")
+    noise, labels = edm_told(EDM["ddpmpp"])
+    modules._abstract.cache_clear()
+    monkeypatch.setattr(edm_module, *EDM_MISTAKES[mistake])
+    try:
+        denoise = dataclasses.replace(Denoiser(params, spec), label=jnp.asarray(labels))
+        assert error(run(denoise, noise), golden("edm")["ddpmpp"]) > 3 * TOLERANCE
     finally:
         modules._abstract.cache_clear()
 
