@@ -16,6 +16,10 @@ from gdiff_jax.samplers import batched
 from gdiff_jax.samplers.base import Denoise
 
 
+def _is_conditional(denoise: Any) -> bool:
+    return isinstance(denoise, Denoiser) and denoise.config.label_ndim is not None
+
+
 def _are_its_classes(denoise: Any, num_classes: int) -> bool:
     return isinstance(denoise, Denoiser) and denoise.num_labels == num_classes
 
@@ -26,9 +30,9 @@ def check_classes(prior: Prior, victims: Mapping[str, Any]) -> None:
     Raises:
       ConfigError: where it cannot.
     """
-    network, null = prior.denoise.config, prior.denoise.null_label
-    if network.label_ndim is None or null is not None:
+    if not _is_conditional(prior.denoise) or prior.denoise.null_label is not None:
         return
+    network = prior.denoise.config
     need(network.num_classes is not None, f"--prior {prior.name} is told vectors or times for classes, which labels are not")
     for name, victim in victims.items():
         need(
@@ -43,7 +47,7 @@ def told(denoise: Denoise, labels: Any, num_classes: int, several: bool) -> Deno
 
     Args:
       denoise: of one image.
-      labels: of one image a scalar, of several (B,); None, or of another kind, where the attacker has none.
+      labels: of one image a scalar, of several (B,); None where the attacker has none.
       num_classes: of the victim.
       several: whether it is for a leak of several images, (B, H, W, C) together.
     """
@@ -59,7 +63,7 @@ def _each(denoise: Denoiser, labels: jax.Array, x_t: jax.Array, t: jax.Array) ->
 
 def described(prior: Prior, victims: Mapping[str, Any]) -> list[str]:
     """What of its classes a conditional prior is told, for a report."""
-    if prior.denoise.config.label_ndim is None:
+    if not _is_conditional(prior.denoise):
         return []
     known = {_are_its_classes(prior.denoise, victim.num_classes) for victim in victims.values()}
     says = {True: "told the label that the attacker goes by", False: "told no class, for the victim has others"}

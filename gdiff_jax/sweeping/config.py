@@ -223,7 +223,9 @@ class Attacks:
 
 @dataclasses.dataclass(frozen=True)
 class PriorOptions:
-    prior: str = option("cifar10-32", f"diffusion prior: {', '.join(BUNDLED)}, a folder, OWNER/NAME on the hub, or an ADM file")
+    prior: str = option(
+        "cifar10-32", f"diffusion prior: {', '.join(BUNDLED)}, a folder, OWNER/NAME on the hub, an ADM or EDM file"
+    )
     prior_dtype: str = option("float32", "arithmetic of the prior: float32 or bfloat16; the victim is always float32")
     prior_remat: bool = option(False, "compute the prior's inner values twice, keep only its blocks' inputs")
     clip: str = option("prior", "clip x0hat to [-1, 1] in every step: yes, no, or what the prior's scheduler says")
