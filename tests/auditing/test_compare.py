@@ -16,8 +16,8 @@ from written import COMPARISON, faults_of_json, faults_of_page
 
 import gdiff_jax as gd
 from gdiff_jax.auditing import pictures
-from gdiff_jax.auditing.call import OwnMechanism
 from gdiff_jax.auditing.comparing import apart, figures, page, pairs, words
+from gdiff_jax.auditing.own_mechanism import OwnMechanism
 from gdiff_jax.commands import audit as command
 from gdiff_jax.mechanisms import text as mechanism_text
 
