@@ -43,10 +43,10 @@ def answers(record: AuditRecord) -> dict[str, Any]:
 
 def _level(record: AuditRecord, level: summary.Level) -> dict[str, Any]:
     data = _of(dataclasses.replace(level, epsilon=level.epsilon if math.isfinite(level.epsilon) else math.nan))
-    shares = data.pop("identified"), data.pop("identified_by_correlation")
+    shares = data.pop("identified"), data.pop("identified_in_pixels")
     unmeasured = _of(Interval(math.nan, math.nan, math.nan))
-    recognised, by_correlation = shares if record.can_recognise else (unmeasured, unmeasured)
-    return {**data, "recognised": recognised, "recognised_by_correlation": by_correlation}
+    recognised, in_pixels = shares if record.can_recognise else (unmeasured, unmeasured)
+    return {**data, "recognised": recognised, "recognised_in_pixels": in_pixels}
 
 
 def _leaking(image: worst.Leaking) -> dict[str, Any]:

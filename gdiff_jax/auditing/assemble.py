@@ -71,7 +71,8 @@ def assemble(
     scoring: dict[str, Any] = {}
     if truth is not None:
         no_lpips = metrics.lpips_hindrance(truth.shape[1:])
-        scoring = {"candidates": metrics.candidate_count(candidates, truth), "has_lpips": not no_lpips, "no_lpips": no_lpips}
+        scoring = {"candidates": metrics.candidate_count(candidates, truth), "recognised_by": "correlation"}
+        scoring |= {"has_lpips": not no_lpips, "no_lpips": no_lpips}
         _score(rows, trials.images, truth, candidates, not no_lpips)
         if picked:
             every = np.concatenate([truth, picked[0].images])
@@ -107,8 +108,8 @@ def _score(rows: list[Row], images: Sequence[np.ndarray], truth: np.ndarray, can
         scored = [(row, image) for row, image in zip(rows, images, strict=True) if row["image"] == i and not row["failed"]]
         reconstructions = np.array([image for _, image in scored]).reshape(-1, *x.shape)
         scores: dict[str, Any] = {
-            "rank": metrics.identification_ranks(reconstructions, x, candidates),
-            "rank_by_correlation": metrics.identification_ranks(reconstructions, x, candidates, metrics.patterns),
+            "rank": metrics.identification_ranks(reconstructions, x, candidates, metrics.patterns),
+            "rank_in_pixels": metrics.identification_ranks(reconstructions, x, candidates),
             **({"lpips": metrics.lpips(reconstructions, x)} if has_lpips else {}),
         }
         for k, (row, _) in enumerate(scored):

@@ -108,8 +108,8 @@ def _recovered(ax: Axes, record: AuditRecord) -> None:
 def _recognised(ax: Axes, x: np.ndarray, record: AuditRecord) -> None:
     levels, kappa = summary.levels(record), 1 / record.candidates
     _line(ax, x, [v.identified for v in levels], RED, f"recognised among {record.candidates}", "s-")
-    if np.isfinite(by_correlation := [v.identified_by_correlation.value for v in levels]).all():
-        ax.plot(x, by_correlation, "x:", color=RED, ms=5, lw=1, label="recognised, by correlation")
+    if np.isfinite(by_distance := [v.identified_in_pixels.value for v in levels]).all():
+        ax.plot(x, by_distance, "x:", color=RED, ms=5, lw=1, label="recognised, by distance")
     ax.axhline(kappa, color="0.5", ls="-.", lw=1.2, label=f"blind guess, κ = {kappa:.3g}")
     bounds = [g["gamma"] for g in record.guarantees]
     if any(b is not None and b < 1 for b in bounds):

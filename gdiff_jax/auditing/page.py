@@ -41,7 +41,7 @@ def _levels(record: AuditRecord) -> Table:
         *[n.upper() for n in names],
         "recovered",
         "by the oracle",
-        *["recognised", "by correlation"] * record.can_recognise,
+        *["recognised", "by distance"] * record.can_recognise,
         "chosen",
         "trials",
     ]
@@ -49,7 +49,7 @@ def _levels(record: AuditRecord) -> Table:
     for v in summary.levels(record):
         trials = f"{v.trials}" + (f" ({v.failed} failed)" if v.failed else "")
         scores = [getattr(v, n).text(2) for n in names]
-        recognised = (v.identified, v.identified_by_correlation) if record.can_recognise else ()
+        recognised = (v.identified, v.identified_in_pixels) if record.can_recognise else ()
         shares = [s.percent() for s in (v.recovered, v.recovered_oracle, *recognised)]
         chosen = [v.methods] if v.methods == v.methods_to_recognise else [v.methods, f"to recognise {v.methods_to_recognise}"]
         rows.append([f"{v.sigma:.3g}", v.psnr.text(), v.oracle.text(), *scores, *shares, "; ".join(chosen) or "-", trials])

@@ -32,8 +32,9 @@ class AuditRecord:
     Attributes:
       about: the question: victim, prior, images, mechanism, threat model, thresholds, versions, hashes, command.
       trials: a dict for each method, noise level, image and seed; PSNR in dB and MSE are of images in [0, 1], `rank` is the
-        number of other candidates that are at least as close as the truth, `rank_by_correlation` the number of those that
-        correlate at least as much, `leak` names the first image of its group.
+        number of other candidates that correlate with what came back at least as much as the truth, `rank_in_pixels` of those
+        that are at least as near (in audits of before `rank` is that, and there is no other), `leak` names the first image of
+        its group.
       curves: per trial "distance" and "psnr" of x0hat at each reverse step, and "signal" where it was measured, by `curve_key`.
       mean_image: scores of the prior's mean image, one an image; empty where the prior has none.
       guarantees: what one release guarantees at each noise level.

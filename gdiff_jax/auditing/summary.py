@@ -80,8 +80,8 @@ class Level:
     oracle: Interval  # PSNR
     recovered: Interval
     recovered_oracle: Interval
-    identified: Interval  # of the picks to recognise, by distance in pixels
-    identified_by_correlation: Interval  # of the same; nan in audits of before
+    identified: Interval  # of the picks to recognise, by correlation, or as audits of before did
+    identified_in_pixels: Interval  # of the same, by distance; nan in audits of before
     distance_over_noise: float  # median || grad - leak || over || noise ||, nan without noise
 
 
@@ -118,7 +118,7 @@ def _level(record: AuditRecord, sigma: float) -> Level:
         recovered=share_interval(recovered_groups(record, sigma)),
         recovered_oracle=share_interval(recovered_groups(record, sigma, oracle=True)),
         identified=_identified(record, sigma, to_recognise, "rank"),
-        identified_by_correlation=_identified(record, sigma, to_recognise, "rank_by_correlation"),
+        identified_in_pixels=_identified(record, sigma, to_recognise, "rank_in_pixels"),
         distance_over_noise=float(np.median(ratios)) if ratios and sigma > 0 else math.nan,
     )
 

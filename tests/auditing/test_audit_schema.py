@@ -72,7 +72,7 @@ SHAPES = {
     "all above the threshold": lambda audit: with_(audit, threshold=-1.0),
     "of before": lambda audit: dict(
         identification={k: v for k, v in audit.identification.items() if k != "enough"},
-        trials=[{k: v for k, v in r.items() if k not in ("rank_by_correlation", "image_sha256")} for r in audit.trials],
+        trials=[{k: v for k, v in r.items() if k not in ("rank_in_pixels", "image_sha256")} for r in audit.trials],
     ),
     "doubtful": lambda audit: with_(audit, doubt="It is another gradient.", failed_parts=["theory (E: x)"], module=["said"]),
 }

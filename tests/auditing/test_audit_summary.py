@@ -37,7 +37,8 @@ def make(rows=None, images=12, seeds=2, **changes):
     steps = {"distance": [5.0 * 0.8**t for t in range(20)], "psnr": [float(t) for t in range(20)]}
     about = dict(
         victim="v", threshold=20.0, share=0.25, group=1, num_images=images, seeds=seeds, delta=1e-5, clip_norm=None,
-        candidates=10, has_truth=True, has_lpips=False, no_lpips="not here", mechanism="gaussian", parameters=1000,
+        candidates=10, has_truth=True, has_lpips=False, no_lpips="not here", recognised_by="correlation",
+        mechanism="gaussian", parameters=1000,
     )  # fmt: skip
     none = [dict(sigma=s, epsilon=None, reason="no clipping", gamma=None) for s in SIGMAS]
     parts = dict(about=about, trials=rows, curves={curve_key(r): steps for r in rows}, mean_image=[], guarantees=none)
@@ -285,14 +286,14 @@ def test_correlation_recognises_whatever_the_contrast_is():
 
 def test_both_ways_to_recognise_are_told_and_audits_of_before_have_one():
     before = make()
-    assert math.isnan(before.levels()[0].identified_by_correlation.value)
-    both = make([{**r, "rank_by_correlation": int(r["image"] < 3)} for r in before.trials])
+    assert math.isnan(before.levels()[0].identified_in_pixels.value)
+    both = make([{**r, "rank_in_pixels": int(r["image"] < 3)} for r in before.trials])
     level = both.levels()[-1]
-    assert (level.identified.value, level.identified_by_correlation.value) == (0, 0.75)
+    assert (level.identified.value, level.identified_in_pixels.value) == (0, 0.75)
     lost = make([{**r, "failed": True, "psnr": None} for r in both.trials])
-    assert lost.levels()[0].identified_by_correlation.value == 0
+    assert lost.levels()[0].identified_in_pixels.value == 0
     head = page._levels(both)["head"]
-    assert page._levels(both)["rows"][-1][head.index("by correlation")].startswith("75%")
+    assert page._levels(both)["rows"][-1][head.index("by distance")].startswith("75%")
 
 
 def test_images_without_a_gradient_are_named():

@@ -154,6 +154,10 @@ def test_shares_are_differences_of_pairs_by_one_threshold():
     apart_ = gd.compare(a, fewer)
     assert all(math.isnan(d.recognised.value) for d in apart_.differences)
     assert "what is recognised is not compared" in " ".join(apart_.warnings())
+    before = dataclasses.replace(b, about={k: v for k, v in b.about.items() if k != "recognised_by"})
+    apart_ = gd.compare(a, before)
+    assert all(math.isnan(d.recognised.value) for d in apart_.differences)
+    assert "recognises by distance: that is not compared" in " ".join(apart_.warnings())
 
 
 def test_a_failed_attack_recovers_nothing_and_has_no_psnr():

@@ -17,7 +17,7 @@ TOPICS = {
     "client": ("group", "gradient"),
     "attacker": ("attacker", "labels", "adaptive", "local_rate", "statistics", "methods", "attacks", "prior", "steps"),
     "random numbers": ("seed",),
-    "measure": ("threshold", "share", "candidates", "candidates_from", "delta"),
+    "measure": ("threshold", "share", "candidates", "candidates_from", "recognised_by", "delta"),
     "extent": ("images", "num_images", "images' hash", "images_classes", "seeds", "noise levels"),
 }
 ALIKE = ("measure", "extent")  # what is compared is measured alike, of the part that all have; see the warnings for what is not

@@ -154,7 +154,8 @@ def epsilons(audit: AuditRecord) -> dict[float, float]:
 def _differences(first: AuditRecord, other: AuditRecord, places: list[tuple[int, int]], audit: int) -> list[Difference]:
     units = _units(places, first, other)
     numbers = [{row[k]: i for i, row in enumerate(places)} for k in (0, 1)]
-    same_candidates = first.can_recognise and other.can_recognise and first.candidates == other.candidates
+    alike = all(first.about.get(name) == other.about.get(name) for name in ("candidates", "recognised_by"))
+    same_candidates = first.can_recognise and other.can_recognise and alike
     threshold = first.about["threshold"]
     found = []
     for at, first_sigma, sigma in levels_in_common(first, other):

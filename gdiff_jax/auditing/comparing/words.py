@@ -195,6 +195,8 @@ def _measures(paired: Paired) -> list[str]:
                 f"{name} looks for the image among {audit.candidates} candidates, {names[0]} among {audits[0].candidates}: "
                 "what is recognised is not compared."
             )
+        elif own.get("recognised_by") != about.get("recognised_by"):
+            signs.append(f"One of {name} and {names[0]} is of before, and recognises by distance: that is not compared.")
         elif own.get("candidates_from") != about.get("candidates_from"):
             signs.append(f"{name} and {names[0]} take their candidates from different files, which may hold other images.")
         if own.get("prior") != about.get("prior"):
