@@ -202,5 +202,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    flags.define_flags(LimitConfig())
-    flags.run(main)
+    flags.command(main, LimitConfig(), text=__doc__)

@@ -166,5 +166,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    flags.define_flags(CalibrationConfig())
-    flags.run(main)
+    flags.command(main, CalibrationConfig(), text=__doc__)

@@ -241,5 +241,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    flags.define_flags(NoiseConfig())
-    flags.run(main)
+    flags.command(main, NoiseConfig(), text=__doc__)

@@ -1,7 +1,7 @@
 """Settings as small frozen dataclasses: a function takes the one it needs, commands are made of several, flags of all.
 
 A field is made by `option`, with its help. A dataclass may hold others: together their fields have one set of names, those of
-the flags, by which `flat` and `replace` reach them.
+the flags, by which `flat` and `replace` reach them. The class variable `subject` is what --help lists its own fields under.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import ClassVar
 
 from gdiff_jax import images as image_files
 from gdiff_jax.errors import need
@@ -17,12 +18,13 @@ from gdiff_jax.victims.zoo import VICTIMS
 class Model:
     """What is audited."""
 
+    subject: ClassVar[str] = "The model and its gradient"
     victim: str = option("cnn", f"the model: FILE.py:FUNCTION or MODULE:FUNCTION of your own, or {', '.join(VICTIMS)}")
     weights: str = option(
         "", "its weights, a .npz, .safetensors, .msgpack, torch .pt or orbax tree by parameter name; without, its own"
     )
     training_steps: int = option(0, "training state of a built-in model, from --checkpoints; 0 is untrained")
-    checkpoints: str = option("", "folder of experiments/train_victim.py")
+    checkpoints: str = option("", "folder of gdiff-train-victim")
     gradient: str = option("", "a saved gradient to attack, a file as for --weights; with --images its image is known")
     update: bool = option(
         False,
@@ -45,6 +47,7 @@ class Model:
 class Asked:
     """What is asked of the trials."""
 
+    subject: ClassVar[str] = "What is reported"
     candidates: str = option("", "images among which the private ones are looked for; without, all of --images")
     threshold: float = option(20.0, "PSNR in dB from which on an image counts as recovered")
     share: float = option(0.1, "look for the noise from which on fewer than this share of the images is recovered")
@@ -95,6 +98,7 @@ class AuditAttacks(Attacks):
 
 @dataclasses.dataclass(frozen=True)
 class AuditConfig(Common):
+    subject: ClassVar[str] = "What is reported"
     private: AuditPrivateImages = AuditPrivateImages()
     attacks: AuditAttacks = AuditAttacks()
     run: Run = Run(seeds=1, out="runs/audit")

@@ -1,18 +1,18 @@
 """How bad is it if a gradient of this model leaks, and how much noise does it need? Attacks, and a report that says so.
 
-    python experiments/audit.py                                        a CNN, untrained, over the default noise levels
-    python experiments/audit.py --victim=my_model.py:make --images=FOLDER      your own model and pictures
-    python experiments/audit.py --mechanism=clip:1+gaussian --epsilon_grid=1,10,100,1000
-    python experiments/audit.py --victim=my_model.py:make --gradient=leak.safetensors --sigma_grid=0 --label=3
-    python experiments/audit.py --fail_if="recovered > 0.1"            in a pipeline: exit code 3 where that holds
-    python experiments/audit.py --from_json=runs/audit/audit.json --out=FOLDER      the report again, from its data
-    python experiments/audit.py compare runs/a runs/b --out=FOLDER     audits beside each other, image by image, from their data
+    gdiff-audit                                        a CNN, untrained, over the default noise levels
+    gdiff-audit --victim=my_model.py:make --images=FOLDER      your own model and pictures
+    gdiff-audit --mechanism=clip:1+gaussian --epsilon_grid=1,10,100,1000
+    gdiff-audit --victim=my_model.py:make --gradient=leak.safetensors --sigma_grid=0 --label=3
+    gdiff-audit --fail_if="recovered > 0.1"            in a pipeline: exit code 3 where that holds
+    gdiff-audit --from_json=runs/audit/audit.json --out=FOLDER      the report again, from its data
+    gdiff-audit compare runs/a runs/b --out=FOLDER     audits beside each other, image by image, from their data
 
 my_model.py:make is a function without arguments that returns (loss, params): a pure scalar loss(params, x, y) of one image x
 (H, W, C) in [-1, 1], and a pytree of weights; or, with the extra `torch`, a torch.nn.Module. The folder receives report.html
 (self-contained: open it from disk), blind.html (a test for people, to print), summary.md, audit.json, trials.csv and figures/.
 A run that was killed goes on where it stopped when the same command is given again. The exit code is 4 where a release gives
-away more than its mechanism can. Where the package is installed the command is also called gdiff-audit.
+away more than its mechanism can.
 """
 
 from __future__ import annotations
@@ -27,9 +27,11 @@ from gdiff_jax.files import need_folder
 
 FINDING = 4  # the exit code where a release gave away more than its mechanism can
 
+USUAL = ("victim", "images", "sigma_grid", "mechanism", "out")  # flags, which --help begins with
+
 
 def main() -> None:
-    flags.command(_audit, AuditConfig(), text=__doc__, others={"compare": _compare})
+    flags.command(_audit, AuditConfig(), text=__doc__, usual=USUAL, others={"compare": _compare})
 
 
 def _audit() -> None:

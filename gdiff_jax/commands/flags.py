@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
 import os
+import re
 import signal
 import sys
 import threading
@@ -15,7 +17,7 @@ from typing import Any, TypeVar
 from absl import app, flags, logging
 
 from gdiff_jax import options
-from gdiff_jax.commands import streams
+from gdiff_jax.commands import help, streams
 from gdiff_jax.errors import ConfigError, RunError
 from gdiff_jax.files import cache_folder, shown
 
@@ -43,8 +45,6 @@ def define_flags(defaults: Any) -> None:
                 str: flags.DEFINE_string,
             }
             define[kind](name, default, text)
-        # --help lists the flags of the main program, which for absl are those registered under its name.
-        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
 
 
 def _without_none(kind: Any) -> Any:
@@ -83,11 +83,17 @@ def read_flags(defaults: C) -> C:
     return options.replace(defaults, **{name: flags.FLAGS[name].value for name in options.flat(defaults)})
 
 
-def command(main: Callable[[], None], *settings: Any, text: str | None, others: Others = types.MappingProxyType({})) -> None:
-    """`run` with the flags of these settings, and with this text at the top of --help."""
-    sys.modules["__main__"].__doc__ = text  # which is what absl shows, whatever script or entry point calls
+def command(
+    main: Callable[[], None],
+    *settings: Any,
+    text: str | None,
+    usual: tuple[str, ...] = (),
+    others: Others = types.MappingProxyType({}),
+) -> None:
+    """`run` with the flags of these settings; --help begins with this text, then has the `usual` ones."""
     for defaults in settings:
         define_flags(defaults)
+    help.install(lambda: help.page(text, settings, usual))
     run(main, others)
 
 
@@ -105,10 +111,14 @@ def run(main: Callable[[], None], others: Others = types.MappingProxyType({})) -
     def parse(argv: list[str]) -> list[str]:
         try:
             rest = flags.FLAGS(argv)
+        except flags.UnrecognizedFlagError as error:
+            near = [f"--{name}" for name in re.findall(r"\w+", str(error).partition("Did you mean:")[2])]
+            _fail(f"--{error.flagname} is not a flag{_meant(near)} (--help lists the flags)")
         except flags.Error as error:
             _fail(f"{str(error).splitlines()[0]} (--help lists the flags)")
         if len(rest) > 1 and rest[1] not in others:
-            _fail(f"{rest[1]!r} is not a flag; flags are written --name=value (--help lists them)")
+            near = [f"--{rest[1]}"] if rest[1].partition("=")[0] in flags.FLAGS else difflib.get_close_matches(rest[1], others)
+            _fail(f"{rest[1]!r} is not a flag{_meant(near)}; flags are written --name=value (--help lists them)")
         return rest
 
     def guarded(rest: list[str]) -> None:
@@ -135,6 +145,10 @@ def run(main: Callable[[], None], others: Others = types.MappingProxyType({})) -
     end_at_once_on_signals()
     logging.set_verbosity(logging.WARNING)  # jax and orbax tell each step of theirs at INFO
     app.run(guarded, flags_parser=parse)
+
+
+def _meant(near: list[str]) -> str:
+    return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
 def leave(code: int) -> typing.NoReturn:

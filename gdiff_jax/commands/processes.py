@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 from gdiff_jax.commands import flags
 from gdiff_jax.errors import ConfigError, RunError
@@ -11,6 +12,7 @@ from gdiff_jax.options import option
 
 @dataclasses.dataclass(frozen=True)
 class Processes:
+    subject: ClassVar[str] = "Several processes"
     distributed: bool = option(False, "one of several processes; the cluster says which (Cloud TPU pod slice, Slurm, ...)")
     coordinator: str = option("", "HOST:PORT of process 0, the same for all, where there is no such cluster")
     num_processes: int = option(0, "how many processes there are, with --coordinator")

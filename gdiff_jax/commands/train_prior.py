@@ -1,10 +1,12 @@
-"""Trains a diffusion prior on a set of images and exports it as a folder that `--prior FOLDER` takes.
+"""Trains a diffusion prior on a set of images and exports it as a folder that `--prior=FOLDER` takes.
 
-    python experiments/train_prior.py --data=PATH --config=gdiff_jax/priors/bundled/cifar10_32/config.json --out=runs/prior
+    gdiff-train-prior --data=PATH --config=config.json --out=runs/prior
 
+config.json describes the network in the fields of diffusers' UNet2DModel; those of the bundled priors lie beside their
+weights, in the package's folder priors/bundled.
 Killed, it goes on from its last checkpoint when started again with the same flags. The learning rate is held constant
 and falls to zero over the last part of the run, so a run may also be prolonged: start it again with more --steps.
-The batch is split over all devices. Where the package is installed the command is also called gdiff-train-prior.
+The batch is split over all devices.
 """
 
 from __future__ import annotations
@@ -16,9 +18,11 @@ from pathlib import Path
 from gdiff_jax.commands import flags
 from gdiff_jax.training.settings import PriorTraining
 
+USUAL = ("data", "config", "out", "steps", "batch")  # flags, which --help begins with
+
 
 def main() -> None:
-    flags.command(_train, PriorTraining(), text=__doc__)
+    flags.command(_train, PriorTraining(), text=__doc__, usual=USUAL)
 
 
 def _train() -> None:

@@ -1,9 +1,9 @@
 """Trains a victim and keeps its weights at chosen numbers of steps: the training state is a variable of every study.
 
-    python experiments/train_victim.py --victim=lenet --data=PATH --steps=100,1000 --out=runs/victims
-    python experiments/sweep.py --victims=lenet --training_steps=0,100,1000 --checkpoints=runs/victims
+    gdiff-train-victim --victim=lenet --data=PATH --steps=100,1000 --out=runs/victims
+    gdiff-sweep --victims=lenet --training_steps=0,100,1000 --checkpoints=runs/victims
 
-Where the package is installed the command is also called gdiff-train-victim.
+The second line attacks what the first has kept, beside the untrained network.
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ from __future__ import annotations
 from gdiff_jax.commands import flags
 from gdiff_jax.training.settings import VictimTraining
 
+USUAL = ("victim", "data", "out", "steps", "num_classes")  # flags, which --help begins with
+
 
 def main() -> None:
-    flags.command(_train, VictimTraining(), text=__doc__)
+    flags.command(_train, VictimTraining(), text=__doc__, usual=USUAL)
 
 
 def _train() -> None:

@@ -147,7 +147,7 @@ def load_prior(
         - an ADM (guided-diffusion) file, `.pt` or `.safetensors`, with its flags in NAME.json beside it or in `config`;
         - the state dict of an EDM network, `.pt` or `.safetensors`, with its arguments likewise (how to export both from
           EDM's own `.pkl` is said where one is given);
-        - the output folder of `experiments/train_prior.py`, finished or not: its latest moving average.
+        - the output folder of `gdiff-train-prior`, finished or not: its latest moving average.
       dtype: of the network's arithmetic, `float32` or `bfloat16`.
       remat: see `Denoiser`.
       config: guided-diffusion's flags of an ADM file, EDM's arguments of an EDM file.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 from gdiff_jax.errors import need
 from gdiff_jax.options import option
@@ -40,6 +41,7 @@ ATTACKERS = {
 class Attacker:
     """A threat model by its name, and where it is changed."""
 
+    subject: ClassVar[str] = "What the attacker knows"
     attacker: str = option(
         "informed", f"threat model: {', '.join(ATTACKERS)}; it sets the next four flags where they are not given"
     )

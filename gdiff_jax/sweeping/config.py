@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from pathlib import Path
-from typing import cast, get_args
+from typing import ClassVar, cast, get_args
 
 from gdiff_jax import images as image_files
 from gdiff_jax.errors import need
@@ -57,6 +57,7 @@ def check_least(config: object, least: float, *names: str) -> None:
 class Noise:
     """Noise levels. One rule says which: those that are named, of both grids; the default grid where none is."""
 
+    subject: ClassVar[str] = "Noise levels"
     sigma_grid: tuple[float, ...] = option(
         (), "standard deviations of the noise on the gradient; without a value, or without any grid, "
         f"{','.join(f'{s:g}' for s in DEFAULT_SIGMAS)}", bare=DEFAULT_SIGMAS,
@@ -106,6 +107,7 @@ class Noise:
 
 @dataclasses.dataclass(frozen=True)
 class PrivateImages:
+    subject: ClassVar[str] = "Private images"
     images: str = option(image_files.BUNDLED, "private images: the bundled set, a folder, a .npz or CIFAR-10's archive")
     num_images: int = option(4, "the first so many images of the set")
     label: int = option(-1, "label of every image; -1 takes the set's own, and 0 where it has none, as the paper does")
@@ -120,6 +122,7 @@ class PrivateImages:
 class Client:
     """What a client releases of its images."""
 
+    subject: ClassVar[str] = "What a client releases"
     group: int = option(1, "images whose mean gradient is one leak, reconstructed together")
     local_steps: int = option(1, "local steps of a FedAvg client; 1 releases the gradient, more the mean gradient on their way")
     local_learning_rate: float = option(0.01, "of the local steps")
@@ -149,14 +152,13 @@ class Client:
 class Attacks:
     """Which attacks, and their options."""
 
+    subject: ClassVar[str] = "Attacks and their options"
     methods: tuple[str, ...] = option(
         ("dsg", "dps", "auto"),
         f"attacks: {', '.join(METHODS)}, or all; prior-only always runs, analytic ones need a first layer that is dense",
     )
     guidance_rate: float = option(DSG().guidance_rate, "guidance rate of dsg, 0 to 1")
-    calibrated_rate: float = option(
-        CalibratedDSG().guidance_rate, "guidance rate of calibrated-dsg where all is signal, 0 to 1"
-    )
+    calibrated_rate: float = option(CalibratedDSG().guidance_rate, "of calibrated-dsg where all is signal, 0 to 1")
     chains: int = option(
         MeanOfChains().chains,
         "reconstructions of a leak that dsg-mean, calibrated-mean and the search of auto combine, 2 or more; auto half as many "
@@ -164,16 +166,14 @@ class Attacks:
     )
     interval: int = option(DSG().interval, "dsg guides every so many steps")
     through_prior: bool = option(
-        True,
-        "dsg and dps guide by the gradient in x_t; --nothrough_prior: in x0hat, without the prior's backward pass",
+        True, "dsg and dps guide by the gradient in x_t; --nothrough_prior: in x0hat, without the prior's backward pass"
     )
     zeta: float = option(DPS().zeta, "step size of dps, on the un-squared gradient distance")
     red_diff_weight: float = option(RedDiff().weight, "weight of red-diff's regulariser")
     dlg_steps: int = option(DLG().steps, "L-BFGS steps of dlg")
     inverting_steps: int = option(InvertingGradients().steps, "Adam steps of inverting")
     tv: float = option(
-        InvertingGradients().tv,
-        "weight of inverting's total variation; the best is 1e-3 for a clean cnn, 0.2 under much noise",
+        InvertingGradients().tv, "weight of inverting's total variation; best is 1e-3 for a clean cnn, 0.2 under much noise"
     )
     restarts: int = option(1, "of dlg and inverting; the one of least objective counts")
     distance: str = option("l2", f"between gradients, for the guided samplers: {', '.join(DISTANCES)}")
@@ -223,6 +223,7 @@ class Attacks:
 
 @dataclasses.dataclass(frozen=True)
 class PriorOptions:
+    subject: ClassVar[str] = "Diffusion prior"
     prior: str = option(
         "cifar10-32", f"diffusion prior: {', '.join(BUNDLED)}, a folder, OWNER/NAME on the hub, an ADM or EDM file"
     )
@@ -231,7 +232,7 @@ class PriorOptions:
     clip: str = option("prior", "clip x0hat to [-1, 1] in every step: yes, no, or what the prior's scheduler says")
     steps: int = option(100, "reverse steps, at most as many as the prior was trained with")
     spacing: str = option(
-        "quadratic", "of the steps over the prior's: quadratic (denser where there is little noise), uniform, or trailing"
+        "quadratic", "of the steps over the prior's: quadratic (denser at little noise), uniform, or trailing"
     )
 
     def schedule_of(self, prior: Prior) -> Schedule:
@@ -246,6 +247,7 @@ class PriorOptions:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
+    subject: ClassVar[str] = "The run"
     seeds: int = option(1, "trials an image, each with noise, start and steps of its own")
     seed: int = option(0, "of the victims' initial weights and of all random numbers of the trials")
     batch: int = option(8, "trials computed at a time, over all devices; fewer where --memory_gib is too little for so many")
@@ -262,13 +264,14 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Victims:
+    subject: ClassVar[str] = "Attacked networks"
     victims: tuple[str, ...] = option(
         ("mlp", "lenet", "cnn"),
         f"attacked networks: {', '.join(VICTIMS)}; or MODULE:FUNCTION or FILE.py:FUNCTION, which returns your own "
         "loss(params, x, y) and params",
     )
     training_steps: tuple[int, ...] = option((0,), "training states of each victim, in steps; 0 is untrained")
-    checkpoints: str = option("", "folder of experiments/train_victim.py, for training states other than 0")
+    checkpoints: str = option("", "folder of gdiff-train-victim, for training states other than 0")
 
     def check(self) -> None:
         check_list("victims", self.victims)
@@ -294,5 +297,6 @@ class Common:
 class SweepConfig(Common):
     """All that is asked of a sweep; what the parts must know of each other is checked in `sweeping.checks`."""
 
+    subject: ClassVar[str] = "Mechanisms"
     mechanisms: tuple[str, ...] = option(("gaussian",), mechanism_text.HELP)
     victims: Victims = Victims()

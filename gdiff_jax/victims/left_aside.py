@@ -33,5 +33,5 @@ def not_loaded(path: str, beside: Mapping[str, np.ndarray], loss: Loss, params: 
     return (
         f"{path} holds arrays beside the params, of which the loss has other values ({listed({'left aside': other})}): trained "
         "statistics of BatchNorms are no params, and the figures are of a network with those that the victim's function makes. "
-        "Load them there, as docs/jax_models.md shows."
+        "Load them there, as the documentation's page on models of Flax, Equinox and Haiku shows."
     )

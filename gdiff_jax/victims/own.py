@@ -24,7 +24,7 @@ from gdiff_jax.victims.statistics import first_statistic
 from gdiff_jax.victims.torch_model import TorchModel
 
 EXTRA = 'pip install "gdiff-jax[torch]"'
-MODELS = "docs/jax_models.md has a file for each of Flax, Equinox and Haiku"
+MODELS = "a model of Flax, Equinox or Haiku is called within loss, as the documentation's page on such models shows"
 
 
 @dataclasses.dataclass(frozen=True)

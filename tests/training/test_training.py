@@ -212,7 +212,7 @@ def test_help_waits_for_no_library():
 
 @pytest.mark.parametrize("name", ["train-prior", "train-victim"])
 def test_help_is_the_same_by_script_and_by_name(name, tmp_path):
-    """The docstring of the command's module, its example, and its flags under the name that was called."""
+    """The docstring of the command's module, its example, by the name that was called, and its flags."""
     module = name.replace("-", "_")
     installed = tmp_path / f"gdiff-{name}"  # as an installer writes it
     installed.write_text(f"import sys\nfrom gdiff_jax.commands.{module} import main\nsys.exit(main())\n")
@@ -220,9 +220,10 @@ def test_help_is_the_same_by_script_and_by_name(name, tmp_path):
         command = [sys.executable, str(program), "--help"]
         environment = os.environ | dict(PYTHONPATH=str(ROOT))
         result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-        assert result.stderr == ""
-        assert f"    python experiments/{module}.py --" in result.stdout
-        assert f"\n{program}:\n  --batch: images a step" in result.stdout
+        started = f"python {program}" if program.suffix else program.name
+        assert (result.returncode, result.stderr) == (0, "")
+        assert f"    {started} --" in result.stdout
+        assert "\n  --batch               images a step [64]\n" in result.stdout
 
 
 @pytest.mark.parametrize(

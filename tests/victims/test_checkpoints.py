@@ -28,7 +28,7 @@ def test_weights_come_back_with_what_was_noted(saved):
 
 def test_weights_that_are_not_there_or_of_another_network_are_refused_with_the_remedy(saved):
     folder, _ = saved
-    remedy = f"python experiments/train_victim.py --victim=lenet --steps=.* --out={folder}"
+    remedy = f"gdiff-train-victim --victim=lenet --steps=.* --out={folder}"
     victim = zoo.make_victim("lenet", (8, 8, 3), 10)
     with pytest.raises(ValueError, match=rf"lenet/5 is of another shape: fc.*7.*10 classes has .*; {remedy}"):
         checkpoints.load(folder, "lenet", 5, victim)
@@ -40,7 +40,7 @@ def test_weights_that_are_not_there_or_of_another_network_are_refused_with_the_r
 
 def test_a_checkpoint_that_is_broken_is_refused_with_the_remedy(saved, tmp_path):
     (tmp_path / "lenet" / "5").mkdir(parents=True)
-    with pytest.raises(ValueError, match=r"lenet/5 cannot be read .*make it again: python experiments/train_victim.py"):
+    with pytest.raises(ValueError, match=r"lenet/5 cannot be read .*make it again: gdiff-train-victim"):
         checkpoints.load(str(tmp_path), "lenet", 5, zoo.make_victim("lenet", (8, 8, 3), 7))
 
 

@@ -278,7 +278,7 @@ MODELS = {
 def test_a_model_without_a_loss_is_refused_and_the_page_named(name, planned, data):
     images, labels = data
     model = MODELS[name]()
-    words = rf"loss is of the type {type(model).__name__}, which takes no \(params, x, y\); docs/jax_models\.md has a file"
+    words = rf"loss is of the type {type(model).__name__}, which takes no \(params, x, y\); a model of Flax"
     with pytest.raises(ValueError, match=words):
         planned(model, images=images, labels=labels)
     with pytest.raises(ValueError, match=words):
@@ -287,6 +287,6 @@ def test_a_model_without_a_loss_is_refused_and_the_page_named(name, planned, dat
 
 def test_a_file_that_returns_a_model_alone_names_the_page(tmp_path):
     (tmp_path / "alone.py").write_text("import haiku as hk\ndef make(): return hk.transform(lambda x: hk.Linear(4)(x))\n")
-    words = r"make\(\) must return \(loss, params\), .* or a torch module, and no Transformed; docs/jax_models\.md has a file"
+    words = r"make\(\) must return \(loss, params\), .* or a torch module, and no Transformed; a model of Flax"
     with pytest.raises(ValueError, match=words):
         own.load_own(f"{tmp_path}/alone.py:make", 10)
