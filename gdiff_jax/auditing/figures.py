@@ -126,14 +126,13 @@ def recovered(record: AuditRecord) -> Figure:
 
 def overview(record: AuditRecord) -> Figure:
     """PSNR, and the shares recovered and recognised, side by side; for a gradient of unknown images, its distance."""
-    with house_style(STYLE):
-        if not record.has_truth:
-            return steps(record)
-        figure, axes = _axes(11.5, 4.2, 2)
-        for ax, draw in zip(axes, (lambda ax: _quality(ax, record, "psnr"), lambda ax: _recovered(ax, record)), strict=True):
-            draw(ax)
-            ax.legend(fontsize=8)
-        return figure
+    if not record.has_truth:
+        return steps(record)
+    figure, axes = _axes(11.5, 4.2, 2)
+    for ax, draw in zip(axes, (lambda ax: _quality(ax, record, "psnr"), lambda ax: _recovered(ax, record)), strict=True):
+        draw(ax)
+        ax.legend(fontsize=8)
+    return figure
 
 
 def epsilon(record: AuditRecord) -> Figure:

@@ -41,11 +41,24 @@ class Audit(AuditRecord):
         """What must not be: a release that gives away more than its mechanism can. The verdict begins with them."""
         return against_bound.findings(self)
 
-    def plot(self) -> Figure:
-        """PSNR and the share of recovered and recognised images over the noise; a notebook shows the figure."""
-        from gdiff_jax.auditing import figures  # with matplotlib, as the page: who draws nothing does not wait for it
+    def plot(self, name: str = "overview") -> Figure:
+        """A figure, which a notebook shows where it is a cell's last line.
 
-        return figures.overview(self)
+        Args:
+          name: "overview", PSNR and the share of recovered and recognised images over the noise; or one of the report's, such
+            as "reconstructions", the images and what came back of them.
+
+        Raises:
+          ValueError: where this audit has no such figure, naming those that it has.
+        """
+        from gdiff_jax.auditing import figures  # with matplotlib, as the page: who draws nothing does not wait for it
+        from gdiff_jax.sweeping.drawing import house_style
+
+        draws = {"overview": figures.overview, **figures.drawings(self)}
+        if name not in draws:
+            raise ValueError(f"plot({name!r}): this audit has no such figure; it has {', '.join(draws)}")
+        with house_style(figures.STYLE):
+            return draws[name](self)
 
     def to_json(self) -> str:
         """Strict JSON, as audit.schema.json describes it, from which `load` gives the same audit."""

@@ -11,6 +11,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from gdiff_jax.auditing import pictures, summary, worst
 from gdiff_jax.auditing.record import SHOWN, AuditRecord, Row
+from gdiff_jax.sweeping.drawing import Drawing
 
 
 def tight(pad: float) -> ConstrainedLayoutEngine:
@@ -47,7 +48,7 @@ def _sheet(
     keys = lambda i: [f"truth/{i}", *[f"{kind}/{s!r}/{i}" for s in record.sigmas], *([f"prior/{i}"] if last else [])]
     picks = {s: summary.attacker_picks(record.at(s), recognise) for s in record.sigmas}
     note_at = {(s, r["image"]): note(r) for s, rows in picks.items() for r in rows if r["seed"] == 0}
-    figure = Figure(
+    figure = Drawing(
         figsize=(1.05 * len(heads) + 0.2, 1.22 * len(shown) + 0.3),
         layout=tight(0.02),
     )
@@ -100,7 +101,7 @@ def attempts(record: AuditRecord) -> Figure:
     seeds.sort(key=lambda seed: best[seed]["distance"])
     maps = [record.pictures.get(f"deviation/{record.sigmas[0]!r}/{seed}") for seed in seeds]
     lines = 2 if any(maps) else 1
-    figure = Figure(figsize=(1.6 * max(len(seeds), 2), 2.0 * lines), layout="constrained")
+    figure = Drawing(figsize=(1.6 * max(len(seeds), 2), 2.0 * lines), layout="constrained")
     axes = figure.subplots(lines, len(seeds), squeeze=False)
     for k, (seed, errors) in enumerate(zip(seeds, maps, strict=True)):
         row = best[seed]
@@ -116,7 +117,7 @@ def film(record: AuditRecord) -> Figure:
     """One reconstruction over the reverse steps, from noise to image."""
     names = [n for n in record.pictures if n.startswith("film/")]
     some = [names[round(k)] for k in np.linspace(0, len(names) - 1, min(10, len(names)))]
-    figure = Figure(figsize=(1.02 * len(some), 1.25), layout=tight(0.01))
+    figure = Drawing(figsize=(1.02 * len(some), 1.25), layout=tight(0.01))
     times = record.about["film_steps"]
     for ax, name in zip(figure.subplots(1, len(some), squeeze=False)[0], some, strict=True):
         show(ax, record.pictures[name], f"t = {times[int(name[5:])]}")

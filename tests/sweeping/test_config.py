@@ -37,7 +37,7 @@ BAD = [
     (dict(clip="maybe"), "--clip 'maybe'"),
     (dict(prior="no-such-prior"), "no-such-prior"),
     (dict(prior_dtype="float8"), "float8"),
-    (dict(training_steps=(5,)), "train_victim.py --victim=mlp"),
+    (dict(training_steps=(5,)), "gdiff-train-victim --victim=mlp"),
     (dict(training_steps=(-5,)), "--training_steps -5"),
     (dict(mechanisms=()), "mechanisms"),
     (dict(mechanisms=("gauss",)), "'gauss' is not known"),
