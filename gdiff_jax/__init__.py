@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from gdiff_jax.signal import NoiseCalibration
     from gdiff_jax.victims import TorchModel, Victim
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # By the submodule that defines them. They are imported when they are asked for: a command, or who needs a metric alone, need
 # not wait two seconds for every library that some part of the package uses.

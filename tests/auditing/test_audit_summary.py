@@ -330,3 +330,10 @@ def test_images_whose_trials_failed_are_named():
     rows = [{**r, "name": f"{r['image']}.png", "failed": r["image"] in (3, 7)} for r in make().trials]
     (line,) = [text for text in make(rows).warnings() if "not finite" in text]
     assert "of image 3.png, 7.png;" in line
+
+
+def test_any_figure_is_plotted_by_name_and_shown_by_a_notebook():
+    audit = make()
+    assert set(audit.plot("recovered")._repr_png_()[:4]) == set(b"\x89PNG")
+    with pytest.raises(ValueError, match=r"plot\('pictures'\): this audit has no such figure; it has overview, .*recovered"):
+        audit.plot("pictures")
