@@ -154,7 +154,7 @@ def _single(path: Path, flags: Mapping[str, Any] | None) -> Source:
         if not beside.is_file():
             raise FileNotFoundError(
                 f"prior {str(path)!r}: an ADM or EDM file needs guided-diffusion's flags, or EDM's arguments, as JSON in "
-                f"{beside.name} beside it; those of the published ADMs are with their source, and in third_party/adm of gdiff_jax's"
+                f"{beside.name} beside it; those of published ADMs are with their code, and in third_party/adm of gdiff_jax's"
             )
         try:
             flags = json.loads(beside.read_text(encoding="utf-8-sig"))

@@ -231,9 +231,7 @@ class PriorOptions:
     prior_remat: bool = option(False, "compute the prior's inner values twice, keep only its blocks' inputs")
     clip: str = option("prior", "clip x0hat to [-1, 1] in every step: yes, no, or what the prior's scheduler says")
     steps: int = option(100, "reverse steps, at most as many as the prior was trained with")
-    spacing: str = option(
-        "quadratic", "of the steps over the prior's: quadratic (denser at little noise), uniform, or trailing"
-    )
+    spacing: str = option("quadratic", "of the prior's steps: quadratic (denser at little noise), uniform or trailing")
 
     def schedule_of(self, prior: Prior) -> Schedule:
         return prior.schedule(self.steps, cast(Spacing, self.spacing))  # one of them, by `check`
