@@ -118,7 +118,7 @@ def run(main: Callable[[], None], others: Others = types.MappingProxyType({})) -
             _fail(f"{str(error).splitlines()[0]} (--help lists the flags)")
         if len(rest) > 1 and rest[1] not in others:
             near = [f"--{rest[1]}"] if rest[1].partition("=")[0] in flags.FLAGS else difflib.get_close_matches(rest[1], others)
-            _fail(f"{rest[1]!r} is not a flag{_meant(near)}; flags are written --name=value (--help lists them)")
+            _fail(f"{rest[1]!r} is not a flag; flags are written --name=value{_meant(near)} (--help lists them)")
         return rest
 
     def guarded(rest: list[str]) -> None:
