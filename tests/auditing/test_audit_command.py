@@ -52,7 +52,7 @@ def test_the_private_images_are_known_where_they_are_named_or_no_gradient_is():
     ("arguments", "words"),
     [
         (["--from_json=nowhere.json"], "--from_json: nowhere.json"),
-        (["--sigma=0"], "'sigma'"),
+        (["--sigma=0"], "--sigma is not a flag; did you mean --sigma_grid?"),
         (["--sigma_grid=a,b"], "list of float"),
         (["victim=cnn"], "is not a flag"),
         (["--victim=resnet99"], "victim 'resnet99' is not known"),
