@@ -34,8 +34,8 @@ def test_the_notebook_is_committed_with_its_pictures_and_nothing_of_the_machine(
 
 @pytest.mark.long
 def test_the_notebook_runs(monkeypatch):
-    # As a user runs it: not with the programs of the tests, which are compiled quickly and run slowly.
-    for name in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES"):
+    # As a user runs it: not with the programs of the tests, which are compiled quickly and run slowly, nor with their backend.
+    for name in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES", "MPLBACKEND"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
     notebook = nbformat.read(PATH, 4)
