@@ -124,6 +124,7 @@ def _of_first_dense(key: jax.Array, problem: Problem, search: Method) -> tuple[j
     searched, _ = search(key, problem)
     assert info.deviation is not None
     freedom = found.size / (1 + jnp.square(info.trace.guidance_norm[-1] / SPREAD))
+    freedom = jnp.where(jnp.isfinite(info.deviation).all(), freedom, 0.0)  # else it is the mean image, which fits no noise
     kept = _preferred(problem, found, searched, jnp.maximum(freedom, FITTED))
     return kept, jnp.where((kept == found).all(), info.deviation, jnp.nan)
 

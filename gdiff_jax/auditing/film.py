@@ -16,8 +16,10 @@ FRAMES = 24
 
 
 def film_steps(schedule: Schedule) -> list[int]:
-    """Timesteps of the frames of `film`: t of the step that each was made by."""
-    return [int(t) for t in np.asarray(schedule.t)[::-1][_frames(schedule.num_steps)]]
+    """Of the frames of `film` the timestep that each was made by; of a prior with a time of its own its steps, counted to 0."""
+    t = np.asarray(schedule.t)
+    t = t if np.issubdtype(t.dtype, np.integer) else np.arange(schedule.num_steps)
+    return [int(t) for t in t[::-1][_frames(schedule.num_steps)]]
 
 
 def _frames(num_steps: int) -> np.ndarray:

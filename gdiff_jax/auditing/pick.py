@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from gdiff_jax import numerics, parallel
 from gdiff_jax.modules import digest
+from gdiff_jax.sweeping.conditioning import told
 from gdiff_jax.sweeping.plan import Plan
 from gdiff_jax.theory.expected import PROBES, STEPS, expected_psnr
 from gdiff_jax.theory.jacobian import gram_vector
@@ -101,6 +102,7 @@ def expectations(plan: Plan, images: np.ndarray, labels: Any, progress: bool) ->
 
     def expected(common: Any, own: Any) -> jax.Array:
         (params, denoise, schedule, mean), (x, y) = common, own
+        denoise = told(denoise, y, plan.victims[state.name].num_classes, several=False)
         key = jax.random.fold_in(numerics.key(plan.seed), 2**19)  # of all images the same, so that they compare
         return expected_psnr(
             key, loss, params, x, y, sigmas, denoise, schedule, mean, clip_norm=mechanism.clip_norm, clip=prior.clip

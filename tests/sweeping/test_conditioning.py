@@ -10,7 +10,10 @@ from conftest import PATCHED, QUICK_COMPILE
 from objectives import random_weights
 from tiny import plan_of
 
+from gdiff_jax.auditing.film import film_steps
+from gdiff_jax.auditing.pick import expectations
 from gdiff_jax.errors import ConfigError
+from gdiff_jax.parametrisation import EDM
 from gdiff_jax.priors import Denoiser
 from gdiff_jax.sweeping import inputs, trials, words
 from gdiff_jax.sweeping.conditioning import check_classes
@@ -83,3 +86,17 @@ def test_a_prior_of_other_classes_is_told_none_where_a_label_stands_for_none_and
 
 def test_who_ignores_the_leak_ignores_the_label_and_draws_a_class(plan):
     assert np.isfinite(inputs.prior_samples(plan)).all()
+
+
+def test_which_images_leak_most_is_asked_of_a_prior_that_is_told_their_labels(plan):
+    own = dataclasses.replace(plan, images=plan.images[:1], labels=plan.labels[:1], sigmas={"gaussian": (0.1,)})
+    right, wrong = (expectations(own, plan.images[:2], labels, False) for labels in (np.array([0, 1]), np.array([0, 3])))
+    assert np.isfinite(right).all()
+    assert right[1] != wrong[1]
+
+
+def test_frames_of_a_prior_with_a_time_of_its_own_are_told_by_their_steps(plan):
+    of_edm = plan.prior.schedule(5)
+    assert film_steps(of_edm)[-1] == 0
+    continuous = dataclasses.replace(of_edm, t=EDM().time(jnp.sqrt(of_edm.abar), of_edm.noise))
+    assert film_steps(continuous) == [4, 3, 2, 1, 0]
