@@ -21,6 +21,7 @@ from gdiff_jax.images import to_unit
 MIN_SSIM_SIZE = 11
 MIN_LPIPS_SIZE = 32  # of much fewer AlexNet's last layers have none left, and it is nan
 EXACT = 200.0  # dB
+TIE = 1 + 1e-6  # squared distances that differ by less are equal to rounding
 FLAT = 1e-4  # norm of an image less its mean, up to which rounding is all there is
 
 
@@ -150,7 +151,7 @@ def identification_ranks(
 
     def rank(vector: np.ndarray) -> int:
         distance = lambda of: np.square(of - vector).sum(1, dtype=np.float64)
-        return int((distance(others) <= distance(own)).sum())
+        return int((distance(others) <= TIE * distance(own)).sum())
 
     return np.array([rank(vector) for vector in space(reconstructions)], int)
 

@@ -7,7 +7,7 @@ from collections import defaultdict
 
 import numpy as np
 
-from gdiff_jax.auditing import against_bound
+from gdiff_jax.auditing import against_bound, worst
 from gdiff_jax.auditing.record import AuditRecord
 from gdiff_jax.auditing.summary import smallest_noise
 
@@ -52,20 +52,33 @@ def _layers(record: AuditRecord) -> list[str]:
     return [f"Of all that the gradient answers to the pixels {shares[most]:.0%} is in {most}."]
 
 
+def _needed(record: AuditRecord) -> list[tuple[float, str]]:
+    """The noise that each figure of the audit asks for, 0 where none, and against what that is."""
+    needed = [(smallest_noise(record).value, "")]
+    needed += [(leaking.noise, " for the image that leaks most") for leaking in worst.ranked(record)[:1]]
+    if named := against_bound.seldom_named(record):
+        sigma = named.noise.value if named.noise.value > record.sigmas[0] else 0.0
+        needed.append((sigma, " against who knows the candidates"))
+    return needed
+
+
 def _change(record: AuditRecord) -> list[str]:
     """What follows of the figures for those who can change the release, and how that is checked."""
     about = record.about
     if not record.has_truth:
         return ["How close an attacker comes is told by an audit of the model with images of your own."]
-    noise, lines = smallest_noise(record).value, []
+    lines = list[str]()
+    noise, against = max(_needed(record), key=lambda pair: pair[0])
     if against_bound.findings(record):
         lines.append("First mend the mechanism: the other figures are of it as it is.")
     elif noise == 0:
         lines.append("These attacks ask for no change, which is no proof that none is needed.")
     elif math.isinf(noise):
-        lines.append(f"More noise is needed: try more than sigma {record.sigmas[-1]:.3g}.")
+        lines.append(f"More noise is needed{against}: try more than sigma {record.sigmas[-1]:.3g}.")
     else:
-        lines.append(f"Release with at least the noise that is told above, by {about['mechanism']}.")
+        lines.append(
+            f"Release with at least the noise that is told above{against}, sigma {noise:.2g}, by {about['mechanism']}."
+        )
     norms = [r["gradient_norm"] for r in record.at(record.sigmas[0]) if r["gradient_norm"]]
     if norms and any(g["reason"] == "no clipping" for g in record.guarantees):
         lines.append(

@@ -31,7 +31,7 @@ def next_level(record: AuditRecord) -> float | None:
             continue
         low, high = between
         low = low or high / DECADE
-        wide = noise.high / noise.low if noise.low > 0 else math.inf
+        wide = noise.high / noise.low if noise.low != 0 else math.inf
         middle = float(f"{math.sqrt(low * high):.3g}")
         if not wide >= high / low and low < middle < high:  # nan of few images: it has no interval
             return middle

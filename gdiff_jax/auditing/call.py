@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
@@ -50,9 +50,6 @@ from gdiff_jax.victims.own import (
     own_victim,
 )
 from gdiff_jax.victims.torch_model import TorchModel, as_model
-
-if TYPE_CHECKING:
-    pass
 
 
 def audit(
@@ -150,7 +147,7 @@ def audit(
         checks.check_knowledge(loss, attacker, client, chosen)
         victim, weights = _victim(loss, params, x, y, attacker, client)
         if their_labels is not None and client.group == 1:
-            checks.check_candidate_labels(victim.loss, weights, x[0], their_labels)
+            checks.check_class_range("candidate_labels", victim.loss, weights, x[0], their_labels)
         check_classes(prior, {name: victim})
         for line in victim.said if progress and isinstance(victim, OwnVictim) else ():
             say(f"{name}: {line}")
@@ -237,7 +234,7 @@ def _identity(plan: Plan, name: str, batch: int, picked: Picked | None) -> dict[
         "seed": plan.seed,
         "steps": plan.schedule.num_steps,
         "batch": batch,  # which trials are in a chunk
-        **({"picked": list(picked.places)} if picked and picked.places else {}),
+        **({"picked": picked.hash} if picked and picked.places else {}),
         "sha256": {
             "prior": plan.prior.sha256 or modules.digest(plan.prior.denoise.params),
             "prior_settings": plan.prior.settings_sha256,
@@ -260,6 +257,9 @@ def _picked(plan: Plan, more: tuple[Any, Any] | None, worst: int, progress: bool
         [a.shape[1:] for a in jax.tree.leaves(y)] == [a.shape[1:] for a in jax.tree.leaves(plan.labels)],
         "more: its labels are of another structure than `labels`; give them alike",
     )
+    ((victim,), (weights,)) = plan.victims.values(), plan.params.values()
+    if plan.client.group == 1:
+        checks.check_class_range("more", victim.loss, weights, x[0], y)
     join = lambda a, b: np.concatenate([np.asarray(a), np.asarray(b)])
     names = tuple(map(str, range(len(plan.images) + len(x))))
     return pick(plan, join(plan.images, x), jax.tree.map(join, plan.labels, y), names, worst, progress)

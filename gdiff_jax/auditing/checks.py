@@ -105,12 +105,12 @@ def candidate_labels_of(labels: Any, candidates: Any, like: Any) -> Any:
     return arrays
 
 
-def check_candidate_labels(loss: Loss, params: Any, x: Any, labels: Any) -> None:
+def check_class_range(name: str, loss: Loss, params: Any, x: Any, labels: Any) -> None:
     """That each is a class of the loss, as far as that can be told."""
     try:
         check_label_range(loss, params, x, labels)
     except ValueError as error:
-        raise ConfigError(f"candidate_labels: {error}") from None
+        raise ConfigError(f"{name}: {error}") from None
 
 
 def labels_of(labels: Any, count: int, name: str = "labels") -> Any:

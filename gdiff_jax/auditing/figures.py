@@ -32,7 +32,6 @@ STYLE: Any = {
     "svg.hashsalt": "gdiff_jax",  # the same figure is the same file
     "svg.fonttype": "path",
 }
-EXACT = 60.0  # dB; above it an image is the truth to rounding
 
 
 def _axes(width: float, height: float, columns: int = 1) -> tuple[Figure, list[Axes]]:
@@ -74,11 +73,11 @@ def _quality(ax: Axes, record: AuditRecord, name: str) -> None:
             ax.axhline(float(np.median(base)), ls=style, color="0.5", lw=1.2, label=label)
     unit = {"psnr": "PSNR, dB", "ssim": "SSIM", "lpips": "LPIPS (small is alike)"}
     ax.set_ylabel(unit[name])
-    if name == "psnr" and ax.get_ylim()[1] > EXACT:
+    if name == "psnr" and ax.get_ylim()[1] > summary.EXACT:
         for line in ax.lines:  # what is solved exactly is shown at the edge, not left out
-            line.set_ydata(np.minimum(np.asarray(line.get_ydata(), float), EXACT))
-        ax.set_ylim(top=EXACT + 1)
-        ax.set_ylabel(f"PSNR, dB, cut at {EXACT:g}")
+            line.set_ydata(np.minimum(np.asarray(line.get_ydata(), float), summary.EXACT))
+        ax.set_ylim(top=summary.EXACT + 1)
+        ax.set_ylabel(f"PSNR, dB, cut at {summary.EXACT:g}")
 
 
 def quality(record: AuditRecord) -> Figure:

@@ -85,6 +85,9 @@ def measured(plan: Plan, candidates: np.ndarray, labels: Any, share: float) -> d
         critical = identification.critical_noise(rng, gram, counts, min(DRAWS, 2**25 // len(x)))
         if 1 / counts[-1] < share:
             enough = _enough(plan, critical[:, -1], share, noise)
+        else:
+            blind = f"A blind guess names one of {counts[-1]} in {1 / counts[-1]:.0%} of cases"
+            notes.append(f"{blind}: no noise leaves fewer than {share:.0%}.")
     else:
         notes.append(f"What is to be expected is computed of at most {LARGEST_GRAM} candidates, and left out.")
     if enough and enough[0] > 0:  # released at as any level is: what was computed and what the mechanism does must agree
@@ -128,7 +131,9 @@ def _enough(plan: Plan, critical: np.ndarray, share: float, noise: dict[float, f
       noise: by sigma of the grid, what the mechanism makes of it.
     """
     found = upper_quantile(critical, share)
-    unit = next(own / sigma for sigma, own in noise.items())
+    unit = next((own / sigma for sigma, own in noise.items() if sigma > 0), None)
+    if unit is None:
+        return None
     sigma = found.value / unit
     release = release_at(plan, sigma) if math.isfinite(sigma) else None
     same = release is not None and math.isclose(release.noise, found.value, rel_tol=1e-5)

@@ -11,6 +11,8 @@ import numpy as np
 from tqdm import tqdm
 
 from gdiff_jax import numerics, parallel
+from gdiff_jax.auditing.summary import EXACT
+from gdiff_jax.metrics import distinct_images
 from gdiff_jax.modules import digest
 from gdiff_jax.sweeping.conditioning import told
 from gdiff_jax.sweeping.plan import Plan
@@ -19,7 +21,6 @@ from gdiff_jax.theory.jacobian import gram_vector
 
 MEASURED = 256  # images, the first of a set
 WORK = 5e11  # floating-point operations of all of them together: 20 seconds on two cores; of a large model fewer are measured
-HIGHEST = 60.0  # dB, above which differences are rounding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,11 +46,17 @@ class Picked:
         if not self.places:
             return plan
         join = lambda a, b: np.concatenate([np.asarray(a), np.asarray(b)])
-        identity = {**plan.identity, "picked": digest({"images": self.images})}
+        identity = {**plan.identity, "picked": self.hash}
         return dataclasses.replace(
             plan, images=join(plan.images, self.images), labels=jax.tree.map(join, plan.labels, self.labels),
             names=(*plan.names, *self.names), identity=identity,
         )  # fmt: skip
+
+    @property
+    def hash(self) -> str:
+        """Of the images and their labels."""
+        labels = {str(k): np.asarray(leaf) for k, leaf in enumerate(jax.tree.leaves(self.labels))}
+        return digest({"images": self.images, **labels})
 
     @property
     def told(self) -> dict[str, Any]:
@@ -81,10 +88,14 @@ def pick(
     known = plan.images_known and plan.leak is None and not plan.victims[state.name].has_batch_norm
     if not known or plan.client.group > 1 or plan.client.local_steps > 1 or count < 1 or len(images) <= len(plan.images):
         return None
+    # One that is there twice leaks as much as itself, and is no other image.
+    kept = [*range(len(plan.images)), *[int(i) for i in distinct_images(images) if i >= len(plan.images)]]
+    images, labels = images[kept], jax.tree.map(lambda a: np.asarray(a)[kept], labels)
+    names = tuple(names[i] for i in kept)
     measured = expectations(plan, images, labels, progress)
     if len(measured) <= len(plan.images):
         return None
-    score = np.minimum(np.nan_to_num(measured, nan=-np.inf), HIGHEST).mean(1).round(2)  # rounded: it is to be the same again
+    score = np.minimum(np.nan_to_num(measured, nan=-np.inf), EXACT).mean(1).round(2)  # rounded: it is to be the same again
     first = [int(i) for i in np.argsort(-score, kind="stable")[:count] if np.isfinite(score[i])]
     places = tuple(i for i in first if i >= len(plan.images))
     take = lambda a: np.asarray(a)[list(places)]

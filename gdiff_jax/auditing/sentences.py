@@ -63,7 +63,7 @@ def decision(record: AuditRecord) -> list[str]:
             f"{_epsilon_text(record, chosen.value)}."
         )
     lines += _recognised(record, noise_levels, chosen.value)
-    if last.recovered.value < about["share"] <= last.recovered.high:
+    if not about.get("unfinished") and last.recovered.value < about["share"] <= last.recovered.high:
         lines.append(
             f"With {images} {what} even a share of {last.recovered.value:.0%} may be one of {last.recovered.high:.0%}: "
             f"audit more of them before you rely on the {about['share']:.0%}."

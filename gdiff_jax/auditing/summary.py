@@ -16,6 +16,8 @@ import numpy as np
 from gdiff_jax.auditing.record import COMBINED, PRIOR_ONLY, AuditRecord, Row
 from gdiff_jax.intervals import RESAMPLES, Interval, median_interval, resampled, share_interval
 
+EXACT = 60.0  # dB; above it an image is the truth to the rounding of 8 bits, and a difference says nothing
+
 
 def attacker_picks(rows: list[Row], recognise: bool = False) -> list[Row]:
     """Of each leak the rows of the method that an attacker takes, without the truth.
@@ -158,8 +160,10 @@ def crossing(sigmas: Sequence[float], psnr: Sequence[float], threshold: float) -
     j = above[-1]
     if j == len(sigmas) - 1:
         return math.inf
-    part = (psnr[j] - threshold) / (psnr[j] - psnr[j + 1])
     low, high = sigmas[j], sigmas[j + 1]
+    if psnr[j + 1] == -math.inf:  # no attack came to an end, which tells no point between
+        return high
+    part = (psnr[j] - threshold) / (psnr[j] - psnr[j + 1])
     return low + part * (high - low) if low == 0 else math.exp(math.log(low) + part * math.log(high / low))
 
 
@@ -204,7 +208,7 @@ def _enough(record: AuditRecord, noise_of: Callable[[Row], float]) -> Interval:
     groups = [np.array(g) for g in by_leak(units.values(), noise_of)]
 
     def enough(needed: np.ndarray) -> float:
-        allowed = math.ceil(record.about["share"] * len(needed)) - 1  # so many may still be recovered
+        allowed = math.ceil(record.about["share"] * len(needed) - 1e-9) - 1  # so many may still be recovered
         return float(np.sort(needed)[::-1][allowed])
 
     value = enough(np.concatenate(groups))

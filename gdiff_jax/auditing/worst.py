@@ -14,11 +14,10 @@ from collections.abc import Iterable
 import numpy as np
 
 from gdiff_jax.auditing.record import PRIOR_ONLY, AuditRecord, Row
-from gdiff_jax.auditing.summary import attacker_picks, crossing
+from gdiff_jax.auditing.summary import EXACT, attacker_picks, crossing
 from gdiff_jax.intervals import more_for_worse, share_of_worse
 
 SHOWN = 3  # images of the sheet, and lines of the table
-HIGHEST = 60.0  # dB: above, an image is the truth to rounding, and differences say nothing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +56,7 @@ def ranked(record: AuditRecord) -> list[Leaking]:
 
 
 def _order(leaking: Leaking) -> tuple[float, float]:
-    return leaking.noise, float(np.mean(np.clip(leaking.psnr, 0, HIGHEST)))
+    return leaking.noise, float(np.mean(np.clip(leaking.psnr, 0, EXACT)))
 
 
 def _leaking(record: AuditRecord, rows: Iterable[Row], picked: bool) -> list[Leaking]:
@@ -89,13 +88,22 @@ def sentences(record: AuditRecord) -> list[str]:
         first = f"The image that leaks most ({worst.name}) is one {picked}: it is recovered {ends[0]}, {of_audited}."
     else:
         also = "the one" if others == 1 else f"all {others}"
-        less = f"; {also} {picked} leak{'s' * (others == 1)} less" if others else ""
-        first = f"The image that leaks most of the {n} audited ({worst.name}) is recovered {up_to(record, worst)}{less}."
+        rest = [leaking for leaking in every if leaking.picked]
+        degree = "as much" if others and _order(rest[0]) == _order(worst) else "less"
+        less = f"; {also} {picked} leak{'s' * (others == 1)} {degree}" if others else ""
+        alike = sum(_order(leaking) == _order(worst) for leaking in audited)
+        which = f"The images that leak most of the {n} audited ({alike}) are" if alike > 1 else _the_worst(worst, n)
+        first = f"{which} recovered {up_to(record, worst)}{less}."
+    another = f"like the {n} leaks more than all of them" if n > 1 else "like it leaks more"
     return [
         first,
-        f"Another image like the {n} leaks more than all of them with a probability of 1/{n + 1}, {more_for_worse(n)} more "
-        f"hold one as likely as not, and at most {share_of_worse(n):.0%} of such images do (95 %).",
+        f"Another image {another} with a probability of 1/{n + 1}, {more_for_worse(n)} more hold one as likely as not, and at "
+        f"most {share_of_worse(n):.0%} of such images do (95 %).",
     ]
+
+
+def _the_worst(worst: Leaking, n: int) -> str:
+    return f"The image {f'that leaks most of the {n} audited' if n > 1 else 'audited'} ({worst.name}) is"
 
 
 def how_picked(record: AuditRecord) -> str:
@@ -109,7 +117,7 @@ def how_picked(record: AuditRecord) -> str:
         f"Picked are, of {of}, those of the highest PSNR that may be expected from the gradient's derivative and the prior, "
         "without an attack; they are in no average."
     )
-    expected = [np.mean(np.minimum(np.array(data["expected"][v.image], float), HIGHEST)) for v in audited]
+    expected = [np.mean(np.minimum(np.array(data["expected"][v.image], float), EXACT)) for v in audited]
     if len(audited) < 4 or np.ptp(expected) == 0:
         return said
     from scipy.stats import spearmanr  # not at the start, which need not wait for it

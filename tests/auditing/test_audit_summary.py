@@ -156,7 +156,8 @@ def test_crossing_is_linear_in_log_sigma():
     assert summary.crossing([0.01, 0.1], [40.0, 25.0], 20) == math.inf
     # Where quality rises again it is the last crossing that protects; a trial that failed is below.
     assert summary.crossing([0.01, 0.1, 1.0, 10.0], [40.0, 0.0, 25.0, 15.0], 20) == pytest.approx(10**0.5)
-    assert summary.crossing([0.01, 0.1], [40.0, -math.inf], 20) == pytest.approx(0.01)
+    assert summary.crossing([0.01, 0.1], [40.0, -math.inf], 20) == 0.1
+    assert summary.crossing([0.0, 0.1], [40.0, -math.inf], 20) == 0.1  # not 0, which says that it never came back
 
 
 def test_the_smallest_noise_and_its_words():
@@ -281,6 +282,7 @@ def test_correlation_recognises_whatever_the_contrast_is():
     np.testing.assert_allclose(vectors[:6] @ vectors[:6].T, theirs, atol=1e-6)
     assert not vectors[6].any()
     assert metrics.identification_ranks(flat, flat[0], candidates, metrics.patterns)[0] == 0
+    assert metrics.identification_ranks(flat, images[0], images, metrics.patterns)[0] == len(images) - 1  # as far from all
     assert metrics.identification_ranks(images[:0], images[0], candidates, metrics.patterns).shape == (0,)
 
 

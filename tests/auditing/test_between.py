@@ -53,6 +53,10 @@ def test_no_more_is_tried_than_images_can_tell():
     assert found.low < np.sort(roots)[::-1][2] < found.high  # which leaves two of twelve above it
 
 
+def test_of_so_few_images_that_there_is_no_interval_the_gap_is_halved_all_the_same():
+    assert between.next_level(tried((0.01, 0.1, 1.0), [0.3] * 2)) == pytest.approx(math.sqrt(0.1), rel=1e-2)
+
+
 def test_nothing_is_tried_beyond_the_grid():
     nothing = [row("dsg", s, i, 0, 5.0, 1.0, rank=3) for s in GRID for i in range(12)]
     assert between.next_level(make(nothing)) is None

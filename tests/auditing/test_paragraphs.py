@@ -40,12 +40,12 @@ CASES = dict(nothing=NOTHING, some=SOME, all=ALL, unknown=UNKNOWN, clipped=CLIPP
     [
         ("nothing", "0% [0, 26] of images are recovered at 20 dB PSNR or better, with a median of 5.0"),
         ("nothing", "recovered at every noise level tried, from sigma 0 on"),
-        ("nothing", "is recovered at no noise level tried"),
+        ("nothing", "are recovered at no noise level tried"),
         ("some", "100% [74, 100] of images are recovered"),
         ("some", "from noise of sigma 0.032"),
         ("some", "There is no differential-privacy guarantee: no clipping"),
         ("all", "No noise level tried, up to sigma 1, leaves fewer than 25% recovered"),
-        ("all", "is recovered even at sigma 1, the most that was tried"),
+        ("all", "are recovered even at sigma 1, the most that was tried"),
         ("clipped", "the guarantees below hold against every attack"),
         ("unknown", "The private image is not known here"),
         ("unknown", "Assumed is attacker 'informed', who"),
@@ -59,7 +59,7 @@ def test_those_who_decide_are_told(case, words):
 CHANGES = {
     "ask for no change": {"nothing"},
     "More noise is needed: try more than sigma 1.": {"all"},
-    "Release with at least the noise that is told above, by gaussian.": {"some", "clipped"},
+    "Release with at least the noise that is told above, sigma": {"some", "clipped"},
     "First mend the mechanism": {"faulty"},
     "with images of your own": {"unknown"},
     "A guarantee takes clipping as well, for instance to the gradients' median norm, 10, by clip:10+": {

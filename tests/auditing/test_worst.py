@@ -82,9 +82,13 @@ def test_what_is_said_of_the_worst():
     assert "even at sigma 1, the most that was tried, the worst of the 3 audited is up to sigma 0.15." in higher
     assert "a probability of 1/4" in higher  # of those that were not picked
     assert "; the one picked out of 50 by what may be expected without an attack leaks less." in said(more((9.0,) * 4))
+    solved = [(150.0,) * 4] * 3
+    alike = dataclasses.replace(make(trials_of(solved), images=3, seeds=1), worst=beside((190.0,) * 4))
+    assert "The images that leak most of the 3 audited (3) are recovered even at" in said(alike)
+    assert "leaks as much." in said(alike)
     assert "; all 2 picked" in said(more((9.0,) * 4, (9.0,) * 4))
     nothing = make(trials_of([(9.0,) * 4] * 3), images=3, seeds=1)
-    assert "is recovered at no noise level tried" in said(nothing)
+    assert "recovered at no noise level tried" in said(nothing)
     groups = dataclasses.replace(AUDIT, about={**AUDIT.about, "group": 3})
     unknown = dataclasses.replace(AUDIT, about={**AUDIT.about, "has_truth": False})
     assert worst.sentences(groups) == worst.sentences(unknown) == []
@@ -127,7 +131,12 @@ def test_a_planted_image_is_found_and_confirmed_and_changes_no_average(plain_pri
     again = gd.Audit.load(_written(audit, tmp_path))
     assert worst.ranked(again) == worst.ranked(audit)
     monkeypatch.setattr(engine, "compute", lambda *_: pytest.fail("computed again"))
-    assert gd.audit(loss, params, images[:3], labels[:3], **options).worst == audit.worst
+    # What is there twice, or is audited anyway, is no other image.
+    twice = {**options, "more": tuple(np.concatenate([a[:3], a[3:], a[3:]]) for a in (images, labels))}
+    assert gd.audit(loss, params, images[:3], labels[:3], **twice).worst == audit.worst
+    other = {**options, "more": (255 - images[3:], labels[3:])}  # under the same numbers
+    with pytest.raises(ValueError, match="another"):
+        gd.audit(loss, params, images[:3], labels[:3], **other)
 
 
 def _written(audit, folder):
@@ -142,6 +151,7 @@ def test_what_cannot_be_used_is_refused(planned, data):
         (dict(worst=-1), "worst -1 must not be negative"),
         (dict(more=images), "more takes images and their labels, a pair; 6 were given"),
         (dict(more=(images[:, :8], labels)), "more are"),
+        (dict(more=(images, [0, 1, 2, 3, 4, -5])), "more: "),
     ):
         with pytest.raises(ValueError, match=words):
             planned(loss, params, images, labels, **options)

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from gdiff_jax.auditing import figures, sheets, summary
-from gdiff_jax.auditing.comparing.pairs import EXACT, Paired, reconstruction
+from gdiff_jax.auditing.comparing.pairs import Paired, reconstruction
 from gdiff_jax.auditing.figures import BLACK, CYCLE, STYLE
 from gdiff_jax.auditing.record import SHOWN
 from gdiff_jax.sweeping.drawing import Drawing, house_style
@@ -29,15 +29,15 @@ def quality(paired: Paired) -> Figure:
     for k, (name, audit) in enumerate(zip(paired.names, paired.shared, strict=True)):
         levels = summary.levels(audit)
         x = [sigmas.index(level.sigma) for level in levels]
-        values = np.minimum(np.array([level.psnr for level in levels]), EXACT)
+        values = np.minimum(np.array([level.psnr for level in levels]), summary.EXACT)
         style: Any = dict(color=CYCLE[k % len(CYCLE)], marker=MARKS[k % len(MARKS)])
         above.plot(x, values[:, 0], label=name, ms=5, lw=1.8, **style)
         above.fill_between(x, values[:, 1], values[:, 2], color=style["color"], alpha=0.16, lw=0)
     threshold = paired.shared[0].about["threshold"]
     above.axhline(threshold, color=BLACK, lw=0.8)
     above.annotate(f"recovered: {threshold:g} dB", (0, threshold), fontsize=8, ha="left", va="bottom")
-    cut = any(level.psnr.value > EXACT for audit in paired.shared for level in summary.levels(audit))
-    above.set_ylabel("PSNR, dB" + f", cut at {EXACT:g}" * cut)
+    cut = any(level.psnr.value > summary.EXACT for audit in paired.shared for level in summary.levels(audit))
+    above.set_ylabel("PSNR, dB" + f", cut at {summary.EXACT:g}" * cut)
     figure.legend(*above.get_legend_handles_labels(), loc="outside upper center", ncols=3, fontsize=9)
     _differences(below, paired, sigmas)
     below.set_xticks(range(len(sigmas)), [f"{sigma:.3g}" for sigma in sigmas])

@@ -17,10 +17,9 @@ import numpy as np
 
 from gdiff_jax.auditing.comparing.same_images import identities, in_common, restricted
 from gdiff_jax.auditing.record import AuditRecord, Row
-from gdiff_jax.auditing.summary import attacker_picks
+from gdiff_jax.auditing.summary import EXACT, attacker_picks
 from gdiff_jax.intervals import Interval, median_interval, resampled
 
-EXACT = 60.0  # dB; above it an image is the truth to the rounding of 8 bits, and a difference says nothing
 SAME_SIGMA = 1e-6  # relative
 SAME_EPSILON = 0.01  # relative
 NOTHING = Interval(math.nan, math.nan, math.nan)

@@ -7,11 +7,11 @@ import re
 
 from gdiff_jax.auditing import sentences
 from gdiff_jax.auditing.comparing.apart import SHORT, settings_apart, topics_apart
-from gdiff_jax.auditing.comparing.pairs import EXACT, Difference, Paired
+from gdiff_jax.auditing.comparing.pairs import Difference, Paired
 from gdiff_jax.auditing.comparing.same_images import labels_apart
 from gdiff_jax.auditing.record import AuditRecord
 from gdiff_jax.auditing.sentences import FEW_IMAGES
-from gdiff_jax.auditing.summary import levels
+from gdiff_jax.auditing.summary import EXACT, levels
 from gdiff_jax.intervals import Interval
 
 NOISES = ("gaussian", "laplace", "uniform")
