@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gdiff_jax.parametrisation import Epsilon, Parametrisation
+from gdiff_jax.parametrisation import EDM, Epsilon, Parametrisation, Score
 from gdiff_jax.pytrees import pytree, static
 
 VarianceType = Literal["fixed_small", "fixed_large", "learned_range"]
@@ -56,7 +56,8 @@ def _kept(total: int, num: int, spacing: Spacing) -> np.ndarray:
     if spacing not in ("uniform", "quadratic", "trailing"):
         raise ValueError(f"spacing {spacing!r} is not known; use uniform, quadratic or trailing")
     if spacing == "trailing":
-        return np.round(total / num * np.arange(1, num + 1)).astype(np.int64) - 1
+        # Counted down, as diffusers does: counted up, halves round to another timestep at some numbers of steps.
+        return np.round(np.arange(total, 0, -total / num)[:num])[::-1].astype(np.int64) - 1
     if num == 1:
         return np.array([total - 1])
     u = np.linspace(0, total - 1, num)
@@ -93,7 +94,8 @@ class Schedule:
 
         Args:
           betas: (T,) betas the network was trained with; DDPM's linear ones if None. The last may be 1, a zero terminal SNR,
-            unless the network predicts epsilon. A process continuous in time is given by a fine table of its levels.
+            where the network predicts v, the sample or a flow. A process continuous in time is given by a fine table of
+            its levels.
           num_steps: steps to keep, 1 <= num_steps <= T; all if None. As in guided-diffusion's respacing the betas
             of the kept steps are 1 - abar_t / abar_prev, never betas[t] (Nichol & Dhariwal 2021, Eq. 19).
           variance: of the reverse step: `fixed_small` is beta-tilde, `fixed_large` is beta, `learned_range`
@@ -105,17 +107,18 @@ class Schedule:
 
         Raises:
           ValueError: where num_steps is out of range, a beta is outside (0, 1), or variance or spacing is unknown; where the
-            last beta is 1 and the network predicts epsilon, of which x0hat is not a function there.
+            last beta is 1 and the network predicts epsilon, of which x0hat is not a function there, or is EDM's or of a
+            score, whose sigma would be infinite.
         """
         betas = make_betas() if betas is None else np.asarray(betas, np.float64)
         total = len(betas)
         num_steps = total if num_steps is None else num_steps
         if not 1 <= num_steps <= total:
             raise ValueError(f"num_steps {num_steps} is outside 1..{total}, the steps the prior was trained with")
-        if betas[-1] == 1 and isinstance(parametrisation, Epsilon):
+        if betas[-1] == 1 and isinstance(parametrisation, Epsilon | EDM | Score):
             raise ValueError(
-                "the last beta is 1, a zero terminal SNR, where x0hat cannot be had from epsilon; it goes with a network that "
-                "predicts v or the sample, or with betas that end below 1"
+                f"the last beta is 1, a zero terminal SNR, where x0hat cannot be had by {type(parametrisation).__name__}; it "
+                "goes with a network that predicts v, the sample or a flow, or with betas that end below 1"
             )
         if not (np.all((betas > 0) & (betas <= 1)) and np.all(betas[:-1] < 1)):
             raise ValueError(f"betas must lie in (0, 1); got {betas.min()}..{betas.max()}")

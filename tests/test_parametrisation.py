@@ -152,7 +152,7 @@ def test_a_zero_terminal_snr_ends_at_nothing_and_keeps_its_first_step():
     assert betas[-1] == 1
     np.testing.assert_allclose(betas[0], make_betas()[0])
     assert np.all((betas > 0) & (betas[:-1] < 1).all())
-    with pytest.raises(ValueError, match=r"x0hat cannot be had from epsilon; .* predicts v or the sample"):
+    with pytest.raises(ValueError, match=r"x0hat cannot be had by Epsilon; .* predicts v, the sample or a flow"):
         Schedule.create(betas)
 
 

@@ -4,7 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gdiff_jax.schedule import Schedule, make_betas
+from gdiff_jax.parametrisation import EDM, Score
+from gdiff_jax.schedule import Schedule, _kept, make_betas, zero_terminal_snr
 
 SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 
@@ -126,7 +127,9 @@ def test_add_noise_has_unit_variance_for_unit_images() -> None:
         (dict(num_steps=0), "num_steps 0 "),
         (dict(num_steps=1001), r"1001 is outside 1\.\.1000"),
         (dict(betas=np.array([0.1, 1.1])), r"0\.1\.\.1\.1"),
-        (dict(betas=np.array([0.1, 1.0])), "x0hat cannot be had from epsilon"),
+        (dict(betas=np.array([0.1, 1.0])), "x0hat cannot be had by Epsilon"),
+        (dict(betas=zero_terminal_snr(make_betas()), parametrisation=EDM()), "x0hat cannot be had by EDM"),
+        (dict(betas=zero_terminal_snr(make_betas()), parametrisation=Score()), "x0hat cannot be had by Score"),
         (dict(betas=np.array([0.0, 0.1])), "betas must lie"),
         (dict(variance="fixed_smal"), "'fixed_smal' is not known"),
     ],
@@ -144,6 +147,16 @@ def test_unknown_beta_schedule_is_refused() -> None:
 def test_learned_range_needs_a_variance_output() -> None:
     with pytest.raises(ValueError, match="this one has none"):
         Schedule.create(num_steps=3, variance="learned_range").posterior_std(1)
+
+
+def test_trailing_spacing_is_that_of_diffusers():
+    """Counted down from the last: at 48 steps of 1000 halves round otherwise than counted up, to 186 and 436."""
+    t = np.asarray(Schedule.create(None, 48, spacing="trailing").t)
+    assert (t[0], t[-1], 186 in t, 436 in t) == (20, 999, True, True)
+    for num in range(1, 1001):
+        kept = _kept(1000, num, "trailing")
+        assert len(np.unique(kept)) == num == len(kept)
+        assert (kept.min() >= 0, kept[-1]) == (True, 999)
 
 
 @pytest.mark.parametrize("num", [1, 2, 20, 100, 999, 1000])

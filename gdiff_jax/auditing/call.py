@@ -145,10 +145,12 @@ def audit(
         checks.check_client(client, len(x))
         chosen = checks.methods_of(methods or DEFAULT_METHODS, attacker, client)
         checks.check_knowledge(loss, attacker, client, chosen)
-        victim, weights = _victim(loss, params, x, y, attacker, client)
+        beside = _beside(more, x, y)
+        seen = _classes([y] if beside is None else [y, beside[1]])
+        victim, weights = _victim(loss, params, x, y, seen, attacker, client)
         if their_labels is not None and client.group == 1:
             checks.check_class_range("candidate_labels", victim.loss, weights, x[0], their_labels)
-        check_classes(prior, {name: victim})
+        check_classes(prior, {name: victim}, y)
         for line in victim.said if progress and isinstance(victim, OwnVictim) else ():
             say(f"{name}: {line}")
         plan = Plan(
@@ -161,7 +163,7 @@ def audit(
         plan = plan if methods else with_analytic(plan)
         if victim.has_batch_norm and attacker.knowledge.statistics == "replaced":
             plan = dataclasses.replace(plan, proxy=prior_samples(plan))
-        picked = _picked(plan, more, worst, progress)
+        picked = _picked(plan, beside, worst, progress)
         store = MemoryStore() if folder is None else Store(Path(folder), _identity(plan, name, batch, picked))
         about = {"command": "gdiff_jax.audit(...)", "images": f"{len(x)} images given"}
         attack = partial(run_trials, batch=batch, progress=progress)
@@ -179,7 +181,7 @@ def _one_grid(sigma_grid: Sequence[float], sigmas: Sequence[float] | None) -> Se
     return sigma_grid if sigmas is None else sigmas
 
 
-def _victim(loss: Any, params: Any, x: np.ndarray, y: Any, attacker: Attacker, client: Client) -> tuple[Any, Any]:
+def _victim(loss: Any, params: Any, x: np.ndarray, y: Any, seen: int, attacker: Attacker, client: Client) -> tuple[Any, Any]:
     """The victim, a `Victim` or an `OwnVictim`, and its weights as a flat dict, checked at the images."""
     victim: Any = loss
     params, first = at_least_float32(params), first_leak((x, y), client.group)
@@ -187,7 +189,7 @@ def _victim(loss: Any, params: Any, x: np.ndarray, y: Any, attacker: Attacker, c
         checks.check_classes(y, loss.num_classes, attacker.knowledge.labels != "known")
         check_loss(loss.loss, params, *first)
     else:
-        victim, params = _own_victim(loss, params, first, y, client)
+        victim, params = _own_victim(loss, params, first, y, seen, client)
     if client.group == 1 and not victim.has_batch_norm:
         check_gradients(victim.loss, params, x, y)
     if not isinstance(victim, Victim):
@@ -195,27 +197,30 @@ def _victim(loss: Any, params: Any, x: np.ndarray, y: Any, attacker: Attacker, c
     return victim, params
 
 
-def _own_victim(loss: Any, params: Any, first: tuple[Any, Any], y: Any, client: Client) -> tuple[OwnVictim, Any]:
+def _own_victim(loss: Any, params: Any, first: tuple[Any, Any], y: Any, seen: int, client: Client) -> tuple[OwnVictim, Any]:
     """Of a loss with params, or of a torch module without, checked at the first leak's images and labels."""
     model = as_model(loss)
     if model is not None:
         need(params is None, "params go with a loss, a torch module has its own: leave them out, module.load_state_dict(...)")
-        victim, params = module_victim(model, _classes(y))
+        victim, params = module_victim(model, seen)
     else:
         check_call(loss)
         need(params is not None, "params are needed with a loss: the weights that its gradients are of")
         loss = of_one_image(loss, params, *first) if client.group == 1 else loss
-        victim, params = own_victim(loss, params, _classes(y))
+        victim, params = own_victim(loss, params, seen)
+    victim = dataclasses.replace(victim, classes_guessed=True)
     check_label_range(victim.loss, params, first[0], y)
     victim = checked_module(victim, first[0].shape, first[1])
     check_loss(victim.loss, params, *first)
     return victim, params
 
 
-def _classes(y: Any) -> int:
-    """As far as integer labels tell."""
-    leaves = jax.tree.leaves(y)
-    return int(leaves[0].max()) + 1 if len(leaves) == 1 and leaves[0].dtype.kind in "iu" else 0
+def _classes(labels: Sequence[Any]) -> int:
+    """As far as integer labels tell, of all images."""
+    leaves = [jax.tree.leaves(y) for y in labels]
+    if not all(len(y) == 1 and y[0].dtype.kind in "iu" and y[0].min() >= 0 for y in leaves):
+        return 0
+    return max(int(y[0].max()) for y in leaves) + 1
 
 
 def _identity(plan: Plan, name: str, batch: int, picked: Picked | None) -> dict[str, Any]:
@@ -245,18 +250,26 @@ def _identity(plan: Plan, name: str, batch: int, picked: Picked | None) -> dict[
     }
 
 
-def _picked(plan: Plan, more: tuple[Any, Any] | None, worst: int, progress: bool) -> Picked | None:
-    """Of the audited images and those beside them the ones that seem to leak most."""
-    need(worst >= 0, f"worst {worst} must not be negative; 0 leaves the images that leak most out")
+def _beside(more: tuple[Any, Any] | None, images: np.ndarray, labels: Any) -> tuple[np.ndarray, Any] | None:
+    """Images and labels beside the audited ones, which are of the same structure."""
     if more is None:
         return None
     need(len(more) == 2, f"more takes images and their labels, a pair; {len(more)} were given")
-    x = checks.images_of("more", more[0], plan.images.shape[1:])
+    x = checks.images_of("more", more[0], images.shape[1:])
     y = checks.labels_of(more[1], len(x))
     need(
-        [a.shape[1:] for a in jax.tree.leaves(y)] == [a.shape[1:] for a in jax.tree.leaves(plan.labels)],
+        [a.shape[1:] for a in jax.tree.leaves(y)] == [a.shape[1:] for a in jax.tree.leaves(labels)],
         "more: its labels are of another structure than `labels`; give them alike",
     )
+    return x, y
+
+
+def _picked(plan: Plan, beside: tuple[np.ndarray, Any] | None, worst: int, progress: bool) -> Picked | None:
+    """Of the audited images and those beside them the ones that seem to leak most."""
+    need(worst >= 0, f"worst {worst} must not be negative; 0 leaves the images that leak most out")
+    if beside is None:
+        return None
+    x, y = beside
     ((victim,), (weights,)) = plan.victims.values(), plan.params.values()
     if plan.client.group == 1:
         checks.check_class_range("more", victim.loss, weights, x[0], y)

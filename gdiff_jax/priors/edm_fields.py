@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any, Literal, Self
 
@@ -17,10 +18,12 @@ EXPORT = (
 )
 
 # Of training, of its arithmetic, or of a sampler: they change neither the weights' names nor what is computed.
-_IGNORED = {"dropout", "use_fp16", "sigma_min", "sigma_max", "init_args"}
+_IGNORED = {"dropout", "use_fp16", "sigma_min", "sigma_max"}
 _OF_SONG = dict(model_channels=128, channel_mult=(1, 2, 2, 2), num_blocks=4, attn_resolutions=(16,))
 _OF_DHARIWAL = dict(model_channels=192, channel_mult=(1, 2, 3, 4), num_blocks=3, attn_resolutions=(32, 16, 8))
 _ONLY_SONG = ("embedding_type", "channel_mult_noise", "encoder_type", "decoder_type", "resample_filter")
+# Of a convolution that resamples, or of what does nothing else; a filter of any other name belongs to no EDM network.
+_FILTER = re.compile(r"(enc|dec)\.\d+x\d+_((up|down)\.(conv0|skip)|aux_(up|down|residual))\.resample_filter")
 FILTERS = ((1, 1), (1, 3, 3, 1))
 
 
@@ -54,8 +57,9 @@ class EDMFields:
         bad = []
         least = dict(img_resolution=1, img_channels=1, model_channels=8, channel_mult_emb=1, num_blocks=1, channel_mult_noise=1)
         for name, smallest in {**least, "label_dim": 0, "augment_dim": 0}.items():
-            if type(value := getattr(self, name)) is not int or not smallest <= value <= 2**16:
-                bad.append(f"{name}={value!r} (needed: an integer in {smallest}..{2**16})")
+            greatest = 64 if name == "num_blocks" else 2**16
+            if type(value := getattr(self, name)) is not int or not smallest <= value <= greatest:
+                bad.append(f"{name}={value!r} (needed: an integer in {smallest}..{greatest})")
         for name in ("channel_mult", "attn_resolutions"):
             value = getattr(self, name)
             if type(value) is not tuple or len(value) > 12 or not all(type(n) is int and 1 <= n <= 4096 for n in value):
@@ -141,15 +145,19 @@ class EDMFields:
         """The tensors that the network computes with: without `model.`, the filters, and what maps an augmentation's label.
 
         Raises:
-          ValueError: where a filter in the file is another one than the arguments say.
+          ValueError: where a filter in the file is another one than the arguments say, or a tensor is there twice.
         """
         filters = np.outer(self.resample_filter, self.resample_filter) / sum(self.resample_filter) ** 2
-        found = {}
+        found: dict[str, np.ndarray] = {}
+        origin: dict[str, str] = {}
         for name, value in tensors.items():
             short = name.removeprefix("model.")
-            if short.endswith(".resample_filter"):
+            if _FILTER.fullmatch(short):
                 if value.shape != (1, 1, *filters.shape) or not np.allclose(value.astype(np.float64)[0, 0], filters, atol=1e-3):
                     raise ValueError(f"{name} is not the resample_filter {self.resample_filter} of its arguments")
             elif not (self.augment_dim and short == "map_augment.weight"):  # at the augmentation "none" it maps zeros
-                found["map_noise.weight" if short == "map_noise.freqs" else short] = value
+                short = "map_noise.weight" if short == "map_noise.freqs" else short
+                if short in found:
+                    raise ValueError(f"{origin[short]} and {name} are the same tensor; leave one of them out")
+                found[short], origin[short] = value, name
         return found

@@ -59,11 +59,21 @@ def read_scheduler(config: Mapping[str, Any]) -> Diffusion:
     if type(total) is not int or not 1 <= total <= _LEVELS:
         bad.append(f"num_train_timesteps={total!r} (needed: an integer in 1..{_LEVELS})")
     diffusion = read(config, kind, bad)
-    if diffusion is not None and not (np.all(diffusion.betas > 0) and np.all(diffusion.betas <= 1)):
-        bad.append("its fields together, of which no level with more noise than the one before can be had")
+    # Of levels that float64 does not tell apart, or that are none, no step can be computed.
+    if diffusion is not None and not np.all(np.diff(np.cumprod(1 - diffusion.betas), prepend=1.0) < 0):
+        bad.append(_alike(config, kind))
     if diffusion is None or bad:
         raise ValueError("this scheduler config cannot be used: " + "; ".join(bad))
     return diffusion
+
+
+def _alike(config: Mapping[str, Any], kind: str) -> str:
+    """What to change where a level has no more noise than the one before."""
+    sde, flow = kind in (*_EDM, *_SCORE), kind in _FLOW
+    names = ("sigma_min", "sigma_max", "rho") if sde else ("shift",) if flow else ("beta_start", "beta_end", "trained_betas")
+    given = ", ".join(f"{name}={config[name]!r}"[:80] for name in names if config.get(name) is not None) or "its fields"
+    remedy = "larger sigma_min" + ", or another rho" * (kind in _EDM) if sde else "shift nearer to 1" if flow else "larger beta_start, or a smaller beta_end"
+    return f"{given}, of which some levels differ by nothing (needed: each with more noise than the one before, so a {remedy})"
 
 
 def _only(config: Mapping[str, Any], bad: list[str], **known: tuple[Any, ...]) -> None:

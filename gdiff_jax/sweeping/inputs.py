@@ -69,7 +69,7 @@ def load(config: SweepConfig, images_known: bool = True, weighted: Weighted = la
     )
     methods = config.attacks.make(config.attacker.knowledge.labels == "joint", calibrated)
     _check_fits(methods, victims, group)
-    check_classes(prior, victims)
+    check_classes(prior, victims, labels)
     params, trained = _load_params(config, victims, own_params, data)
     normed = any(victim.has_batch_norm for victim in victims.values())
     plan = Plan(

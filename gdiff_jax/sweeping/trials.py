@@ -238,7 +238,7 @@ def problem_of(plan: Plan, group: Group, shared: Shared, own: Private, match: Gr
     """What the attacker of a trial has, who goes by these labels."""
     victim, one = plan.victims[group.victim], plan.client.group == 1
     return Problem(
-        told(shared.denoise, labels, victim.num_classes, several=not one),
+        told(shared.denoise, labels, victim, several=not one),
         shared.schedule,
         match,
         jnp.asarray(plan.prior.expected_image),

@@ -76,5 +76,5 @@ def settings(plan: Plan) -> str:
     guided = f"guided by {getattr(plan.distance, '__name__', plan.distance)}{where}" + (
         ", layers weighted alike" if plan.equal_layers else ""
     )
-    told = described(plan.prior, plan.victims)
+    told = described(plan.prior, plan.victims, plan.labels)
     return ", ".join([*(method.describe() for method in plan.methods.values()), guided, *told])

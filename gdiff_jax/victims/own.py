@@ -37,6 +37,7 @@ class OwnVictim:
       first_dense: the layer of which a gradient gives the whole image away, if `find_first_dense` finds one.
       module: of torch, which the loss runs; None of a loss that is JAX's.
       said: what was assumed or found of that module, a sentence each, without a full stop.
+      classes_guessed: whether num_classes is the least that the labels allow, for nobody says it; 0 where they are no classes.
     """
 
     loss: Loss
@@ -45,6 +46,7 @@ class OwnVictim:
     has_batch_norm: bool = False
     module: TorchModel | None = None
     said: tuple[str, ...] = ()
+    classes_guessed: bool = False
 
 
 def own_victim(loss: Loss, params: Any, num_classes: int) -> tuple[OwnVictim, Params]:

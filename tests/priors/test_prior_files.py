@@ -341,6 +341,8 @@ def test_edm_pickle_is_refused_with_the_lines_that_export_it(tmp_path):
         (dict(model_channels=60), "60 channels cannot have 15 groups|multiple of 4|heads"),
         (dict(img_resolution=17), r"img_resolution 17 cannot be halved for each of channel_mult \(1, 2\)"),
         (dict(label_dim=8), r"of another shape: map_label\.weight \(256, 7\)"),
+        (dict(num_blocks=65), r"num_blocks=65 \(needed: an integer in 1\.\.64\)"),
+        (dict(init_args=[]), "init_args: unknown arguments"),
         (dict(num_blocks=2), r"missing: dec\.16x16_block2"),
         (dict(augment_dim=0), r"unexpected: map_augment\.weight"),
     ],
@@ -359,6 +361,20 @@ def test_edm_filter_of_another_kind_is_refused(edm_file):
     torch_files.save(edm_file, tensors)
     with pytest.raises(ValueError, match=r"8x8_down.conv0.resample_filter is not the resample_filter \(1, 1\)"):
         load_prior(edm_file)
+
+
+def test_edm_tensors_that_are_there_twice_or_belong_to_nothing_are_refused():
+    config = EDMConfig.from_kwargs(EDM["ncsnpp"])
+    tensors = edm_state_dict(EDM["ncsnpp"])
+    found = config.weights_of(tensors)
+    assert not [name for name in found if "resample_filter" in name]
+    some = next(name for name in tensors if name.endswith("map_layer0.weight"))
+    for name, of in ((some.removeprefix("model."), some), ("map_noise.weight", "model.map_noise.freqs")):
+        twice = tensors | {of: np.zeros(1), name: np.ones(1)}
+        with pytest.raises(ValueError, match="are the same tensor; leave one of them out") as error:
+            config.weights_of(twice)
+        assert {name, of} <= set(str(error.value).split())
+    assert "nonsense.resample_filter" in config.weights_of(tensors | {"nonsense.resample_filter": np.ones((1, 1, 4, 4))})
 
 
 def test_odd_values_in_edm_arguments_are_refused_or_harmless():
@@ -530,6 +546,12 @@ def test_legacy_pickle_is_refused_with_the_command_that_converts_it(folder):
         (dict(rescale_betas_zero_snr=True), "rescale_betas_zero_snr=True with prediction_type='epsilon'.*say what"),
         (dict(timestep_spacing="leaded"), "timestep_spacing='leaded'"),
         (dict(_class_name="EulerDiscreteScheduler", timestep_type="continuous"), "timestep_type='continuous'"),
+        (
+            dict(_class_name="EDMEulerScheduler", sigma_min=1e-9),
+            "sigma_min=1e-09, .*levels differ by nothing.*a larger sigma_min",
+        ),
+        (dict(_class_name="ScoreSdeVeScheduler", sigma_min=1e-9), "sigma_min=1e-09, .*a larger sigma_min"),
+        (dict(beta_start=1e-17), "beta_start=1e-17, .*a larger beta_start"),
         (dict(_class_name="EDMEulerScheduler", sigma_min=90), r"sigma_min=90 \(needed: below sigma_max 80\)"),
         (dict(_class_name="EDMEulerScheduler", sigma_data="0.5"), r"sigma_data='0\.5' \(needed: a number"),
         (dict(_class_name="FlowMatchEulerDiscreteScheduler", use_dynamic_shifting=True), "use_dynamic_shifting=True"),

@@ -16,7 +16,8 @@ from gdiff_jax.errors import ConfigError
 from gdiff_jax.parametrisation import EDM
 from gdiff_jax.priors import Denoiser
 from gdiff_jax.sweeping import inputs, trials, words
-from gdiff_jax.sweeping.conditioning import check_classes
+from gdiff_jax.sweeping.conditioning import check_classes, told
+from gdiff_jax.victims.own import OwnVictim
 
 
 def conditional(prior, classes=10, **changes):
@@ -77,11 +78,33 @@ def test_a_last_row_that_stands_for_none_is_no_class(plan):
 def test_a_prior_of_other_classes_is_told_none_where_a_label_stands_for_none_and_else_refused(plan):
     victims = plan.victims
     with pytest.raises(ConfigError, match=r"conditional on 7 classes.* victim mlp-narrow has 10; give a prior"):
-        check_classes(conditional(plan.prior, 7), victims)
+        check_classes(conditional(plan.prior, 7), victims, plan.labels)
     other = dataclasses.replace(plan, prior=conditional(plan.prior, 7, null_label=6))
-    check_classes(other.prior, victims)
+    check_classes(other.prior, victims, plan.labels)
     np.testing.assert_allclose(denoisers(other), expected(other, [6, 6, 6]), atol=1e-5)
     assert words.settings(other).endswith("the prior is told no class, for the victim has others")
+
+
+def test_where_only_labels_tell_a_loss_s_classes_the_prior_s_are_assumed_to_be_them(plan):
+    of = lambda classes: OwnVictim(plan.victims["mlp-narrow"].loss, classes, classes_guessed=True)
+    own = dataclasses.replace(plan, victims={"mine": of(3)})
+    check_classes(own.prior, own.victims, own.labels)
+    assert words.settings(own).endswith("the label that the attacker goes by, taken to count the prior's classes")
+    for classes, message in ((11, "mine is given label 10; give"), (0, "mine is given labels below 0; give")):
+        with pytest.raises(ConfigError, match=message):
+            check_classes(own.prior, {"mine": of(classes)}, own.labels)
+    for prior in (own.prior, conditional(plan.prior, 11, null_label=10)):
+        assert told(prior.denoise, jnp.asarray(2), of(3), several=False).label == 2
+
+
+def test_labels_that_are_no_whole_numbers_are_none_to_a_prior(plan):
+    soft = np.full((3, 10), 0.1, np.float32)
+    with pytest.raises(ConfigError, match=r"no single array \(N,\) of whole numbers; give such labels"):
+        check_classes(plan.prior, plan.victims, soft)
+    own = dataclasses.replace(plan, labels=soft, prior=conditional(plan.prior, 11, null_label=10))
+    check_classes(own.prior, own.victims, soft)
+    assert told(own.prior.denoise, jnp.asarray(soft[0]), plan.victims["mlp-narrow"], several=False) is own.prior.denoise
+    assert words.settings(own).endswith("the prior is told no class, for the labels are none")
 
 
 def test_who_ignores_the_leak_ignores_the_label_and_draws_a_class(plan):
