@@ -76,6 +76,10 @@ class Denoiser:
     null_label: int | None = static(default=None)
     class_guidance: float = static(default=1.0)
 
+    def __post_init__(self) -> None:
+        if self.null_label is None and self.class_guidance != 1:
+            raise ValueError(f"class_guidance {self.class_guidance} needs a null_label, a label that stands for none")
+
     @property
     def num_labels(self) -> int | None:
         """Of its classes those that are some: without the last, where that stands for none."""
@@ -116,11 +120,14 @@ class Denoiser:
             raise ValueError(f"label {label} is outside 0..{classes - 1}, the classes of this prior")
         return dataclasses.replace(self, label=label)
 
-    def of_any_class(self, key: jax.Array) -> Denoiser:
-        """Told what it takes to sample without a label: nothing, `null_label`, or a class that is drawn, all alike likely."""
+    def of_any_class(self, key: jax.Array, shape: tuple[int, ...] = ()) -> Denoiser:
+        """Told what it takes to sample without a label: nothing, `null_label`, or a class that is drawn, all alike likely.
+
+        A `shape` of (N,) draws one for each image of a `batch`.
+        """
         if self.config.label_ndim is None or self.null_label is not None or self.config.num_classes is None:
             return self.given(None)
-        return self.given(jax.random.randint(key, (), 0, self.config.num_classes))
+        return self.given(jax.random.randint(key, shape, 0, self.config.num_classes))
 
     def _output(self, x: jax.Array, t: jax.Array) -> jax.Array:
         """float32, (N, H, W, C or 2 C)."""
@@ -129,8 +136,6 @@ class Denoiser:
             return network()
         if self.null_label is None and self.label is None:
             raise ValueError("this prior is conditional and was told no label: give it one, denoise.given(label)")
-        if self.null_label is None and self.class_guidance != 1:
-            raise ValueError(f"class_guidance {self.class_guidance} needs a null_label, a label that stands for none")
         null = None if self.null_label is None else jnp.full(len(x), self.null_label)
         if self.label is None:
             return network(null)

@@ -86,9 +86,15 @@ def save_prior(folder: str | os.PathLike[str], prior: Prior, scheduler: dict[str
 
     Raises:
       ValueError: where the scheduler does not say what the prior's betas, variance, clip and prediction are, or the folder
-        holds weights of another name, which would be read instead.
+        holds weights of another name, which would be read instead; of a null_label or class_guidance, which have no place in
+        that layout.
     """
-    folder = Path(folder)
+    folder, denoise = Path(folder), prior.denoise
+    if (denoise.null_label, denoise.class_guidance) != (denoise.config.null_label, 1):
+        raise ValueError(
+            f"null_label {denoise.null_label} and class_guidance {denoise.class_guidance:g} cannot be written in diffusers' "
+            "layout; save the prior without, null_label=None and class_guidance=1, and give them to load_prior"
+        )
     said = read_scheduler(scheduler)
     same = said.betas.shape == prior.betas.shape and np.allclose(said.betas, prior.betas, rtol=1e-12)
     if not same or (said.variance, said.clip, said.parametrisation) != (prior.variance, prior.clip, prior.parametrisation):
@@ -116,13 +122,11 @@ def save_configs(folder: Path, config: Network, scheduler: dict[str, Any]) -> No
         os.replace(partial, folder / name)
 
 
-def _check_classes(config: Network, null_label: int | None, class_guidance: float) -> None:
-    """Raises a ValueError where a network cannot be guided so."""
+def _check_null(config: Network, null_label: int | None) -> None:
+    """Raises a ValueError where a network has no such label."""
     classes = config.num_classes
     if null_label is not None and null_label != config.null_label and not 0 <= null_label < (classes or 0):
         raise ValueError(f"null_label {null_label} is none of the {classes or 0} classes of its network")
-    if class_guidance != 1 and null_label is None:
-        raise ValueError(f"class_guidance {class_guidance} needs a null_label, a label that stands for none")
 
 
 def load_prior(
@@ -187,13 +191,14 @@ def load_prior(
             about = {"source": name, "revision": found.revision, "sha256": digest}
             params = convert() if name in sources.BUNDLED else cache.cached(found.config, convert, about)
         null_label = found.config.null_label if null_label is None else null_label
-        _check_classes(found.config, null_label, class_guidance)
+        _check_null(found.config, null_label)
+        denoise = Denoiser(params, found.config, dtype, remat, None, null_label, class_guidance)
         mean = None if found.mean_image is None else _read_mean(found.mean_image, found.config.image_shape)
     except ValueError as error:
         text = str(error)
         raise ValueError(text if repr(name) in text else f"prior {name!r}: {text}") from None
     return Prior(
-        denoise=Denoiser(params, found.config, dtype, remat, None, null_label, class_guidance),
+        denoise=denoise,
         betas=found.diffusion.betas,
         variance=found.diffusion.variance,
         name=name,

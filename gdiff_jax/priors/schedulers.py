@@ -72,7 +72,8 @@ def _alike(config: Mapping[str, Any], kind: str) -> str:
     sde, flow = kind in (*_EDM, *_SCORE), kind in _FLOW
     names = ("sigma_min", "sigma_max", "rho") if sde else ("shift",) if flow else ("beta_start", "beta_end", "trained_betas")
     given = ", ".join(f"{name}={config[name]!r}"[:80] for name in names if config.get(name) is not None) or "its fields"
-    remedy = "larger sigma_min" + ", or another rho" * (kind in _EDM) if sde else "shift nearer to 1" if flow else "larger beta_start, or a smaller beta_end"
+    of_sde = "larger sigma_min" + ", or another rho" * (kind in _EDM)
+    remedy = of_sde if sde else "shift nearer to 1" if flow else "larger beta_start, or a smaller beta_end"
     return f"{given}, of which some levels differ by nothing (needed: each with more noise than the one before, so a {remedy})"
 
 

@@ -48,7 +48,8 @@ def eps_mse_by_level(
 ) -> dict[int, float]:
     """Held-out eps-MSE by timestep, at shares of an un-respaced schedule; predicting 0 costs 1.
 
-    The noise of an image is the same in every call.
+    The noise of an image is the same in every call, and so is the class that a conditional network is told of it, a drawn one,
+    or none where a label stands for that.
     """
     result = {}
     for level in sorted({int(share * schedule.num_steps) for share in levels}):
@@ -56,7 +57,8 @@ def eps_mse_by_level(
         for start in range(0, len(heldout), batch):
             x0 = jnp.asarray(image_files.to_model(heldout[start : start + batch]))
             key = jax.random.fold_in(numerics.key(level), start)
-            losses.append(np.asarray(_eps_loss(denoise, schedule, key, x0, jnp.full(len(x0), level))))
+            of_any = denoise.of_any_class(jax.random.fold_in(key, 1), (len(x0),))
+            losses.append(np.asarray(_eps_loss(of_any, schedule, key, x0, jnp.full(len(x0), level))))
         result[level] = float(np.concatenate(losses).mean())
     return result
 
@@ -126,6 +128,7 @@ def write_card(folder: Path, prior: Prior, train: np.ndarray, heldout: np.ndarra
     facts = {
         **facts,
         "parameters": f"{size:,}",
+        **_classes(prior.denoise),
         "images": f"{prior.image_shape}, values in [-1, 1]",
         "measured": f"{datetime.date.today()}, {jax.devices()[0].device_kind}, {len(heldout)} held-out images, seeds fixed",
     }
@@ -135,6 +138,15 @@ def write_card(folder: Path, prior: Prior, train: np.ndarray, heldout: np.ndarra
         path.write_text(shown(text), encoding="utf-8")
 
     write_atomic(folder / "README.md", write)
+
+
+def _classes(denoise: Denoiser) -> dict[str, str]:
+    """A line of the card on what a conditional network was told."""
+    if denoise.config.label_ndim is None:
+        return {}
+    drawn = f"{denoise.config.num_classes}; an image and a sample are told one each, drawn, all alike likely"
+    none = f"none is told, which is label {denoise.null_label}"
+    return {"classes": drawn if denoise.null_label is None else none}
 
 
 def _card(prior: Prior, facts: dict[str, str], levels: dict[int, float], samples: np.ndarray, unseen: np.ndarray) -> str:

@@ -59,3 +59,4 @@ def test_classifier_free_guidance_goes_from_the_null_label_past_the_label():
     np.testing.assert_allclose(run(guided.of_any_class(jax.random.key(0)))[0], of_none, atol=1e-6)
     drawn = [int(denoise.of_any_class(jax.random.key(i)).label) for i in range(40)]
     assert set(drawn) == set(range(5))
+    assert set(denoise.of_any_class(jax.random.key(0), (40,)).label.tolist()) == set(range(5))  # each image its own

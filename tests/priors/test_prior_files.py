@@ -747,6 +747,10 @@ def test_saving_what_would_be_read_back_as_another_prior_is_refused(folder, tiny
             save_prior(folder, prior, scheduler)
     save_prior(folder, dataclasses.replace(prior, mean_image=None), SCHEDULER)
     assert load_prior(folder).mean_image is None
+    config = dataclasses.replace(prior.denoise.config, num_class_embeds=3)
+    none = dataclasses.replace(prior, denoise=dataclasses.replace(prior.denoise, config=config, null_label=2))
+    with pytest.raises(ValueError, match="null_label 2 and class_guidance 1 cannot be written"):
+        save_prior(folder, none, SCHEDULER)
     write(folder / BIN, tensors)
     with pytest.raises(ValueError, match="holds other weights"):
         save_prior(folder, prior, SCHEDULER)

@@ -21,7 +21,8 @@ from gdiff_jax.commands import prior_card as card_command
 from gdiff_jax.commands import train_prior, train_victim
 from gdiff_jax.commands.train_prior import command_line
 from gdiff_jax.errors import ConfigError, RunError
-from gdiff_jax.priors import UNet2DConfig
+from gdiff_jax.priors import Prior, UNet2DConfig
+from gdiff_jax.schedule import make_betas
 from gdiff_jax.training import prior, prior_card
 from gdiff_jax.training.settings import PriorTraining, VictimTraining
 from gdiff_jax.victims import checkpoints, zoo
@@ -157,6 +158,20 @@ def test_eps_mse_of_a_network_that_predicts_zero_is_one(data):
     heldout = np.zeros((100, 8, 8, 3), np.uint8)
     for value in prior_card.eps_mse_by_level(denoise, gd.Schedule.create(), heldout, (10, 500)).values():
         assert value == pytest.approx(1, abs=4 * np.sqrt(2 / heldout.size))
+
+
+@pytest.mark.parametrize("null_label", [None, 2])
+def test_the_card_of_a_conditional_prior_says_what_it_was_told(tmp_path, monkeypatch, null_label):
+    monkeypatch.setattr(
+        prior_card, "draw_samples", lambda prior: np.zeros((64, 8, 8, 3), np.uint8)
+    )  # an export draws them above
+    config = dataclasses.replace(NETWORK, num_class_embeds=3)
+    denoise = gd.Denoiser(modules.init_params(jax.random.key(0), config), config, null_label=null_label)
+    conditional = Prior(denoise, make_betas(num=20), "fixed_small", "toy", "")
+    images = np.zeros((64, 8, 8, 3), np.uint8)
+    prior_card.write_card(tmp_path, conditional, images, images, {})
+    said = {None: "3; an image and a sample are told one each, drawn", 2: "none is told, which is label 2"}[null_label]
+    assert f"- **classes**: {said}" in (tmp_path / "README.md").read_text()
 
 
 def test_learning_rate_warms_up_stays_and_falls():
