@@ -113,7 +113,7 @@ def expectations(plan: Plan, images: np.ndarray, labels: Any, progress: bool) ->
 
     def expected(common: Any, own: Any) -> jax.Array:
         (params, denoise, schedule, mean), (x, y) = common, own
-        denoise = told(denoise, y, plan.victims[state.name].num_classes, several=False)
+        denoise = told(denoise, y, plan.victims[state.name], several=False)
         key = jax.random.fold_in(numerics.key(plan.seed), 2**19)  # of all images the same, so that they compare
         return expected_psnr(
             key, loss, params, x, y, sigmas, denoise, schedule, mean, clip_norm=mechanism.clip_norm, clip=prior.clip

@@ -49,10 +49,10 @@ def check_classes(prior: Prior, victims: Mapping[str, Any], labels: Any) -> None
         return
     network = prior.denoise.config
     need(network.num_classes is not None, f"--prior {prior.name} is told vectors or times for classes, which labels are not")
-    of = f"--prior {prior.name} is conditional on {network.num_classes} classes, of which none stands for no class, and"
     need(
         _are_whole(labels, 1),
-        f"{of} the labels are no single array (N,) of whole numbers; give such labels, or a prior that is not conditional",
+        f"--prior {prior.name} is told a whole number an image, and the labels are no single array (N,) of such; give class "
+        "numbers, or a prior that is not conditional",
     )
     for name, victim in victims.items():
         has = f"has {victim.num_classes}"
@@ -60,7 +60,8 @@ def check_classes(prior: Prior, victims: Mapping[str, Any], labels: Any) -> None
             has = f"is given label {victim.num_classes - 1}" if victim.num_classes else "is given labels below 0"
         need(
             _are_its_classes(prior.denoise, victim, labels, 1),
-            f"{of} victim {name} {has}; give a prior of the same classes, or one that is not conditional",
+            f"--prior {prior.name} is conditional on {network.num_classes} classes, of which none stands for no class, and "
+            f"victim {name} {has}; give a prior of the same classes, or one that is not conditional",
         )
 
 

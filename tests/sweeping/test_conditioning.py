@@ -99,7 +99,7 @@ def test_where_only_labels_tell_a_loss_s_classes_the_prior_s_are_assumed_to_be_t
 
 def test_labels_that_are_no_whole_numbers_are_none_to_a_prior(plan):
     soft = np.full((3, 10), 0.1, np.float32)
-    with pytest.raises(ConfigError, match=r"no single array \(N,\) of whole numbers; give such labels"):
+    with pytest.raises(ConfigError, match=r"no single array \(N,\) of such; give class numbers"):
         check_classes(plan.prior, plan.victims, soft)
     own = dataclasses.replace(plan, labels=soft, prior=conditional(plan.prior, 11, null_label=10))
     check_classes(own.prior, own.victims, soft)
