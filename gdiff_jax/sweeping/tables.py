@@ -87,6 +87,22 @@ def table(rows: list[Row], mean_rows: list[Row]) -> str:
     return markdown(head, body)
 
 
+def brief(rows: list[Row], mean_rows: list[Row]) -> str:
+    """Median PSNR in dB alone, for a screen: a line a victim, mechanism and method, a column a sigma; last, no leak."""
+    cells = by_cell(rows)
+    sigmas = sorted({sigma for *_, sigma in cells})
+    psnr = lambda some: "-" if np.isnan(median := quartiles(some, "psnr")[0]) else f"{median:.1f}"
+    body = [
+        [title(*panel), method, *(psnr(cells.get((*panel, method, sigma), [])) for sigma in sigmas)]
+        for panel in panels(rows)
+        for method in sorted({cell[3] for cell in cells if cell[:3] == panel})
+    ]
+    for name, base in ((PRIOR_ONLY, [row for row in rows if row["method"] == PRIOR_ONLY]), ("mean image", mean_rows)):
+        if base:
+            body.append(["no leak at all", name, *[psnr(base)] * len(sigmas)])
+    return markdown(["attacked", "method", *(f"sigma {sigma:.4g}" for sigma in sigmas)], body)
+
+
 def expectations(rows: list[Row]) -> str:
     """Of methods that give each pixel's deviation what they expect beside what is true, medians; empty where there are none."""
     body = []

@@ -21,8 +21,8 @@ def test_the_summary_holds_tables_and_words(tiny_sweep, tiny_prior):
     assert "where it does not reach, guided by l2." in summary
 
 
-def test_one_method_is_compared_with_nothing(tiny_sweep, tiny_prior, tmp_path, monkeypatch, capsys):
-    """And the table is printed unless it is asked to be quiet."""
+def test_one_method_is_compared_with_nothing_and_a_screen_is_printed(tiny_sweep, tiny_prior, tmp_path, monkeypatch, capsys):
+    """Unless it is asked to be quiet: one short table, who attacks, and where the rest is."""
     for name in ("plot_quality", "contact_sheet"):
         monkeypatch.setattr(report.plots, name, lambda *args: None)
     plan = plan_of(tiny_prior, methods=("dsg",))
@@ -32,5 +32,11 @@ def test_one_method_is_compared_with_nothing(tiny_sweep, tiny_prior, tmp_path, m
     assert not capsys.readouterr().out
     summary = (tmp_path / "summary.md").read_text()
     assert "Methods beside each other" not in summary
+    rows[0]["failed"] = True
     report.write(plan, "x.npz", tiny_sweep.prior, rows, store)
-    assert capsys.readouterr().out.startswith(summary.strip().replace("\n\n", "\n"))
+    head, *table, failed, attacker, files = capsys.readouterr().out.strip().splitlines()
+    assert head == "Median PSNR in dB over 3 images x 2 seeds of x.npz:"
+    assert "\n".join(table) == tables.brief(rows, tables.mean_image_rows(plan))
+    assert failed == f"1 of {len(rows)} trials failed (not finite) and are in no median."
+    assert attacker.startswith("Attacker 'informed', who knows")
+    assert files == f"In {tmp_path}: summary.md (quartiles, SSIM, costs, guarantees), quality.png, contact_sheet.png"
