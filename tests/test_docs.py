@@ -8,6 +8,8 @@ from pathlib import Path
 import jax
 import pytest
 
+import gdiff_jax as gd
+
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*(ROOT / "docs").glob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"])
 
@@ -44,6 +46,37 @@ def test_every_flag_that_is_named_exists():
                         path.name,
                         flag,
                     )
+
+
+README = (ROOT / "README.md").read_text()
+
+
+def block(text, holds):
+    """The Python code of a page that holds these words."""
+    return next(code for code in re.findall(r"```python\n(.*?)```", text, re.S) if holds in code)
+
+
+def test_the_readme_fits_a_screen_and_a_half():
+    lines = README.splitlines()
+    assert len(lines) <= 120
+    assert max(map(len, lines)) <= 200
+
+
+def test_the_model_of_the_readme_is_one_that_can_be_solved():
+    names = {}
+    exec(block(README, "# my_model.py"), names)
+    loss, params = names["make"]()
+    first, _, head, *_ = gd.algebra.explain(loss, params, jax.ShapeDtypeStruct((32, 32, 3), "float32"))
+    assert "w1: its input is solved from its kernel's gradient" in first
+    assert "its delta is the gradient of b2" in head
+
+
+@pytest.mark.long
+def test_the_library_s_lines_in_the_readme_find_the_image():
+    names = {}
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"), jax.debug_key_reuse(False):
+        exec(block(README, "gd.dsg_sample"), names)
+    assert gd.image_metrics(names["image"], names["x"])["psnr"] > 18  # samples of the prior have 8.5 in the median
 
 
 @pytest.fixture(scope="module")

@@ -409,6 +409,15 @@ def test_the_page_on_torch_shows_a_module_that_is_solved():
     assert psnr(solution.image, x) > 80, solution
 
 
+def test_the_module_of_the_readme_is_taken():
+    names = {}
+    exec(re.search(r"```python\n(# my_torch_model\.py\n.*?)```", (ROOT / "README.md").read_text(), re.S)[1], names)
+    victim, params = own.module_victim(TorchModel(names["make"]()), 10)
+    x = np.random.default_rng(0).uniform(-1, 1, (32, 32, 3)).astype(np.float32)
+    solution = algebra.solve(victim.loss, params, gradient_of(victim.module, x, LABEL), x.shape, jnp.asarray(LABEL))
+    assert psnr(solution.image, x) > 80, solution
+
+
 def test_a_module_is_audited_in_one_call(planned, data, capsys):
     images, labels = data
     module = seeded(torch_modules.mlp)
