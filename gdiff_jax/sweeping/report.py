@@ -64,7 +64,7 @@ def write(plan: Plan, images: str, prior: PriorOptions, rows: list[Row], store: 
     if not quiet:
         failed = sum(row["failed"] for row in rows)
         print(
-            f"Median PSNR in dB over {_trials(plan, images)}{words.released(plan)}:",
+            f"Median PSNR in dB over {_trials(plan, images)}{words.released(plan)}, a column a sigma:",
             tables.brief(rows, mean_rows),
             *([f"{failed} of {len(rows)} trials failed (not finite) and are in no median."] if failed else []),
             *verdicts,

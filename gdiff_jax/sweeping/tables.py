@@ -100,7 +100,7 @@ def brief(rows: list[Row], mean_rows: list[Row]) -> str:
     for name, base in ((PRIOR_ONLY, [row for row in rows if row["method"] == PRIOR_ONLY]), ("mean image", mean_rows)):
         if base:
             body.append(["no leak at all", name, *[psnr(base)] * len(sigmas)])
-    return markdown(["attacked", "method", *(f"sigma {sigma:.4g}" for sigma in sigmas)], body)
+    return markdown(["attacked", "method", *(f"{sigma:.4g}" for sigma in sigmas)], body)
 
 
 def expectations(rows: list[Row]) -> str:

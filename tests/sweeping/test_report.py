@@ -35,7 +35,7 @@ def test_one_method_is_compared_with_nothing_and_a_screen_is_printed(tiny_sweep,
     rows[0]["failed"] = True
     report.write(plan, "x.npz", tiny_sweep.prior, rows, store)
     head, *table, failed, attacker, files = capsys.readouterr().out.strip().splitlines()
-    assert head == "Median PSNR in dB over 3 images x 1 seeds of x.npz:"
+    assert head == "Median PSNR in dB over 3 images x 1 seeds of x.npz, a column a sigma:"
     assert "\n".join(table) == tables.brief(rows, tables.mean_image_rows(plan))
     assert failed == f"1 of {len(rows)} trials failed (not finite) and are in no median."
     assert attacker.startswith("Attacker 'informed', who knows")

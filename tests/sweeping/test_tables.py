@@ -43,7 +43,7 @@ def test_a_screen_holds_the_medians_a_line_a_method_and_a_column_a_sigma():
     rows = [row("dsg", 0.1, 20.0), row("dsg", 0.1, 30.0), row("dsg", 0.1, None), row("dsg", 0.0, 40.0), row("auto", 0.0, None)]
     table = tables.brief([*rows, row("prior-only", 0.0, 8.0)], [{"failed": False, "psnr": 12.0}])
     assert [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if "---" not in line] == [
-        ["attacked", "method", "sigma 0", "sigma 0.1"],
+        ["attacked", "method", "0", "0.1"],
         ["v, trained 100 steps", "auto", "-", "-"],  # every trial failed; none was asked for
         ["v, trained 100 steps", "dsg", "40.0", "25.0"],
         ["no leak at all", "prior-only", "8.0", "8.0"],
