@@ -68,6 +68,7 @@ def write(plan: Plan, images: str, prior: PriorOptions, rows: list[Row], store: 
             tables.brief(rows, mean_rows),
             *([f"{failed} of {len(rows)} trials failed (not finite) and are in no median."] if failed else []),
             *verdicts,
+            *tables.epsilons(plan),
             words.threat_model(plan),
             f"In {store.folder}: summary.md (quartiles, SSIM, costs, guarantees), {', '.join(file.name for file in files)}",
             sep="\n",

@@ -130,12 +130,26 @@ def privacy_table(plan: Plan) -> str:
     body = []
     victims = list(dict.fromkeys(state.name for state in plan.params))
     for text in plan.mechanisms:
-        # The sensitivity of the Laplace mechanism, of signs and of QSGD grows with the number of parameters.
-        per_victim = any(name in text for name in ("laplace", "sign", "qsgd"))
+        per_victim = _is_per_victim(text)
         for victim in victims if per_victim else victims[:1]:
             for sigma in plan.sigmas[text]:
                 body.append([text, victim if per_victim else "any", f"{sigma:.4g}", *_guarantee(plan, victim, text, sigma)])
     return markdown(head, body)
+
+
+def _is_per_victim(mechanism: str) -> bool:
+    """The sensitivity of the Laplace mechanism, of signs and of QSGD grows with the number of parameters."""
+    return any(name in mechanism for name in ("laplace", "sign", "qsgd"))
+
+
+def epsilons(plan: Plan) -> list[str]:
+    """For a screen, a line a mechanism: epsilon at each sigma, where there is one and it is the same for every victim."""
+    lines, victim = [], next(iter(plan.params)).name
+    for text in plan.mechanisms:
+        found = [(plan.guarantee(victim, text, sigma), sigma) for sigma in plan.sigmas[text]]
+        if not _is_per_victim(text) and (some := [f"{g.epsilon:.4g} at {sigma:.4g}" for g, sigma in found if g]):
+            lines.append(f"Epsilon of {text}, one release, delta {plan.delta:g}: {', '.join(some)}.")
+    return lines
 
 
 def _guarantee(plan: Plan, victim: str, mechanism: str, sigma: float) -> list[str]:

@@ -62,6 +62,15 @@ def test_the_epsilon_of_a_level_is_the_one_that_was_asked_for(tiny_prior):
     table = tables.privacy_table(plan)
     for sigma, epsilon in zip(plan.sigmas["clip:2+gaussian"][1:], (10, 1), strict=True):
         assert float(cells(table, ["clip:2+gaussian", "any", f"{sigma:.4g}"])[3]) == pytest.approx(epsilon)
+    first, tenth, one = plan.sigmas["clip:2+gaussian"]
+    (line,) = tables.epsilons(plan)
+    assert line.startswith("Epsilon of clip:2+gaussian, one release, delta 1e-05: ")
+    assert line.endswith(f" at {first:.4g}, 10 at {tenth:.4g}, 1 at {one:.4g}.")
+
+
+def test_no_epsilon_is_told_where_there_is_none_or_it_differs_between_victims(tiny_prior):
+    plan = plan_of(tiny_prior, mechanisms=("gaussian", "clip:1+laplace"), sigma_grid=(0.1,), victims=("mlp-narrow", "lenet"))
+    assert tables.epsilons(plan) == []
 
 
 def test_why_there_is_no_guarantee_is_told(tiny_prior):
