@@ -116,14 +116,16 @@ def _of_first_dense(key: jax.Array, problem: Problem, search: Method) -> tuple[j
     """By its rank-one matrix, and what each pixel is expected to err by; where that fails, as a search finds it, and nan.
 
     It fails where the search is nearer to the leak by more than it can gain by fitting noise: of an estimate whose n pixels
-    have errors of deviation s, n / (1 + (s / SPREAD)^2) degrees of freedom, as if the image were white, and FITTED at least.
-    Large noise and a network that fits its images well do that: what it makes of an image far off is then no delta to begin
-    with.
+    have errors of deviation s, twice the n / (1 + (s / SPREAD)^2) degrees of freedom as if the image were white [our choice,
+    measured], and FITTED at least. Large noise and a network that fits its images well do that: what it makes of an image far
+    off is then no delta to begin with. An estimate that errs by less than half of SPREAD is kept: there the search's gain is
+    in the layers above, and not in the image [measured].
     """
     found, info = AnalyticMean()(jax.random.fold_in(key, 2), problem)
     searched, _ = search(key, problem)
     assert info.deviation is not None
-    freedom = found.size / (1 + jnp.square(info.trace.guidance_norm[-1] / SPREAD))
+    s = info.trace.guidance_norm[-1]
+    freedom = jnp.where(s > SPREAD / 2, 2 * found.size / (1 + jnp.square(s / SPREAD)), jnp.inf)
     freedom = jnp.where(jnp.isfinite(info.deviation).all(), freedom, 0.0)  # else it is the mean image, which fits no noise
     kept = _preferred(problem, found, searched, jnp.maximum(freedom, FITTED))
     return kept, jnp.where((kept == found).all(), info.deviation, jnp.nan)
