@@ -28,7 +28,7 @@ from scipy.special import gammaln
 import gdiff_jax as gd
 from gdiff_jax import images as image_files
 from gdiff_jax import metrics, modules
-from gdiff_jax.intervals import Interval, resampled
+from gdiff_jax.intervals import mean_interval
 from gdiff_jax.priors.layers import space_to_depth, timestep_embedding
 from gdiff_jax.sweeping.tables import markdown
 
@@ -101,11 +101,6 @@ def among(rank: np.ndarray, count: int, pool: int) -> np.ndarray:
     return np.where(farther >= count - 1, np.exp(log_ways(np.maximum(farther, count - 1)) - log_ways(pool - 1)), 0.0)
 
 
-def mean_interval(values: np.ndarray) -> Interval:
-    means = [sample.mean() for sample in resampled(list(values[:, None]))]
-    return Interval(float(values.mean()), *(float(v) for v in np.percentile(means, [2.5, 97.5])))
-
-
 def read(folder: Path) -> tuple[list[dict], np.ndarray]:
     """Rows of a sweep's attacks that ended, and their reconstructions."""
     rows, found = [], []
@@ -138,7 +133,7 @@ def main() -> None:
         cells = []
         for group in groups:
             here = rank[[(row["method"], row["sigma"]) == group for row in rows]]
-            cells.append(", ".join(mean_interval(among(here, count, len(pool))).percent() for count in COUNTS))
+            cells.append(", ".join(mean_interval(among(here, count, len(pool))[:, None]).percent() for count in COUNTS))
         body.append([name, *cells])
     print(markdown(["space", *[f"{method}, {sigma:g}" for method, sigma in groups]], body))
 

@@ -66,6 +66,18 @@ def median_interval(groups: Iterable[Iterable[float]]) -> Interval:
     return Interval(median, float(low), float(high))
 
 
+def mean_interval(groups: Iterable[Iterable[float]]) -> Interval:
+    """Mean over groups of their means, and its interval by bootstrap over them; without one for fewer than three groups."""
+    means = [np.array([np.mean(list(g))]) for g in groups]
+    if not means:
+        return Interval(math.nan, math.nan, math.nan)
+    mean = float(np.mean(means))
+    if len(means) < 3:
+        return Interval(mean, math.nan, math.nan)
+    low, high = np.percentile([sample.mean() for sample in resampled(means)], [2.5, 97.5])
+    return Interval(mean, float(low), float(high))
+
+
 def paired_difference(ours: np.ndarray, theirs: np.ndarray) -> Interval:
     """How far the median of `ours` lies above that of `theirs`, of the same groups (N,); interval by bootstrap over them."""
     pairs = np.stack([ours, theirs], 1).astype(np.float64)

@@ -11,14 +11,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-
-import numpy as np
+from collections.abc import Sequence
 
 from gdiff_jax.auditing.comparing.same_images import identities, in_common, restricted
 from gdiff_jax.auditing.record import AuditRecord, Row
 from gdiff_jax.auditing.summary import EXACT, attacker_picks
-from gdiff_jax.intervals import Interval, median_interval, resampled
+from gdiff_jax.intervals import Interval, mean_interval, median_interval
 
 SAME_SIGMA = 1e-6  # relative
 SAME_EPSILON = 0.01  # relative
@@ -230,18 +228,6 @@ def _grouped(units: list[int], values: dict[Pair, float]) -> list[list[float]]:
     for (image, _), value in values.items():
         groups[units[image]].append(value)
     return list(groups.values())
-
-
-def mean_interval(groups: Iterable[Iterable[float]]) -> Interval:
-    """Mean over groups of their means, and its interval by bootstrap over them; without one for fewer than three groups."""
-    means = [np.array([np.mean(list(g))]) for g in groups]
-    if not means:
-        return NOTHING
-    mean = float(np.mean(means))
-    if len(means) < 3:
-        return Interval(mean, math.nan, math.nan)
-    low, high = np.percentile([sample.mean() for sample in resampled(means)], [2.5, 97.5])
-    return Interval(mean, float(low), float(high))
 
 
 def reconstruction(audit: AuditRecord, sigma: float, image: int) -> tuple[Row | None, str | None]:
