@@ -13,14 +13,13 @@ from gdiff_jax import algebra, expected_masks, gauss_newton, samplers
 from gdiff_jax.analytic_mean import AnalyticMean
 from gdiff_jax.matching import l2
 from gdiff_jax.mechanisms import Clip, GaussianNoise, LaplaceNoise, Mechanism, UniformNoise, stages_of
-from gdiff_jax.problem import Info, Method, Problem
+from gdiff_jax.problem import SPREAD, Info, Method, Problem
 from gdiff_jax.pytrees import pytree
 from gdiff_jax.samplers.ensemble import CHAINS
 from gdiff_jax.trace import StepInfo, x0_error
 
 AFAR = 1.0  # about how far the mean of images errs in each pixel, and more
 DOUBT = 10.0
-SPREAD = 0.5  # deviation of an image's pixels from the mean image's, about CIFAR-10's 12 dB
 FITTED = 50.0  # squared distance in units of the noise's variance that a search gains where noise is all [measured, up to 43]
 FILLED = 0.02  # relative residual up to which a picture that the prior completed counts as an explanation of the gradient
 

@@ -14,6 +14,7 @@ from gdiff_jax.pytrees import pytree, static
 from gdiff_jax.samplers.base import Denoise
 from gdiff_jax.schedule import Schedule
 
+SPREAD = 0.5  # deviation of an image's pixels from the mean image's, on [-1, 1]: about CIFAR-10's 12 dB
 ROUNDING = 1e-6  # deviation of a leak without noise, relative to the rms of its gradient
 
 

@@ -14,8 +14,9 @@ import jax.numpy as jnp
 
 from gdiff_jax.errors import need
 from gdiff_jax.priors import Denoiser, Prior
-from gdiff_jax.samplers import batched
+from gdiff_jax.samplers import batched, unguided_sample
 from gdiff_jax.samplers.base import Denoise
+from gdiff_jax.schedule import Schedule
 from gdiff_jax.victims.own import OwnVictim
 
 
@@ -96,6 +97,8 @@ def described(prior: Prior, victims: Mapping[str, Any], labels: Any) -> list[str
     return ["the prior is " + " or ".join(says[k] for k in sorted(known, reverse=True)) + guided]
 
 
-def of_any_class(denoise: Denoise, key: jax.Array) -> Denoise:
-    """For a sample by one who ignores the leak, and with it the label: of no class, or of one that is drawn."""
-    return denoise.of_any_class(key) if isinstance(denoise, Denoiser) else denoise
+def sample_unguided(key: jax.Array, denoise: Denoise, schedule: Schedule, shape: tuple[int, ...], **options: Any) -> Any:
+    """`unguided_sample` by one who ignores the leak, and with it the label: of no class, or of one that is drawn."""
+    if isinstance(denoise, Denoiser):
+        denoise = denoise.of_any_class(jax.random.fold_in(key, 1))
+    return unguided_sample(key, denoise, schedule, shape, **options)

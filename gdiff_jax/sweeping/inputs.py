@@ -18,11 +18,8 @@ from gdiff_jax.mechanisms import text as mechanism_text
 from gdiff_jax.methods import METHODS, Method
 from gdiff_jax.options import flat
 from gdiff_jax.priors import Prior, load_prior
-from gdiff_jax.samplers import unguided_sample
-from gdiff_jax.samplers.base import Denoise
-from gdiff_jax.schedule import Schedule
 from gdiff_jax.sweeping import checks, processes
-from gdiff_jax.sweeping.conditioning import check_classes, of_any_class
+from gdiff_jax.sweeping.conditioning import check_classes, sample_unguided
 from gdiff_jax.sweeping.config import PriorOptions, PrivateImages, SweepConfig
 from gdiff_jax.sweeping.plan import Plan, VictimState, first_leak
 from gdiff_jax.victims import Victim, checkpoints, own, zoo
@@ -282,8 +279,5 @@ def prior_samples(plan: Plan) -> np.ndarray:
     """(K, H, W, C) samples of the prior: images that everybody has, for the statistics of BatchNorms."""
     keys = jax.random.split(jax.random.fold_in(numerics.key(plan.seed), 2**17), PROXY_SAMPLES)
     shape, clip = plan.prior.image_shape, plan.prior.clip
-
-    def sample(denoise: Denoise, schedule: Schedule, key: jax.Array) -> tuple[jax.Array, Any]:
-        return unguided_sample(key, of_any_class(denoise, jax.random.fold_in(key, 1)), schedule, shape, clip=clip)
-
+    sample = lambda denoise, schedule, key: sample_unguided(key, denoise, schedule, shape, clip=clip)
     return np.asarray(jax.jit(jax.vmap(sample, (None, None, 0)))(plan.prior.denoise, plan.schedule, keys)[0])

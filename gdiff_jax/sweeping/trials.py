@@ -20,8 +20,7 @@ from gdiff_jax.federated import guess_learning_rate
 from gdiff_jax.matching import GradientMatching, cosine, equal_layers, l2, released
 from gdiff_jax.methods import Method, Problem
 from gdiff_jax.metrics import image_metrics, match_images
-from gdiff_jax.samplers import unguided_sample
-from gdiff_jax.sweeping.conditioning import of_any_class, told
+from gdiff_jax.sweeping.conditioning import sample_unguided, told
 from gdiff_jax.sweeping.plan import PRIOR_ONLY, Plan, VictimState
 from gdiff_jax.victims import Victim
 
@@ -161,11 +160,7 @@ def sample_prior(plan: Plan, shared: Shared, own: Private) -> dict[str, Any]:
     """As many samples of the prior as a leak has images, which ignore it."""
     _, k_sample = jax.random.split(own.key)
     shape, clip = plan.prior.image_shape, plan.prior.clip
-
-    def sample(key: jax.Array, truth: jax.Array | None = None) -> tuple[jax.Array, Any]:
-        denoise = of_any_class(shared.denoise, jax.random.fold_in(key, 1))
-        return unguided_sample(key, denoise, shared.schedule, shape, clip=clip, truth=truth)
-
+    sample = lambda key, truth=None: sample_unguided(key, shared.denoise, shared.schedule, shape, clip=clip, truth=truth)
     if plan.client.group == 1:
         x, trace = sample(k_sample, own.images[0])
     else:

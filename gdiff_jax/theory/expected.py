@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from gdiff_jax.matching import Loss, l2, victim_gradient
 from gdiff_jax.metrics import image_metrics
-from gdiff_jax.problem import ROUNDING
+from gdiff_jax.problem import ROUNDING, SPREAD
 from gdiff_jax.samplers import denoise_estimate
 from gdiff_jax.samplers.base import Denoise
 from gdiff_jax.schedule import Schedule
@@ -23,7 +23,7 @@ from gdiff_jax.theory.jacobian import gram_vector
 from gdiff_jax.theory.spectrum import Ritz, lanczos
 
 PROBES, STEPS = 2, 16  # of Lanczos; four probes of 48 steps rank images alike [measured]
-VARIANCE = 0.25  # of a pixel on [-1, 1], about
+VARIANCE = SPREAD**2  # of a pixel
 
 
 def hidden_share(ritz: Ritz, sigma: jax.Array | float, variance: float = VARIANCE) -> jax.Array:
