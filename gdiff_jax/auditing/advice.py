@@ -9,7 +9,7 @@ import numpy as np
 
 from gdiff_jax.auditing import against_bound, worst
 from gdiff_jax.auditing.record import AuditRecord
-from gdiff_jax.auditing.summary import smallest_noise
+from gdiff_jax.auditing.summary import levels, smallest_noise
 
 
 def advice(record: AuditRecord) -> list[str]:
@@ -31,7 +31,7 @@ def how(record: AuditRecord) -> list[str]:
             lines[f"{len(solved)} of {len(rows)} leaks were {solved[0]}"].append(f"{sigma:.3g}")
         if others:
             lines[f"{len(others)} of {len(rows)} leaks were {others[0]}"].append(f"{sigma:.3g}")
-    said = [f"At sigma {', '.join(levels)} {text}." for text, levels in lines.items()]
+    said = [f"At sigma {', '.join(levels)}: {text}." for text, levels in lines.items()]
     if searched:
         said.append("That a search finds little does not show that little can be found: see what the information limits allow.")
     return said
@@ -88,4 +88,20 @@ def _change(record: AuditRecord) -> list[str]:
     by_command = "victim_given" in about
     compare = "audit.py compare BEFORE AFTER" if by_command else "gd.compare(before, after)"
     fail_if = f"; --fail_if='recovered > {about['share']:g}' keeps a pipeline to it" if by_command else ""
-    return [*lines, f"Then audit again with the same images and seed, and see what changed by {compare}{fail_if}."]
+    return [
+        *lines,
+        *_few(record),
+        f"Then audit again with the same images and seed, and see what changed by {compare}{fail_if}.",
+    ]
+
+
+def _few(record: AuditRecord) -> list[str]:
+    """Where none or few of these images come back at the largest noise, and of others too many may."""
+    last, share = levels(record)[-1], record.about["share"]
+    if not last.recovered.value < share <= last.recovered.high:
+        return []
+    of = "images" if record.about["group"] == 1 else "groups"
+    return [
+        f"With {len({r['leak'] for r in record.attacks})} {of} even a share of {last.recovered.value:.0%} may be one of "
+        f"{last.recovered.high:.0%}: audit more of them before you rely on the {share:.0%}."
+    ]

@@ -121,32 +121,43 @@ def warnings(record: AuditRecord) -> list[str]:
 
 def sentences(record: AuditRecord) -> list[str]:
     """Measured against bound in words: at the noise level that tells most, among the most candidates."""
-    rows, data = identified(record), record.identification or {}
-    if not rows:
+    r, data = _most_telling(record), record.identification or {}
+    if r is None:
         return []
+    enough = seldom_named(record)
+    less = f"; fewer than {enough.share:.0%} take noise of sigma {enough.noise.text(3, 'g')} or more" if enough else ""
+    return [
+        f"Told which {r.count} images it may be of, the best attacker names the right one in {r.success.percent()} of "
+        f"{data['repetitions']} releases at sigma {r.sigma:.3g}{_beside(r)}{less}."
+    ]
+
+
+def why_below(record: AuditRecord) -> str:
+    """What the bound would need, where what was measured is far below it; "" where it is not."""
+    r, data = _most_telling(record), record.identification or {}
+    if r is None or r.worst is None or r.success.high >= r.worst or r.above_expected:
+        return ""
+    apart = math.sqrt(2 * r.count / (r.count - 1)) * data["clip_norm"]
+    return (
+        f"The bound is for the worst gradients: {r.count} of norm {data['clip_norm']:g}, each {apart:.3g} from the others, "
+        f"would give {share(r.worst)} at sigma {r.sigma:.3g}. Those of these images have a median norm of {data['norm']:.3g} "
+        f"once clipped, and the nearest other is {data['nearest']:.3g} away, in the median."
+    )
+
+
+def _most_telling(record: AuditRecord) -> Identified | None:
+    rows = identified(record)
+    if not rows:
+        return None
     most, enough = max(r.count for r in rows), seldom_named(record)
     among_most = [r for r in rows if r.count == most]
     tried = [r for r in among_most if not enough or r.sigma != enough.noise.value] or among_most
-    r = min(tried, key=lambda r: abs((r.success.value if r.bound is None else r.bound) - 0.5))
-    said = [
-        f"Told which {most} images it may be of, the best attacker names the right one in {r.success.percent()} of "
-        f"{data['repetitions']} releases at sigma {r.sigma:.3g}{_beside(r)}; a blind guess does in {share(1 / most)}."
-    ]
-    if enough:
-        said.append(f"Fewer than {enough.share:.0%} take noise of sigma {enough.noise.text(3, 'g')} or more.")
-    if r.worst is not None and r.success.high < r.worst and not r.above_expected:
-        apart = math.sqrt(2 * most / (most - 1)) * data["clip_norm"]
-        said.append(
-            f"The bound is for the worst gradients: {most} of norm {data['clip_norm']:g}, each {apart:.3g} from the others, "
-            f"would give {share(r.worst)}. Those of these images have a median norm of {data['norm']:.3g} once clipped, and "
-            f"the nearest other is {data['nearest']:.3g} away, in the median."
-        )
-    return said
+    return min(tried, key=lambda r: abs((r.success.value if r.bound is None else r.bound) - 0.5))
 
 
 def _beside(r: Identified) -> str:
     if r.bound is None:
-        return ", of which without clipping there is no bound"
+        return ""
     return f" (epsilon {r.epsilon:.4g}), where no attack can in more than gamma(1/{r.count}) = {share(r.bound)}"
 
 

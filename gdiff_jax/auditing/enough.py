@@ -59,6 +59,8 @@ def enough(record: AuditRecord) -> list[Enough]:
         words = f"the best attacker names {among} in fewer than {best.share:.0%} of cases"
         found.append(_of(record, words, best.noise, False))
     found.append(_of(record, f"these attacks recover fewer than {share:.0%}", smallest_noise(record), True))
+    words = f"the same, were methods and iterates chosen by the truth, fewer than {share:.0%}"
+    found.append(_of(record, words, smallest_noise(record, oracle=True), True))
     if record.can_recognise:
         words = f"these attacks recognise fewer than {share:.0%} among {record.candidates} candidates"
         found.append(_of(record, words, smallest_noise_to_hide(record), True))

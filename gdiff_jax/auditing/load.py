@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from gdiff_jax import algebra, modules
 from gdiff_jax import images as image_files
+from gdiff_jax.auditing import sentences
 from gdiff_jax.auditing.checks import in_other_words
 from gdiff_jax.auditing.own_gradient import check_leak
 from gdiff_jax.auditing.pick import MEASURED, Picked, pick
@@ -68,9 +69,10 @@ def audit_named(config: AuditConfig) -> Audit:
 
 
 def _show(folder: Path, audit: Audit) -> None:
-    """Of an audit that is not finished: the page, which can be opened, and the verdict."""
+    """Of an audit that is not finished: the page, which can be opened, and how much comes back."""
     page = audit.report(folder)
-    tqdm.write(f"\nso far ({len(audit.attacks)} attacks): {audit.verdict()}\n{page}\n")
+    much = " ".join(sentences.decision(audit)[:3])
+    tqdm.write(f"\nso far ({len(audit.attacks)} attacks): {much}\n{page}\n")
 
 
 def _attack(options: Run, plan: Plan, store: Store, **calls: Any) -> list[Row]:

@@ -30,8 +30,8 @@ class Audit(AuditRecord):
         return summary.smallest_noise(self, oracle)
 
     def verdict(self) -> str:
-        """The answer in a few sentences, with intervals."""
-        return " ".join(sentences.verdict(self))
+        """The answer in two paragraphs, with intervals: for those who decide, and for those who build."""
+        return "\n\n".join(sentences.paragraphs(self))
 
     def warnings(self) -> list[str]:
         """Signs that the figures may mislead."""
@@ -80,4 +80,5 @@ class Audit(AuditRecord):
         rows = [(f"{v.sigma:.3g}", v.psnr.text(), *(s.percent() for s in shares(v))) for v in self.levels()]
         cells = lambda tag, row: "<tr>" + "".join(f"<{tag}>{html.escape(text)}</{tag}>" for text in row) + "</tr>"
         table = cells("th", head) + "".join(cells("td", row) for row in rows)
-        return f"<p>{html.escape(self.verdict())}</p>" + (f"<table>{table}</table>" if rows else "")
+        told = "".join(f"<p>{html.escape(text)}</p>" for text in sentences.paragraphs(self))
+        return told + (f"<table>{table}</table>" if rows else "")

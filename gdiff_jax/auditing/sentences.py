@@ -10,7 +10,7 @@ import numpy as np
 from gdiff_jax.auditing import against_bound, between, worst
 from gdiff_jax.auditing.advice import advice
 from gdiff_jax.auditing.record import AuditRecord
-from gdiff_jax.auditing.summary import Level, attacker_picks, levels, smallest_noise
+from gdiff_jax.auditing.summary import attacker_picks, levels, smallest_noise
 from gdiff_jax.intervals import Interval
 
 FEW_IMAGES = 10
@@ -33,53 +33,70 @@ def verdict(record: AuditRecord) -> list[str]:
     return [*against_bound.findings(record), *decision(record), *advice(record)]
 
 
+def paragraphs(record: AuditRecord) -> list[str]:
+    """The same for reading: each finding, then a paragraph for each of the two."""
+    told = {"For those who decide": decision(record), "For those who build": advice(record)}
+    return [*against_bound.findings(record), *[f"{who}: {' '.join(lines)}" for who, lines in told.items() if lines]]
+
+
 def decision(record: AuditRecord) -> list[str]:
     """For those who decide: what is at risk, compared with what, how much noise prevents it, and under which assumptions."""
     if not record.has_truth:
         return [*_without_truth(record), *_assumed(record)]
-    noise_levels, about = levels(record), record.about
-    first, last, images = noise_levels[0], noise_levels[-1], len({r["leak"] for r in record.attacks})
-    noise = "without noise" if first.sigma == 0 else f"at the smallest noise tried, sigma {first.sigma:.3g}"
-    what = "images" if about["group"] == 1 else f"groups of {about['group']} images"
-    count = f"{about['num_images']} images" if about["group"] == 1 else f"{images} groups of {about['group']} images"
-    lines = [
-        f"If a gradient of {about['victim']} leaks {noise}, {first.recovered.percent()} of images are recovered at "
-        f"{about['threshold']:g} dB PSNR or better, with a median of {first.psnr.text()} dB{_among(record, first)} "
-        f"({count} x {about['seeds']} seeds; 95 % intervals).{_without_leak(record)}",
+    return [
+        *_at_risk(record),
+        *_noise_enough(record),
         *worst.sentences(record),
+        *against_bound.sentences(record),
+        _guarantee(record),
+        *_assumed(record),
     ]
-    chosen, best = smallest_noise(record), smallest_noise(record, oracle=True)
-    share = f"Fewer than {about['share']:.0%} of images are recovered "
+
+
+def _at_risk(record: AuditRecord) -> list[str]:
+    """What comes back at the smallest noise, of how many, beside what who has no gradient comes to."""
+    about, first = record.about, levels(record)[0]
+    noise = "without noise" if first.sigma == 0 else f"at the smallest noise tried, sigma {first.sigma:.3g}"
+    recognised = ""
+    if record.can_recognise:
+        recognised = f", and {first.identified.percent()} recognised among {record.candidates} candidates"
+    return [
+        f"If a gradient of {about['victim']} leaks {noise}, {first.recovered.percent()} of images are recovered at "
+        f"{about['threshold']:g} dB PSNR or better{recognised} ({_count(record)} x {about['seeds']} seeds; 95 % intervals).",
+        f"The median is {first.psnr.text()} dB{_without_leak(record)}.",
+    ]
+
+
+def _count(record: AuditRecord) -> str:
+    about = record.about
+    if about["group"] == 1:
+        return f"{about['num_images']} images"
+    return f"{len({r['leak'] for r in record.attacks})} groups of {about['group']} images"
+
+
+def _noise_enough(record: AuditRecord) -> list[str]:
+    """From which noise on few are recovered, and what is still recognised there."""
+    chosen, share = smallest_noise(record), f"{record.about['share']:.0%}"
+    recognised = _recognised(record, chosen.value)
     if chosen.value == 0:
-        lines.append(share + f"at every noise level tried, from sigma {record.sigmas[0]:.3g} on.")
+        said = f"Fewer than {share} are recovered at every noise level tried, from sigma {record.sigmas[0]:.3g} on"
     elif math.isinf(chosen.value):
-        lines.append(
-            f"No noise level tried, up to sigma {record.sigmas[-1]:.3g}, leaves fewer than {about['share']:.0%} recovered."
-        )
+        said = f"No noise level tried, up to sigma {record.sigmas[-1]:.3g}, leaves fewer than {share} recovered"
     else:
-        lines.append(
-            f"{share}from noise of sigma {noise_text(record, chosen)} on, interpolated between levels"
-            f"{_which(record, chosen)} (an oracle who picks iterates by the truth: {noise_text(record, best)})"
-            f"{_epsilon_text(record, chosen.value)}."
+        said = (
+            f"Fewer than {share} are recovered from noise of sigma {noise_text(record, chosen)} on"
+            f"{_epsilon_text(record, chosen.value)}"
         )
-    lines += _recognised(record, noise_levels, chosen.value)
-    if not about.get("unfinished") and last.recovered.value < about["share"] <= last.recovered.high:
-        lines.append(
-            f"With {images} {what} even a share of {last.recovered.value:.0%} may be one of {last.recovered.high:.0%}: "
-            f"audit more of them before you rely on the {about['share']:.0%}."
-        )
-    lines += against_bound.sentences(record)
+    return [f"{said}{recognised}."]
+
+
+def _guarantee(record: AuditRecord) -> str:
+    noise_levels = levels(record)
     if all(math.isinf(level.epsilon) for level in noise_levels):
+        last = noise_levels[-1]
         reason = next((g["reason"] for g in record.guarantees if g["sigma"] == last.sigma), "no noise")
-        lines.append(f"There is no differential-privacy guarantee: {reason}. Stronger attacks than these may exist.")
-    else:
-        lines.append("Attacks show what is possible today; the guarantees below hold against every attack.")
-    return [*lines, *_assumed(record)]
-
-
-def _which(record: AuditRecord, noise: Interval) -> str:
-    levels = between.bracket(record, noise)
-    return f" {levels[0]:.3g} and {levels[1]:.3g}" if levels else ""
+        return f"There is no differential-privacy guarantee: {reason}. Stronger attacks than these may exist."
+    return "Attacks show what is possible today; the guarantees below hold against every attack."
 
 
 def _without_leak(record: AuditRecord) -> str:
@@ -87,7 +104,7 @@ def _without_leak(record: AuditRecord) -> str:
     every = ((record.prior_only, "a sample of the prior"), (record.mean_image, "the mean image"))
     bases = {name: [r["psnr"] for r in rows if r["psnr"] is not None] for rows, name in every}
     told = [f"{name} has {np.median(psnr):.1f}" for name, psnr in bases.items() if psnr]
-    return f" Without the leak {' and '.join(told)} dB." if told else ""
+    return f"; without the leak {' and '.join(told)} dB" if told else ""
 
 
 def _assumed(record: AuditRecord) -> list[str]:
@@ -97,26 +114,16 @@ def _assumed(record: AuditRecord) -> list[str]:
     return [f"{what} {model[0].lower()}{model[1:]}"] if model else []
 
 
-def _among(record: AuditRecord, level: Level) -> str:
+def _recognised(record: AuditRecord, noise: float) -> str:
+    """What a picture below the threshold still gives away, at the first level with that noise; "" where no more than others."""
     if not record.can_recognise:
         return ""
-    return (
-        f"; {level.identified.percent()} are recognised among {record.candidates} candidates, of which a blind guess names "
-        f"{1 / record.candidates:.1%}"
-    )
-
-
-def _recognised(record: AuditRecord, noise_levels: list[Level], noise: float) -> list[str]:
-    """What a picture below the threshold still gives away, at the first level with that noise."""
-    if not record.can_recognise:
-        return []
-    last = noise_levels[-1]
-    at = next((level for level in noise_levels if level.sigma >= noise), last)
-    kappa = 1 / record.candidates
-    if at.identified.low <= kappa or at.identified.value <= at.recovered.value:  # no more than what came back anyway
-        return []
-    told = [f"at sigma {level.sigma:.3g} {level.identified.percent()}" for level in dict.fromkeys((at, last))]
-    return [f"But a poor picture can tell enough: {' and '.join(told)} are still recognised."]
+    noise_levels = levels(record)
+    at = next((level for level in noise_levels if level.sigma >= noise), noise_levels[-1])
+    if at.identified.low <= 1 / record.candidates or at.identified.value <= at.recovered.value:
+        return ""
+    there = f"{at.identified.percent()} at sigma {at.sigma:.3g}"
+    return f"; but a poor picture can tell enough, and {there} are still recognised"
 
 
 def _epsilon_text(record: AuditRecord, sigma: float) -> str:

@@ -80,38 +80,44 @@ def sentences(record: AuditRecord) -> list[str]:
     if not audited:
         return []
     worst, n, others = every[0], len(audited), len(every) - len(audited)
-    picked = f"picked out of {(record.worst or {}).get('measured')} by what may be expected without an attack"
     if worst.picked:
-        ends = up_to(record, worst), up_to(record, audited[0])
-        than = "as the worst" if ends[0] == ends[1] else "the worst"
-        of_audited = f"{than} of the {n} audited is" + ("" if ends[0] == ends[1] else f" {ends[1]}")
-        first = f"The image that leaks most ({worst.name}) is one {picked}: it is recovered {ends[0]}, {of_audited}."
+        picked = f"({worst.name}, picked out of {(record.worst or {}).get('measured')})"
+        first = f"The image that leaks most {picked} is recovered {up_to(record, worst)}"
     else:
         also = "the one" if others == 1 else f"all {others}"
         rest = [leaking for leaking in every if leaking.picked]
         degree = "as much" if others and _order(rest[0]) == _order(worst) else "less"
-        less = f"; {also} {picked} leak{'s' * (others == 1)} {degree}" if others else ""
+        of = f"picked out of {(record.worst or {}).get('measured')}"
+        less = f", {also} {of} leak{'s' * (others == 1)} {degree}" if others else ""
         alike = sum(_order(leaking) == _order(worst) for leaking in audited)
         which = f"The images that leak most of the {n} audited ({alike}) are" if alike > 1 else _the_worst(worst, n)
-        first = f"{which} recovered {up_to(record, worst)}{less}."
+        first = f"{which} recovered {up_to(record, worst)}{less}"
     another = f"like the {n} leaks more than all of them" if n > 1 else "like it leaks more"
-    return [
-        first,
-        f"Another image {another} with a probability of 1/{n + 1}, {more_for_worse(n)} more hold one as likely as not, and at "
-        f"most {share_of_worse(n):.0%} of such images do (95 %).",
-    ]
+    return [f"{first}; another {another} with a probability of 1/{n + 1}."]
 
 
 def _the_worst(worst: Leaking, n: int) -> str:
     return f"The image {f'that leaks most of the {n} audited' if n > 1 else 'audited'} ({worst.name}) is"
 
 
-def how_picked(record: AuditRecord) -> str:
-    """How images were looked for beside those audited, and how far that is to be trusted; "" where none were."""
+def note(record: AuditRecord) -> str:
+    """How many more images may leak more, how images were picked beside those audited, and how far that is to be trusted."""
+    every = ranked(record)
+    audited = [leaking for leaking in every if not leaking.picked]
+    if not audited:
+        return ""
+    n = len(audited)
+    more = (
+        f"{more_for_worse(n)} more images like the {n} audited hold one that leaks more as likely as not, and at most "
+        f"{share_of_worse(n):.0%} of such images do (95 %)."
+    )
+    return " ".join(part for part in (more, _how_picked(record, audited)) if part)
+
+
+def _how_picked(record: AuditRecord, audited: list[Leaking]) -> str:
     data = record.worst
     if not data or not data["expected"]:
         return ""
-    audited = [leaking for leaking in ranked(record) if not leaking.picked]
     of = f"{data['measured']} images" + (f", the first of {data['total']}" if data["measured"] < data["total"] else "")
     said = (
         f"Picked are, of {of}, those of the highest PSNR that may be expected from the gradient's derivative and the prior, "

@@ -317,7 +317,7 @@ def test_nothing_is_said_of_recognition_where_there_is_no_other_image():
     alone = dataclasses.replace(usual, about={**usual.about, "candidates": 1})
     assert "recognised among 10 candidates" in usual.verdict()
     assert "recognised" not in alone.verdict()
-    assert alone.verdict().startswith(usual.verdict().partition(";")[0])
+    assert alone.verdict().startswith(usual.verdict().partition(", and")[0])
     assert any("no other image was there" in text for text in alone.warnings())
     assert not any("no other image was there" in text for text in usual.warnings())
     assert "recognised" in usual._repr_html_()

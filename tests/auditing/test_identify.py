@@ -136,9 +136,10 @@ def test_a_fault_below_the_bound_is_found_by_what_is_expected():
     assert "where clipping to 1 and noise of sigma 0.5 leave 20%" in said
     fine = {**level, "counts": [{**row, "hits": 205}]}
     assert against_bound.findings(with_({**data, "levels": [fine]})) == []
-    bound, why = against_bound.sentences(with_({**data, "levels": [fine]}))
-    assert "20% [18, 23] of 1000 releases" in bound
-    assert "each 1.49 from the others, would give 65%" in why
+    as_said = with_({**data, "levels": [fine]})
+    (told,) = against_bound.sentences(as_said)
+    assert "20% [18, 23] of 1000 releases" in told
+    assert "each 1.49 from the others, would give 65% at sigma 0.5" in against_bound.why_below(as_said)
 
 
 def test_at_the_bound_itself_chance_is_no_finding():
@@ -165,6 +166,7 @@ def test_nothing_is_measured_where_the_best_attacker_is_not_known(planned, data,
     assert found.keys() == {"reason"}
     assert reason in found["reason"]
     assert against_bound.identified(with_(found)) == against_bound.sentences(with_(found)) == []
+    assert against_bound.why_below(with_(found)) == ""
 
 
 def test_nothing_is_measured_of_several_images(plan):
@@ -188,10 +190,10 @@ def test_the_noise_is_found_where_success_crosses_the_share(planned, data, mecha
     assert against_bound.findings(record) == against_bound.warnings(record) == []
     (best,) = (e for e in enough(record) if "the best attacker names an image drawn from 6" in e.wanted)
     assert best.noise == (sigma, low, high)
-    assert f"Fewer than 40% take noise of sigma {sigma:.3g} [" in " ".join(against_bound.sentences(record))
+    assert f"fewer than 40% take noise of sigma {sigma:.3g} [" in " ".join(against_bound.sentences(record))
     if mechanism is not clipped:
         assert (at.epsilon, at.bound, at.worst, found["clip_norm"]) == (None,) * 4
-        assert "of which without clipping there is no bound" in against_bound.sentences(record)[0]
+        assert "gamma" not in against_bound.sentences(record)[0]
 
 
 def test_noise_is_found_to_be_too_little_without_a_bound(planned, data, monkeypatch):

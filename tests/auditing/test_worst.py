@@ -74,38 +74,44 @@ def test_images_that_were_picked_are_in_no_average():
 
 def test_what_is_said_of_the_worst():
     said = lambda audit: " ".join(worst.sentences(audit))
-    assert "most of the 3 audited (1) is recovered up to sigma 0.15." in said(AUDIT)
-    assert "a probability of 1/4, 3 more hold one as likely as not, and at most 63% of such" in said(AUDIT)
+    assert (
+        "most of the 3 audited (1) is recovered up to sigma 0.15; another like the 3 leaks more than all of them with"
+        in said(AUDIT)
+    )
+    assert "a probability of 1/4." in said(AUDIT)
+    assert worst.note(AUDIT) == (
+        "3 more images like the 3 audited hold one that leaks more as likely as not, and at most 63% of such images do (95 %)."
+    )
     more = lambda *psnr: dataclasses.replace(AUDIT, worst=beside(*psnr))
     higher = said(more((60.0, 50.0, 40.0, 30.0)))
-    assert "(3) is one picked out of 50" in higher
-    assert "even at sigma 1, the most that was tried, the worst of the 3 audited is up to sigma 0.15." in higher
+    assert "The image that leaks most (3, picked out of 50) is recovered even at sigma 1, the most that was tried;" in higher
     assert "a probability of 1/4" in higher  # of those that were not picked
-    assert "; the one picked out of 50 by what may be expected without an attack leaks less." in said(more((9.0,) * 4))
+    assert ", the one picked out of 50 leaks less;" in said(more((9.0,) * 4))
     solved = [(150.0,) * 4] * 3
     alike = dataclasses.replace(make(trials_of(solved), images=3, seeds=1), worst=beside((190.0,) * 4))
     assert "The images that leak most of the 3 audited (3) are recovered even at" in said(alike)
-    assert "leaks as much." in said(alike)
-    assert "; all 2 picked" in said(more((9.0,) * 4, (9.0,) * 4))
+    assert "leaks as much;" in said(alike)
+    assert ", all 2 picked" in said(more((9.0,) * 4, (9.0,) * 4))
     nothing = make(trials_of([(9.0,) * 4] * 3), images=3, seeds=1)
     assert "recovered at no noise level tried" in said(nothing)
     groups = dataclasses.replace(AUDIT, about={**AUDIT.about, "group": 3})
     unknown = dataclasses.replace(AUDIT, about={**AUDIT.about, "has_truth": False})
     assert worst.sentences(groups) == worst.sentences(unknown) == []
+    assert worst.note(groups) == worst.note(unknown) == ""
 
 
 def test_how_far_the_picking_is_to_be_trusted():
     """Told by the images that were not picked: their expectation rises with their number."""
     rising = make(images=6, seeds=1)
     data = beside((60.0, 50.0, 40.0, 30.0), images=6)
-    told = worst.how_picked(dataclasses.replace(rising, worst=data))
+    told = worst.note(dataclasses.replace(rising, worst=data))
     assert "of 50 images, the first of 60, those of the highest PSNR" in told
     assert "Of the 6 audited it has a rank correlation of 1.00" in told
     falling = {**data, "expected": data["expected"][::-1]}
-    assert "a rank correlation of -1.00" in worst.how_picked(dataclasses.replace(rising, worst=falling))
+    assert "a rank correlation of -1.00" in worst.note(dataclasses.replace(rising, worst=falling))
     unknown = {**data, "expected": [[None] * len(SIGMAS), *data["expected"][1:]]}
-    assert "correlation" not in worst.how_picked(dataclasses.replace(rising, worst=unknown))
-    assert worst.how_picked(rising) == ""
+    assert "correlation" not in worst.note(dataclasses.replace(rising, worst=unknown))
+    assert "Picked" not in worst.note(rising)
 
 
 def planted():
