@@ -67,7 +67,8 @@ def _change(record: AuditRecord) -> list[str]:
     about = record.about
     if not record.has_truth:
         return ["How close an attacker comes is told by an audit of the model with images of your own."]
-    lines = list[str]()
+    lines, by_command = list[str](), "victim_given" in about
+    by_mechanism = f", by {about['mechanism']}" if by_command else ""
     noise, against = max(_needed(record), key=lambda pair: pair[0])
     if against_bound.findings(record):
         lines.append("First mend the mechanism: the other figures are of it as it is.")
@@ -76,16 +77,12 @@ def _change(record: AuditRecord) -> list[str]:
     elif math.isinf(noise):
         lines.append(f"More noise is needed{against}: try more than sigma {record.sigmas[-1]:.3g}.")
     else:
-        lines.append(
-            f"Release with at least the noise that is told above{against}, sigma {noise:.2g}, by {about['mechanism']}."
-        )
+        lines.append(f"Release with at least the noise that is told above{against}, sigma {noise:.2g}{by_mechanism}.")
     norms = [r["gradient_norm"] for r in record.at(record.sigmas[0]) if r["gradient_norm"]]
     if norms and any(g["reason"] == "no clipping" for g in record.guarantees):
-        lines.append(
-            f"A guarantee takes clipping as well, for instance to the gradients' median norm, {np.median(norms):.2g}, by "
-            f"clip:{np.median(norms):.2g}+gaussian."
-        )
-    by_command = "victim_given" in about
+        norm = f"{np.median(norms):.2g}"
+        clip = f"clip:{norm}+gaussian" if by_command else f"Chain((Clip({norm}), GaussianNoise(sigma)))"
+        lines.append(f"A guarantee takes clipping as well, for instance to the gradients' median norm, by {clip}.")
     compare = "audit.py compare BEFORE AFTER" if by_command else "gd.compare(before, after)"
     fail_if = f"; --fail_if='recovered > {about['share']:g}' keeps a pipeline to it" if by_command else ""
     return [

@@ -63,7 +63,7 @@ CHANGES = {
     "Release with at least the noise that is told above, sigma": {"some", "clipped"},
     "First mend the mechanism": {"faulty"},
     "with images of your own": {"unknown"},
-    "A guarantee takes clipping as well, for instance to the gradients' median norm, 10, by clip:10+": {
+    "for instance to the gradients' median norm, by Chain((Clip(10), GaussianNoise(sigma)))": {
         "nothing",
         "some",
         "all",
@@ -82,6 +82,7 @@ def test_a_command_is_checked_by_the_command():
     said = " ".join(advice.advice(by_command))
     assert "by audit.py compare BEFORE AFTER; --fail_if='recovered > 0.25' keeps a pipeline to it" in said
     assert "gd.compare" not in said
+    assert "median norm, by clip:10+gaussian." in said
 
 
 def test_an_audit_that_is_not_finished_gives_no_advice():
