@@ -130,7 +130,9 @@ class AuditRecord:
             version = data["format"]
             if version in READ:
                 return cls(**{name: data[name] for name in _FIELDS if name in data})
-        except (OSError, ValueError, TypeError, KeyError) as error:
+        except OSError as error:
+            raise ValueError(f"{path} cannot be read: {error.strerror}; an audit leaves audit.json in its --out") from None
+        except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{path} is not an audit.json that an audit wrote ({type(error).__name__}: {error})") from None
         later = isinstance(version, int) and version > FORMAT
         remedy = "read it with a later version of gdiff_jax" if later else "make it again"

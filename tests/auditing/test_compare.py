@@ -400,7 +400,7 @@ def test_each_aim_has_its_own_pick():
     [
         (["compare"], "compare: 0 audits to compare; name two or more folders"),
         (["compare", "{a}"], "compare: 1 audits to compare"),
-        (["compare", "{a}", "nowhere"], "compare: nowhere is not an audit.json"),
+        (["compare", "{a}", "nowhere"], "compare: nowhere cannot be read: No such file"),
         (["compare", "{a}", "{a}"], "the same audit twice"),
         (["compare", "{a}", "{begun}"], "the audit there has not finished its first attacks"),
         (["compare", "{a}", "{a}/.."], "holds no audit.json; name the folder of an audit"),
