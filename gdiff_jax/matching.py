@@ -39,8 +39,8 @@ def _dot(a: Gradient, b: Gradient) -> jax.Array:
 
 
 def _safe_sqrt(s: jax.Array) -> jax.Array:
-    """sqrt with derivative 0 at 0: a gradient that matches exactly asks for no change, not for nan."""
-    positive = s > 0
+    """sqrt with derivative 0 at 0: a gradient that matches exactly asks for no change, not for nan; of nan it is nan."""
+    positive = ~(s <= 0)
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, s, 1.0)), 0.0)
 
 

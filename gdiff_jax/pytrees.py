@@ -1,4 +1,4 @@
-"""Frozen dataclasses as pytrees, each class a tree of its own."""
+"""Frozen dataclasses as pytrees, each class a tree of its own; and a tree's arrays in float64."""
 
 from __future__ import annotations
 
@@ -51,3 +51,14 @@ def at_least_float32(tree: Any) -> Any:
         return leaf.astype(jnp.float32) if leaf.dtype.itemsize < 4 else leaf
 
     return jax.tree.map(widened, tree)
+
+
+def as_float64(tree: Any) -> Any:
+    """A pytree with its arrays of floats, of whichever kind, in float64, which JAX must have been told to know."""
+
+    def cast(a: Any) -> jax.Array:  # by NumPy: JAX would compile a program for each shape
+        array = np.asarray(a)
+        array = array.astype(np.float64) if jnp.issubdtype(array.dtype, jnp.floating) else array
+        return jnp.asarray(array, array.dtype)
+
+    return jax.tree.map(cast, tree)

@@ -235,6 +235,13 @@ def test_exact_match_asks_for_no_change(distance) -> None:
     assert np.all(np.asarray(grad) == 0)
 
 
+@pytest.mark.parametrize("distance", [l2, cosine])
+def test_a_gradient_that_is_not_finite_is_not_told_as_near(distance) -> None:
+    """Its distance would else be 0, the least of all iterates."""
+    ones = {"w": jnp.ones(3)}
+    assert jnp.isnan(distance({"w": jnp.array([1.0, jnp.nan, 1.0])}, ones))
+
+
 @pytest.mark.usefixtures("x64")
 def test_cosine_of_zero_is_one_without_nan() -> None:
     zero, one = jnp.zeros(3), jnp.ones(3)

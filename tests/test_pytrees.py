@@ -2,10 +2,11 @@
 
 import jax
 import jax.numpy as jnp
+import pytest
 
 from gdiff_jax.mechanisms import GaussianNoise, LaplaceNoise
 from gdiff_jax.methods import DSG, CalibratedDSG
-from gdiff_jax.pytrees import pytree, static
+from gdiff_jax.pytrees import as_float64, pytree, static
 
 
 @pytree
@@ -39,3 +40,11 @@ def test_a_tree_has_paths_and_comes_back():
     assert again.offset == 6
     assert again.name == "rising"
     assert hash(jax.tree.structure(line)) == hash(jax.tree.structure(again))
+
+
+@pytest.mark.usefixtures("x64")
+def test_arrays_of_floats_are_widened_of_whichever_kind():
+    """NumPy's own kind of a bfloat16 is no float."""
+    tree = {"b": jnp.ones(2, jnp.bfloat16), "h": jnp.ones(2, jnp.float16), "n": jnp.arange(3)}
+    wide = as_float64(tree)
+    assert [wide[name].dtype for name in "bhn"] == [jnp.float64, jnp.float64, tree["n"].dtype]

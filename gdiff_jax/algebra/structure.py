@@ -16,6 +16,7 @@ from gdiff_jax import numerics
 from gdiff_jax.algebra.chain import find_chain
 from gdiff_jax.algebra.layers import Layer, activation_of, direct_leaf, layers_of
 from gdiff_jax.algebra.links import Kind
+from gdiff_jax.pytrees import as_float64
 
 Loss = Callable[[Any, jax.Array, Any], jax.Array]
 
@@ -57,10 +58,7 @@ class Structure:
 
 def wide(tree: Any) -> list[jax.Array]:
     """Its arrays, those of floats in float64; within `on_host`."""
-    floating = lambda a: jnp.issubdtype(a.dtype, jnp.floating)
-    arrays = [np.asarray(a) for a in jax.tree.leaves(tree)]
-    arrays = [a.astype(np.float64) if floating(a) else a for a in arrays]  # by NumPy, which compiles nothing
-    return [jnp.asarray(a, a.dtype) for a in arrays]
+    return jax.tree.leaves(as_float64(tree))
 
 
 @functools.lru_cache(maxsize=16)

@@ -12,6 +12,7 @@ import numpy as np
 from gdiff_jax.images import to_model
 from gdiff_jax.matching import Loss, victim_gradient
 from gdiff_jax.metrics import psnr_from_error
+from gdiff_jax.pytrees import as_float64
 from gdiff_jax.theory import jacobian, limits, spectrum
 
 LARGEST_GRAM = 4096  # pixels x channels; above it the spectrum is estimated
@@ -45,11 +46,11 @@ def exact_spectra(
       A dict an image; limits are sums of squared errors over the pixels, one a sigma.
     """
     with jax.enable_x64(True):
-        wide = _wide(params)
+        wide = as_float64(params)
         gram_of = jax.jit(lambda p, x, y: jacobian.gram(loss, p, x, y))
         found = []
         for i, image in enumerate(x):
-            gram = gram_of(wide, jnp.asarray(image, jnp.float64), _wide(_label(y, i)))
+            gram = gram_of(wide, jnp.asarray(image, jnp.float64), as_float64(_label(y, i)))
             values = jnp.linalg.eigvalsh(gram)
             d, top = values.size, float(values[-1])
             row = {
@@ -160,13 +161,6 @@ def summarise(
 def _label(y: Any, i: int) -> Any:
     """Of image i."""
     return jax.tree.map(lambda a: jnp.asarray(a[i]), y)
-
-
-def _wide(tree: Any) -> Any:
-    """Floating arrays in float64."""
-    widened = lambda a: a.astype(np.float64) if a.dtype.kind == "f" else a
-    on_device = lambda a: jnp.asarray(a, a.dtype)  # cast by NumPy: JAX would compile a program for each shape
-    return jax.tree.map(lambda a: on_device(widened(np.asarray(a))), tree)
 
 
 def _mean_share(part: np.ndarray, whole: np.ndarray) -> float:
