@@ -134,7 +134,7 @@ def tiny_prior(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny prior for 16 px (`prior`) and six labelled images of that size (`images.npz`)."""
     from tiny import once
 
-    from gdiff_jax.training.prior import SCHEDULER
+    from gdiff_jax.training.start import SCHEDULER
 
     def make(root: Path) -> None:
         denoise = Denoiser(init_params(jax.random.key(0), PATCHED), PATCHED)

@@ -89,12 +89,13 @@ def command(
     text: str | None,
     usual: tuple[str, ...] = (),
     others: Others = types.MappingProxyType({}),
+    word: str = "",
 ) -> None:
     """`run` with the flags of these settings; --help begins with this text, then has the `usual` ones."""
     for defaults in settings:
         define_flags(defaults)
     help.install(lambda: help.page(text, settings, usual))
-    run(main, others)
+    run(main, others, word)
 
 
 def given(name: str) -> bool:
@@ -102,10 +103,11 @@ def given(name: str) -> bool:
     return flags.FLAGS[name].present > 0
 
 
-def run(main: Callable[[], None], others: Others = types.MappingProxyType({})) -> None:
+def run(main: Callable[[], None], others: Others = types.MappingProxyType({}), word: str = "") -> None:
     """Parses the flags and calls main; bad input ends with one line on stderr and exit code 2.
 
-    Where the first word that is no flag is one of `others`, that is called in its place, with the words after it.
+    Where the first word that is no flag is one of `others`, that is called in its place, with the words after it. With `word`,
+    the name of a flag, one word that is no flag is that flag's value.
     """
 
     def parse(argv: list[str]) -> list[str]:
@@ -116,8 +118,14 @@ def run(main: Callable[[], None], others: Others = types.MappingProxyType({})) -
             _fail(f"--{error.flagname} is not a flag{_meant(near)} (--help lists the flags)")
         except flags.Error as error:
             _fail(f"{str(error).splitlines()[0]} (--help lists the flags)")
+        for value in [text for text in rest[1:] if not _forgot_dashes(text)] if word else []:
+            if given(word):
+                _fail(f"{value!r} is one too many: --{word} is {flags.FLAGS[word].value!r}; quote a name with spaces")
+            flags.FLAGS[word].parse(value)
+            flags.FLAGS[word].present += 1
+            rest.remove(value)
         if len(rest) > 1 and rest[1] not in others:
-            near = [f"--{rest[1]}"] if rest[1].partition("=")[0] in flags.FLAGS else difflib.get_close_matches(rest[1], others)
+            near = [f"--{rest[1]}"] if _forgot_dashes(rest[1]) else difflib.get_close_matches(rest[1], others)
             _fail(f"{rest[1]!r} is not a flag; flags are written --name=value{_meant(near)} (--help lists them)")
         return rest
 
@@ -145,6 +153,11 @@ def run(main: Callable[[], None], others: Others = types.MappingProxyType({})) -
     end_at_once_on_signals()
     logging.set_verbosity(logging.WARNING)  # jax and orbax tell each step of theirs at INFO
     app.run(guarded, flags_parser=parse)
+
+
+def _forgot_dashes(text: str) -> bool:
+    """Whether a word is NAME=VALUE of a flag, and no file of that name is there."""
+    return text.partition("=")[0] in flags.FLAGS and not os.path.exists(text)
 
 
 def _meant(near: list[str]) -> str:

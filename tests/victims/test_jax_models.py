@@ -23,7 +23,7 @@ from gdiff_jax.matching import victim_gradient
 from gdiff_jax.modules import init_params
 from gdiff_jax.priors import Denoiser, Prior, save_prior
 from gdiff_jax.schedule import make_betas
-from gdiff_jax.training.prior import SCHEDULER
+from gdiff_jax.training.start import SCHEDULER
 from gdiff_jax.victims import checks, own, saved_trees, uses
 
 IMAGE = np.random.default_rng(0).uniform(-1, 1, (32, 32, 3)).astype(np.float32)
