@@ -69,4 +69,4 @@ def shown(text: str) -> str:
 def say(text: str) -> None:
     """Prints a line, whatever the names of files in it are: what the terminal's encoding lacks is written out in escapes."""
     encoding = sys.stdout.encoding or "utf-8"
-    print(text.encode(encoding, "backslashreplace").decode(encoding))
+    print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)

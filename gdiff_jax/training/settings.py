@@ -30,7 +30,7 @@ class PriorTraining:
     out: str = option("runs/prior", "folder for checkpoints, log, samples.png and the exported prior")
     steps: int = option(10000, "optimiser steps in all")
     batch: int = option(64, "images a step")
-    learning_rate: float | None = option(None, "Adam's, while it is constant; 6e-4, with --prior 1e-4, if not given")
+    learning_rate: float = option(6e-4, "Adam's learning rate while it is constant")
     warmup: int = option(300, "steps of linear warm-up, at most a tenth of all")
     decay: float = option(0.3, "share of the steps, at the end, over which the learning rate falls to 0")
     ema: float = option(0.9995, "decay of the exponential moving average that is exported")
@@ -40,11 +40,6 @@ class PriorTraining:
     save_every: int = option(500, "steps between checkpoints")
     data_name: str = option("", "how the card names the data and its terms; the name of --data if empty")
     heldout: int = option(2000, "images, never trained on, to measure the eps-loss with")
-
-    @property
-    def peak(self) -> float:
-        """The learning rate while it is constant."""
-        return (1e-4 if self.prior else 6e-4) if self.learning_rate is None else self.learning_rate
 
     def check(self) -> None:
         _check_filled(self, "data", "out")
@@ -58,7 +53,7 @@ class PriorTraining:
         need(self.dtype in ("float32", "bfloat16"), f"--dtype {self.dtype} is not known; use float32 or bfloat16")
         for name in ("steps", "batch", "save_every", "heldout"):
             need(getattr(self, name) >= 1, f"--{name} {getattr(self, name)} must be at least 1")
-        need(self.peak > 0, f"--learning_rate {self.peak} must be positive")
+        need(self.learning_rate > 0, f"--learning_rate {self.learning_rate} must be positive")
         need(self.warmup >= 0, f"--warmup {self.warmup} must be 0 or more")
         need(0 <= self.decay <= 1, f"--decay {self.decay} must be a share of the steps, from 0 to 1")
         need(0 <= self.ema < 1, f"--ema {self.ema} must be from 0 to below 1")

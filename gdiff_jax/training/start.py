@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,11 @@ import numpy as np
 
 from gdiff_jax.errors import ConfigError, need
 from gdiff_jax.files import say
+from gdiff_jax.images import folders
+from gdiff_jax.modules import param_shapes
 from gdiff_jax.priors import Prior, UNet2DConfig, load_prior
 from gdiff_jax.priors.schedulers import Diffusion, read_scheduler
+from gdiff_jax.sweeping.memory import GIB
 from gdiff_jax.training.data import load_split
 from gdiff_jax.training.settings import PriorTraining
 
@@ -42,6 +46,10 @@ class Start:
     @functools.cached_property
     def diffusion(self) -> Diffusion:
         return read_scheduler(self.scheduler)
+
+    @property
+    def parameters(self) -> int:
+        return sum(map(math.prod, param_shapes(self.network).values()))
 
     @property
     def sha256(self) -> str:
@@ -131,6 +139,35 @@ def start_of(prior: Prior) -> Start:
     return Start(dataclasses.replace(network, dropout=0.0), scheduler, prior)
 
 
+def need_memory(count: int, shape: tuple[int, ...], parameters: int, limit: int) -> None:
+    """That what lies on each device for the whole of a training fits into `limit` bytes: all images, uint8, and of each
+    parameter, float32, itself, its average, its gradient and Adam's two moments. A step's own memory comes on top.
+
+    Raises:
+      ConfigError: with what is needed, what there is, and what to change.
+    """
+    needed = count * math.prod(shape) + 5 * 4 * parameters
+    need(
+        needed <= limit,
+        f"--data: {count} images {shape} and {parameters:,} parameters take at least {needed / GIB:.2f} GiB of each device, "
+        f"there are {limit / GIB:.2f}; give fewer images or a smaller --size",
+    )
+
+
+def count_pictures(source: str) -> int:
+    """Of a folder or .zip of pictures how many are to be trained on, none read; 0 of another source, or of a broken one."""
+    path = Path(source)
+    listed = folders.in_folder if path.is_dir() else folders.in_zip if path.suffix.lower() == ".zip" else None
+    try:
+        files = listed and listed(path, "train")
+    except (OSError, ValueError):  # which `load_data` tells
+        return 0
+    if files is None:
+        return 0
+    count = len(files.names)
+    return count if files.has_splits else count - count // 10
+
+
 def load_data(settings: PriorTraining, shape: tuple[int, int, int] | None) -> tuple[np.ndarray, np.ndarray]:
     """(training images, held-out images), both (N, H, W, C) uint8, see `load_split`.
 
@@ -161,11 +198,15 @@ def load_data(settings: PriorTraining, shape: tuple[int, int, int] | None) -> tu
     return np.ascontiguousarray(images), np.ascontiguousarray(held)
 
 
-def read_start(settings: PriorTraining) -> tuple[Start, np.ndarray, np.ndarray]:
+def read_start(settings: PriorTraining, limit: int) -> tuple[Start, np.ndarray, np.ndarray]:
     """What it begins with, the training images and the held-out ones.
 
+    Args:
+      settings: of the training.
+      limit: bytes of a device, see `need_memory`.
+
     Raises:
-      ConfigError: where one of them cannot be had, or they do not fit each other.
+      ConfigError: where one of them cannot be had, or they do not fit each other or a device.
     """
     given = None
     if settings.prior:
@@ -173,5 +214,10 @@ def read_start(settings: PriorTraining) -> tuple[Start, np.ndarray, np.ndarray]:
     elif settings.config:
         given = Start(read_network(settings), SCHEDULER)
     say(f"reading {settings.data}")
-    images, heldout = load_data(settings, None if given is None else given.network.image_shape)
-    return given or Start(network_for(images.shape[1], images.shape[-1]), SCHEDULER), images, heldout
+    shape = None if given is None else given.network.image_shape
+    least = shape or (settings.size or SIZE, settings.size or SIZE, 1)
+    need_memory(count_pictures(settings.data), least, 0, limit)  # before they are read, which may take an hour
+    images, heldout = load_data(settings, shape)
+    start = given or Start(network_for(images.shape[1], images.shape[-1]), SCHEDULER)
+    need_memory(len(images), images.shape[1:], start.parameters, limit)
+    return start, images, heldout

@@ -148,10 +148,21 @@ def test_pictures_of_a_folder_are_read_whatever_they_are(tmp_path, capsys):
 
 
 def test_images_that_do_not_fit_into_a_device_are_refused():
-    images = np.zeros((2**10, 32, 32, 1), np.uint8)  # 1 MiB
-    prior.need_memory(images, 2**20, 21 * 2**20)
-    with pytest.raises(ConfigError, match=r"1024 images \(32, 32, 1\) .* take 0\.02 GiB of each device, .* fewer images"):
-        prior.need_memory(images, 2**20, 21 * 2**20 - 1)
+    of = (2**10, (32, 32, 1), 2**20)  # 1 MiB of images, 20 of parameters and what is kept of each
+    start.need_memory(*of, 21 * 2**20)
+    with pytest.raises(ConfigError, match=r"1024 images \(32, 32, 1\) .* at least 0\.02 GiB of each device, .* fewer images"):
+        start.need_memory(*of, 21 * 2**20 - 1)
+
+
+def test_too_many_pictures_are_refused_before_they_are_read(tmp_path):
+    (tmp_path / "train").mkdir()
+    for name in ("train/0.png", "train/1.png", ".hidden.png", "a.txt"):
+        (tmp_path / name).write_bytes(b"no picture")
+    assert start.count_pictures(str(tmp_path)) == 2
+    with pytest.raises(ConfigError, match="give fewer images"):
+        start.read_start(PriorTraining(data=str(tmp_path)), 2 * 32 * 32 - 1)
+    with pytest.raises(ConfigError, match="cannot be read as a picture"):
+        start.read_start(PriorTraining(data=str(tmp_path)), 2 * 32 * 32)
 
 
 @pytest.mark.parametrize(
