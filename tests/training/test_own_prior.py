@@ -50,7 +50,7 @@ def loose():
 def tuning(given, out, **changes):
     return PriorTraining(
         **{
-            **dict(data=f"{given}/images.npz", prior=f"{given}/tuned", out=str(out), steps=4, batch=8, save_every=2, warmup=0),
+            **dict(data=f"{given}/images.npz", prior=f"{given}/tuned", out=str(out), steps=4, batch=8, save_every=1, warmup=0),
             **changes,
         }
     )
@@ -63,7 +63,7 @@ def test_a_prior_is_tuned_to_the_same_weights_killed_or_not_watched_or_not(given
     monkeypatch.setattr(prior, "draw_samples", lambda *_, drawn=prior.draw_samples: pictures.append(drawn(*_)) or pictures[-1])
     monkeypatch.setattr(prior, "SAMPLES_EVERY", 0.0)
     watched = load_prior(prior.train_prior(tuning(given, tmp_path / "a")))
-    assert [p.shape for p in pictures] == [(prior.SAMPLES, 8, 8, 3)] * 2
+    assert [p.shape for p in pictures] == [(prior.SAMPLES, 8, 8, 3)] * 4
 
     before = load_prior(given / "tuned")
     np.testing.assert_array_equal(watched.betas, before.betas)
@@ -73,7 +73,7 @@ def test_a_prior_is_tuned_to_the_same_weights_killed_or_not_watched_or_not(given
     of_tuned = eps_mse_by_level(before.denoise, before.schedule(), held, prior.SHOWN_LEVELS)
     assert {int(t): v for t, v in first["heldout"].items()} == pytest.approx(of_tuned, rel=1e-4)
 
-    # Killed after the row of step 4 and before its checkpoint, while that row is written again.
+    # Killed after the row of step 2 and before its checkpoint, while that row is written again.
     monkeypatch.setattr(prior, "SAMPLES_EVERY", 1e9)
     saves = iter([prior._save])
 
@@ -85,10 +85,11 @@ def test_a_prior_is_tuned_to_the_same_weights_killed_or_not_watched_or_not(given
         with pytest.raises(StopIteration):
             prior.train_prior(tuning(given, tmp_path / "b"))
     with open(tmp_path / "b" / "log.jsonl", "a") as file:
-        file.write('{"step": 4, "lo')
+        file.write('{"step": 2, "lo')
     again = load_prior(prior.train_prior(tuning(given, tmp_path / "b")))
     assert again.sha256 == watched.sha256 != before.sha256
-    assert [row["step"] for row in log.read(tmp_path / "b" / "log.jsonl")] == [0, 2, 4]
+    assert [row["step"] for row in log.read(tmp_path / "b" / "log.jsonl")] == [0, 1, 2, 3, 4]
+    assert len(pictures) == 4 + 1 + 2  # of each start the first checkpoint, and the end
 
     (tmp_path / "config.json").write_text(json.dumps(NETWORK.to_diffusers()))
     for changes, said in (
