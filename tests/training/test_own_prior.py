@@ -57,7 +57,7 @@ def tuning(given, out, **changes):
 
 
 @pytest.mark.long
-def test_a_prior_is_tuned_to_the_same_weights_killed_or_not_watched_or_not(given, loose, tmp_path, monkeypatch):
+def test_a_prior_is_tuned_to_the_same_weights_killed_or_not_watched_or_not(given, loose, tmp_path, monkeypatch, capsys):
     pictures = []
     monkeypatch.setattr(prior, "write_card", lambda *_: None)
     monkeypatch.setattr(prior, "draw_samples", lambda *_, drawn=prior.draw_samples: pictures.append(drawn(*_)) or pictures[-1])
@@ -79,6 +79,7 @@ def test_a_prior_is_tuned_to_the_same_weights_killed_or_not_watched_or_not(given
 
     def killed(*arguments):
         next(saves)(*arguments)
+        arguments[0].checkpoints.wait_until_finished()
 
     with monkeypatch.context() as m:
         m.setattr(prior, "_save", killed)
@@ -88,7 +89,9 @@ def test_a_prior_is_tuned_to_the_same_weights_killed_or_not_watched_or_not(given
         file.write('{"step": 2, "lo')
     again = load_prior(prior.train_prior(tuning(given, tmp_path / "b")))
     assert again.sha256 == watched.sha256 != before.sha256
-    assert [row["step"] for row in log.read(tmp_path / "b" / "log.jsonl")] == [0, 1, 2, 3, 4]
+    assert "resumed from step 1 " in capsys.readouterr().out
+    lines = (tmp_path / "b" / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [0, 1, 2, 3, 4]
     assert len(pictures) == 4 + 1 + 2  # of each start the first checkpoint, and the end
 
     (tmp_path / "config.json").write_text(json.dumps(NETWORK.to_diffusers()))
