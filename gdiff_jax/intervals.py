@@ -30,9 +30,15 @@ class Interval(NamedTuple):
         return f"{self.value:.{digits}{kind}}{bounds}"
 
     def percent(self, digits: int = 0) -> str:
+        """Shares in per cent; what is not all is not rounded to 100, and what is not nothing not to 0."""
         if math.isnan(self.value):
             return "-"
-        return f"{self.value:.{digits}%} [{100 * self.low:.{digits}f}, {100 * self.high:.{digits}f}]"
+
+        def one(share: float) -> str:
+            shown = next((n for n in (digits, digits + 1, digits + 2) if 0 < round(100 * share, n) < 100), digits)
+            return f"{100 * share:.{digits if share in (0, 1) else shown}f}"
+
+        return f"{one(self.value)}% [{one(self.low)}, {one(self.high)}]"
 
 
 def _draws(groups: int) -> np.ndarray:

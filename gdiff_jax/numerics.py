@@ -11,6 +11,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import jax
 
+_HASH = re.compile("[0-9a-f]{64}")
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -51,10 +52,22 @@ def unusual() -> dict[str, Any]:
 
 
 def differences(one: dict[str, Any], other: dict[str, Any]) -> str:
-    """Where two identities differ, at most three entries of them with both values; "" where they do not."""
+    """Where two identities differ, at most three entries of them with both values; "" where they do not.
+
+    What is a hash, or holds hashes, comes last, and only its name is told: a reader learns nothing of it.
+    """
     names = [k for k in sorted(one.keys() | other.keys()) if one.get(k, USUAL.get(k)) != other.get(k, USUAL.get(k))]
-    both = lambda k: f"{k} was {one.get(k, USUAL.get(k))!r}, is {other.get(k, USUAL.get(k))!r}"
-    return "; ".join(map(both, names[:3]))
+    hashed = lambda k: any(_HASH.search(str(side.get(k))) for side in (one, other))
+
+    def both(k: str) -> str:
+        if not hashed(k):
+            return f"{k} was {one.get(k, USUAL.get(k))!r}, is {other.get(k, USUAL.get(k))!r}"
+        was, now = (side.get(k) for side in (one, other))
+        if not (isinstance(was, dict) and isinstance(now, dict)):
+            return f"{k} is another"
+        return f"{k} of {', '.join(n for n in sorted(was.keys() | now.keys()) if was.get(n) != now.get(n))} is another"
+
+    return "; ".join(map(both, sorted(names, key=hashed)[:3]))
 
 
 def _here(name: str) -> Any:

@@ -177,6 +177,7 @@ def fitted(victim, image, label, other):
     return params
 
 
+@pytest.mark.long
 def test_a_network_that_fits_its_image_is_refined_from_the_mean_of_images():
     """The deltas of an estimate far off lead elsewhere, those that leaked to the image; what a search found does not count."""
     victim, label, sigma = cnn(SHAPE, CLASSES, channels=(12, 24)), jnp.asarray(2), jnp.float32(1e-5)
@@ -193,6 +194,7 @@ def test_a_network_that_fits_its_image_is_refined_from_the_mean_of_images():
     assert error(refined(problem, lost)) < 1e-3
 
 
+@pytest.mark.long
 def test_a_clipped_gradient_is_one_with_more_noise():
     """How much was clipped is found: the image is about as good as of the gradient whole with noise as much larger."""
     victim, sigma = mlp(SHAPE, CLASSES, widths=(128, 64)), 0.03
@@ -236,7 +238,11 @@ def test_what_is_refined_is_found_by_a_method_of_its_own(victim, refined):
 
 
 @pytest.mark.parametrize(
-    "victim", [mlp(SHAPE, CLASSES, widths=(16,)), cnn(SHAPE, CLASSES, channels=(12, 24))], ids=["mlp", "cnn"]
+    "victim",
+    [
+        pytest.param(mlp(SHAPE, CLASSES, widths=(16,)), id="mlp"),
+        pytest.param(cnn(SHAPE, CLASSES, channels=(12, 24)), id="cnn", marks=pytest.mark.long),
+    ],
 )
 def test_under_noise_structure_finds_more_than_a_search(victim):
     """Of an image that the prior knows nothing of."""
@@ -275,6 +281,7 @@ def test_what_pooling_hides_is_found_without_noise_from_a_first_estimate():
     assert jnp.abs(image - IMAGE).max() < 1e-4
 
 
+@pytest.mark.long
 def test_what_is_expected_is_of_what_was_kept():
     """Of a candidate that takes the place of the estimate no deviation is told."""
     victim = mlp(SHAPE, CLASSES, widths=(16,))

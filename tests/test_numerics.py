@@ -100,3 +100,10 @@ def test_factorisations_take_one_thread_while_leaks_are_solved_and_as_many_as_be
                 pass
             assert set(threads()) == {1}
         assert threads() == before
+
+
+def test_of_what_differs_settings_are_told_by_value_and_hashes_by_name():
+    one = {"batch": 3, "picked": "a" * 64, "sha256": {"prior": "b" * 64, "images": "c" * 64}}
+    other = {"batch": 4, "picked": None, "sha256": {"prior": "d" * 64, "images": "c" * 64}}
+    assert numerics.differences(one, other) == "batch was 3, is 4; picked is another; sha256 of prior is another"
+    assert numerics.differences(one, one) == ""

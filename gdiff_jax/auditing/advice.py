@@ -53,9 +53,13 @@ def _layers(record: AuditRecord) -> list[str]:
 
 
 def _needed(record: AuditRecord) -> list[tuple[float, str]]:
-    """The noise that each figure of the audit asks for, 0 where none, and against what that is."""
-    needed = [(smallest_noise(record).value, "")]
-    needed += [(leaking.noise, " for the image that leaks most") for leaking in worst.ranked(record)[:1]]
+    """The noise that each figure of the audit asks for, 0 where none, and against what that is.
+
+    Where it is interpolated it is that of the next level, which was tried.
+    """
+    tried = lambda noise: next((sigma for sigma in record.sigmas if sigma >= noise), math.inf) if noise > 0 else 0.0
+    needed = [(tried(smallest_noise(record).value), "")]
+    needed += [(tried(leaking.noise), " for the image that leaks most") for leaking in worst.ranked(record)[:1]]
     if named := against_bound.seldom_named(record):
         sigma = named.noise.value if named.noise.value > record.sigmas[0] else 0.0
         needed.append((sigma, " against who knows the candidates"))
@@ -77,7 +81,7 @@ def _change(record: AuditRecord) -> list[str]:
     elif math.isinf(noise):
         lines.append(f"More noise is needed{against}: try more than sigma {record.sigmas[-1]:.3g}.")
     else:
-        lines.append(f"Release with at least the noise that is told above{against}, sigma {noise:.2g}{by_mechanism}.")
+        lines.append(f"Release with noise of at least sigma {noise:.3g}{against}{by_mechanism}; levels between may do as well.")
     norms = [r["gradient_norm"] for r in record.at(record.sigmas[0]) if r["gradient_norm"]]
     if norms and any(g["reason"] == "no clipping" for g in record.guarantees):
         norm = f"{np.median(norms):.2g}"

@@ -124,7 +124,7 @@ def _theory(record: AuditRecord) -> tuple[Table | None, Table]:
         low = "λ min" if t["spectrum_is_exact"] else "λ min at most"
         text = f"{rank}effective rank {s['effective_rank']:.1f}, λ max {s['lambda_max']:.3g}, {low} {s['lambda_min']:.3g}"
         rows.append([f"spectrum of JᵀJ, image {k}", text])
-    head = ["σ", "I2F, pixels' units", "Cramér-Rao, PSNR dB at most", "van Trees, PSNR dB at most"]
+    head = ["σ", "I2F, pixels' units", "Cramér-Rao, PSNR dB, without bias", "van Trees, PSNR dB at most"]
     columns = [t["i2f"], t.get("cramer_rao_psnr"), t.get("van_trees_psnr")]
     cell = lambda column, j: "-" if not column else ("unbounded error" if column[j] is None else f"{column[j]:.3g}")
     limits = [[f"{s:.3g}", *[cell(c, j) for c in columns]] for j, s in enumerate(t["sigmas"])]

@@ -68,10 +68,8 @@ def _at_risk(record: AuditRecord) -> list[str]:
 
 
 def _count(record: AuditRecord) -> str:
-    about = record.about
-    if about["group"] == 1:
-        return f"{about['num_images']} images"
-    return f"{len({r['leak'] for r in record.attacks})} groups of {about['group']} images"
+    leaks, group = len({r["leak"] for r in record.attacks}), record.about["group"]  # of one that goes on, so far
+    return f"{leaks} images" if group == 1 else f"{leaks} groups of {group} images"
 
 
 def _noise_enough(record: AuditRecord) -> list[str]:
@@ -85,7 +83,7 @@ def _noise_enough(record: AuditRecord) -> list[str]:
     else:
         said = (
             f"Fewer than {share} are recovered from noise of sigma {noise_text(record, chosen)} on"
-            f"{_epsilon_text(record, chosen.value)}"
+            f"{_interpolated(record, chosen)}{_epsilon_text(record, chosen.value)}"
         )
     return [f"{said}{recognised}."]
 
@@ -97,6 +95,11 @@ def _guarantee(record: AuditRecord) -> str:
         reason = next((g["reason"] for g in record.guarantees if g["sigma"] == last.sigma), "no noise")
         return f"There is no differential-privacy guarantee: {reason}. Stronger attacks than these may exist."
     return "Attacks show what is possible today; the guarantees below hold against every attack."
+
+
+def _interpolated(record: AuditRecord, noise: Interval) -> str:
+    levels = between.bracket(record, noise)
+    return f", interpolated between {levels[0]:.3g} and {levels[1]:.3g}" if levels and noise.value != levels[1] else ""
 
 
 def _without_leak(record: AuditRecord) -> str:
@@ -191,6 +194,7 @@ def warnings(record: AuditRecord) -> list[str]:
         signs.append(
             "Whether an image is recognised was not measured: no other image was there to take it for; see candidates."
         )
+    signs += _one_class(record)
     first = noise_levels[0]
     for name, rows in (("a sample of the prior", record.prior_only), ("the mean image", record.mean_image)):
         base = [r["psnr"] for r in rows if r["psnr"] is not None]
@@ -225,6 +229,19 @@ def warnings(record: AuditRecord) -> list[str]:
     if accuracy < 1:
         signs.append(f"The attacker's labels were right in {accuracy:.0%} of trials.")
     return signs
+
+
+def _one_class(record: AuditRecord) -> list[str]:
+    """Of a folder of classes the first images are all of its first class."""
+    classes = record.about.get("images_classes") or {}  # of files alone, whose labels are numbers
+    labels = {r.get("label") for r in record.attacks} if classes else set()
+    if len(classes) < 2 or len(labels) > 1 or len({r["image"] for r in record.attacks}) < 2:
+        return []
+    name = next((name for name, label in classes.items() if {label} == labels), "one")
+    return [
+        f"All images audited are of class {name}, of {len(classes)} that the set has: what holds of them may not hold of "
+        "others. More are taken by a larger num_images, or move some of each class into a folder of their own."
+    ]
 
 
 def _seed_spread(record: AuditRecord, sigma: float) -> float:

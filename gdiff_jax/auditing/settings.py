@@ -85,7 +85,7 @@ class AuditPrivateImages(PrivateImages):
         "private images: a folder, a .zip, a .npz or CIFAR-10's archive; without, "
         f"{image_files.BUNDLED}, or none with --gradient",
     )
-    num_images: int = option(12, "the first so many images of the set")
+    num_images: int = option(12, "the first so many images of the set; all, of a set that has not even as many as by default")
 
 
 @dataclasses.dataclass(frozen=True)

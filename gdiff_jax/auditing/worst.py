@@ -119,10 +119,10 @@ def _how_picked(record: AuditRecord, audited: list[Leaking]) -> str:
     if not data or not data["expected"]:
         return ""
     of = f"{data['measured']} images" + (f", the first of {data['total']}" if data["measured"] < data["total"] else "")
-    said = (
-        f"Picked are, of {of}, those of the highest PSNR that may be expected from the gradient's derivative and the prior, "
-        "without an attack; they are in no average."
-    )
+    least = "those of the highest PSNR that may be expected from the gradient's derivative and the prior, without an attack"
+    said = f"Picked are, of {of}, {least}; they are in no average."
+    if not data["places"]:
+        said = f"Of {of}, {least}, are among those audited: none was picked besides."
     expected = [np.mean(np.minimum(np.array(data["expected"][v.image], float), EXACT)) for v in audited]
     if len(audited) < 4 or np.ptp(expected) == 0:
         return said

@@ -10,7 +10,8 @@
 
 my_model.py:make is a function without arguments that returns (loss, params): a pure scalar loss(params, x, y) of one image x
 (H, W, C) in [-1, 1], and a pytree of weights; or, with the extra `torch`, a torch.nn.Module. The folder receives report.html
-(self-contained: open it from disk), blind.html (a test for people, to print), summary.md, audit.json, trials.csv and figures/.
+(self-contained: open it from disk), summary.md, audit.json, trials.csv, figures/ and, where there are images enough,
+blind.html (a test for people, to print).
 A run that was killed goes on where it stopped when the same command is given again. The exit code is 4 where a release gives
 away more than its mechanism can.
 """

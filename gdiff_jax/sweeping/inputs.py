@@ -60,6 +60,10 @@ def load(config: SweepConfig, images_known: bool = True, weighted: Weighted = la
     data = load_private(config.private, config.prior.prior, shape) if images_known else _unknown_image(config.private, shape)
     images, labels = image_files.to_model(data.images), np.asarray(data.labels)
     group = config.client.group
+    if images_known:
+        whole = len(images) // group * group  # a small set may have fewer than are taken by default
+        few = f"{config.private.images} holds {len(images)} images, no whole number of groups of {group}"
+        need(whole == len(images), f"{few}; " + (f"ask for --num_images={whole}" if whole else "give a smaller --group"))
     victims, own_params, hashes = _load_victims(config.victims.victims, classes, group, images, labels, weighted)
     calibrated = not checks.hindrances(
         METHODS["calibrated-mean"], config.attacker, config.client, config.attacks.distance, mechanisms
@@ -138,7 +142,10 @@ def load_private(private: PrivateImages, prior: str, shape: tuple[int, int, int]
     """The private images, each with a label; tells which class has which, and how the files were read."""
     source, count, label = private.images, private.num_images, private.label
     data = read_images("images", source, "test", prior, shape, count)
-    need(count <= len(data), f"--num_images {count}: {source} holds {len(data)}; ask for fewer")
+    if len(data) < count == type(private)().num_images:  # which nobody need have asked for
+        say(f"{source} holds {len(data)} images, fewer than the {count} that are taken unless told otherwise: all are taken")
+    else:
+        need(count <= len(data), f"--num_images {count}: {source} holds {len(data)}; ask for fewer")
     if label >= 0:
         data = dataclasses.replace(data, labels=np.full(len(data), label, np.int32), classes=())
     need(

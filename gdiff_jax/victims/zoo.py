@@ -67,6 +67,8 @@ def make_victim(name: str, image_shape: tuple[int, int, int], num_classes: int) 
     Raises:
       ValueError: where there is none, or it cannot be made for images of this shape.
     """
+    if name not in VICTIMS and (name.endswith(".py") or "/" in name):
+        raise ValueError(f"victim {name!r}: of a file a function is meant, {name.removesuffix('.py')}.py:make, say")
     if name not in VICTIMS:
         raise ValueError(f"victim {name!r} is not known; known: {', '.join(VICTIMS)}")
     try:

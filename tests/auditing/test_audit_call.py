@@ -1,8 +1,5 @@
 """An audit by its call: the same trials as by the command, a folder to go on from, other clients, attackers and methods."""
 
-import ast
-import re
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -99,7 +96,7 @@ def interrupted_after(chunks, describe):
     return describe_some
 
 
-def test_a_folder_of_another_audit_is_refused_with_both_values(kept, monkeypatch):
+def test_a_folder_of_another_audit_is_refused_and_what_changed_is_named(kept, monkeypatch):
     again, first = kept
     monkeypatch.setattr(engine, "compute", fail)
     loss, params = own_models.make()
@@ -110,14 +107,11 @@ def test_a_folder_of_another_audit_is_refused_with_both_values(kept, monkeypatch
         "images and labels": dict(images=images),
     }
     for name, changes in other.items():
-        with pytest.raises(ValueError, match="holds another configuration") as error:
+        with pytest.raises(ValueError, match=rf"holds another configuration \(.*sha256 of {name} is another\)") as error:
             again(**changes)
-        was, now = map(ast.literal_eval, re.search(r"sha256 was (\{.*?\}), is (\{.*?\})", str(error.value)).groups())
-        assert [key for key in was if was[key] != now[key]] == [name]
-        assert re.fullmatch("[0-9a-f]{64} [0-9a-f]{64}", f"{was[name]} {now[name]}")
         assert "--" not in str(error.value)
         assert ("seed them, as by torch.manual_seed(0), or load" in str(error.value)) == (name == "params")
-    with pytest.raises(ValueError, match="sha256 was"):
+    with pytest.raises(ValueError, match="sha256 of images and labels is another"):
         again(labels=labels)
     for changes, words in (
         (dict(seed=7), "seed was 0, is 7"),

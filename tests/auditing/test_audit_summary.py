@@ -339,3 +339,18 @@ def test_any_figure_is_plotted_by_name_and_shown_by_a_notebook():
     assert set(audit.plot("recovered")._repr_png_()[:4]) == set(b"\x89PNG")
     with pytest.raises(ValueError, match=r"plot\('pictures'\): this audit has no such figure; it has overview, .*recovered"):
         audit.plot("pictures")
+
+
+def test_images_of_one_class_alone_are_told():
+    labelled = lambda labels: make([{**r, "label": labels[r["image"] % 2]} for r in make().trials])
+    of = lambda audit, classes: dataclasses.replace(audit, about={**audit.about, "images_classes": classes})
+    (said,) = sentences.warnings(of(labelled((1, 1)), {"cat": 0, "dog": 1}))
+    assert "are of class dog, of 2 that the set has" in said
+    assert not sentences.warnings(of(labelled((0, 1)), {"cat": 0, "dog": 1}))
+    assert not sentences.warnings(of(labelled((1, 1)), {"dog": 1}))
+
+
+def test_shares_that_are_not_all_or_nothing_are_not_rounded_to_it():
+    assert intervals.Interval(0.999, 0.994, 1.0).percent() == "99.9% [99, 100]"
+    assert intervals.Interval(0.5, 0.001, 0.9996).percent() == "50% [0.1, 99.96]"
+    assert intervals.Interval(0.0, 0.0, 0.26).percent() == "0% [0, 26]"

@@ -44,6 +44,7 @@ CASES = dict(nothing=NOTHING, some=SOME, all=ALL, unknown=UNKNOWN, clipped=CLIPP
         ("nothing", "are recovered at no noise level tried"),
         ("some", "100% [74, 100] of images are recovered"),
         ("some", "from noise of sigma 0.032"),
+        ("some", ", interpolated between 0.01 and 0.1"),
         ("some", "There is no differential-privacy guarantee: no clipping"),
         ("all", "No noise level tried, up to sigma 1, leaves fewer than 25% recovered"),
         ("all", "are recovered even at sigma 1, the most that was tried"),
@@ -60,7 +61,7 @@ def test_those_who_decide_are_told(case, words):
 CHANGES = {
     "ask for no change": {"nothing"},
     "More noise is needed: try more than sigma 1.": {"all"},
-    "Release with at least the noise that is told above, sigma": {"some", "clipped"},
+    "Release with noise of at least sigma 0.1;": {"some", "clipped"},  # the next that was tried
     "First mend the mechanism": {"faulty"},
     "with images of your own": {"unknown"},
     "for instance to the gradients' median norm, by Chain((Clip(10), GaussianNoise(sigma)))": {
@@ -119,3 +120,8 @@ def test_the_page_holds_both_paragraphs_and_findings_first():
     places = [source.index(words) for words in ("in findings", "For those who decide", "For those who build", 'id="worst"')]
     assert places == sorted(places)
     assert "about.threat_model" not in source
+
+
+def test_one_that_goes_on_counts_what_was_attacked():
+    begun = dataclasses.replace(SOME, trials=[r for r in SOME.trials if r["image"] < 2])
+    assert "(2 images x 1 seeds" in " ".join(sentences.decision(begun))

@@ -36,7 +36,7 @@ def audit_plan(common, *noise):
     return load.audit_named(parsed(AuditConfig(), "--victim=mlp-narrow", "--mechanism=clip:1+gaussian", *common, *noise))
 
 
-@pytest.mark.parametrize("plan_of", [sweep_plan, audit_plan])
+@pytest.mark.parametrize("plan_of", [sweep_plan, pytest.param(audit_plan, marks=pytest.mark.long)])
 def test_both_commands_run_what_is_named(plan_of, tiny_prior, monkeypatch, tmp_path):
     """An audit once dropped the standard deviations that were named beside epsilons."""
     monkeypatch.chdir(tmp_path)  # the output folder of the default may hold an audit of the user's

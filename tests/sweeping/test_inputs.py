@@ -59,6 +59,13 @@ def test_only_the_pictures_that_are_used_are_decoded(tiny_prior, tmp_path, monke
         plan_of(tiny_prior, images=str(tmp_path / "set"), num_images=10)
 
 
+def test_of_a_set_smaller_than_is_taken_by_default_all_is_taken(tiny_prior, tmp_path, capsys):
+    for k in range(3):
+        picture(tmp_path / "set" / f"{k}.png", k)
+    assert len(plan_of(tiny_prior, images=str(tmp_path / "set"), num_images=4).names) == 3
+    assert "holds 3 images, fewer than the 4" in capsys.readouterr().out
+
+
 def test_the_label_of_each_class_and_how_pictures_were_read_are_told_and_recorded(tiny_prior, tmp_path, capsys):
     for k, name in enumerate(("zebra/0.png", "äffin/1.png", "ant/\udce9.png")):
         picture(tmp_path / "set" / name, k)

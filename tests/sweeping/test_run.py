@@ -122,6 +122,7 @@ def test_a_first_leak_that_is_solved_is_shown_before_others_are_looked_at(solvab
     assert [row["image"] for row in attacks_of(rows)] == [0, 1, 2, 3]
 
 
+@pytest.mark.long
 def test_a_solved_trial_is_the_same_beside_others_that_are_searched_for(tiny_prior, monkeypatch):
     """And after a kill, which makes other neighbours: its trace is never a search's."""
     plan = plain_plan(tiny_prior, methods=("auto",), num_images=4, sigma_grid=(0.0, 0.1), victims=("cnn-narrow",))

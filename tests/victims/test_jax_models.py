@@ -101,7 +101,7 @@ def larger(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("name", OWN)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.long] * (n != "my_model.py")) for n in OWN])
 def test_the_command_audits_the_file(name, larger, tmp_path, attacks_alone):
     _, path = made(name, tmp_path)
     changes = dict(victim=f"{path}:make", mechanism="none", methods=("inverting",), inverting_steps=3, num_images=1)

@@ -81,6 +81,7 @@ def test_without_statistics_in_the_file_nothing_is_said(trained, run_of, tmp_pat
     assert run_of(weights=str(tmp_path / "params.msgpack"))[1]["doubt"] == ""
 
 
+@pytest.mark.long
 def test_statistics_that_make_loads_as_the_page_says_are_those_of_the_loss(trained, run_of, tmp_path):
     net, variables = trained
     loads = textwrap.indent(textwrap.dedent(LOADS), "    ")
