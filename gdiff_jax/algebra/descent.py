@@ -121,7 +121,7 @@ class Descent:
         level = self.levels[-1]
         below, activation = self.structure.layers[level.at - 1], self._activation(level.at - 1)
         if activation is None:
-            self.steps.append(f"layer {level.at - 1} ({below.kind.value}) cannot be inverted")
+            self.steps.append(f"layer {level.at - 1} ({below.kind.value}; counted from 0) cannot be inverted")
             return False
         if level.at < 2 or self.structure.layers[level.at - 2].kind is not Kind.AFFINE:
             return False

@@ -68,15 +68,19 @@ def _seen(store: Store, run: int) -> bool:
 
 @functools.cache
 def _live(folder: Path) -> None:
-    """Gives a sign of life every few seconds, from a thread, as long as this process lives."""
+    """Gives a sign of life at once, and every few seconds, from a thread, as long as this process lives."""
 
     def touch() -> None:
-        while True:
-            with contextlib.suppress(OSError):
-                (folder / f".process-{jax.process_index()}").touch()
-            time.sleep(SIGN_OF_LIFE)
+        with contextlib.suppress(OSError):
+            (folder / f".process-{jax.process_index()}").touch()
 
-    threading.Thread(target=touch, daemon=True).start()
+    def go_on() -> None:
+        while True:
+            time.sleep(SIGN_OF_LIFE)
+            touch()
+
+    touch()
+    threading.Thread(target=go_on, daemon=True).start()
 
 
 def wait_for_all(store: Store, chunks: Collection[int]) -> None:
