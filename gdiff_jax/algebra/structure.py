@@ -167,5 +167,6 @@ def _reach(structure: Structure, leaves: list[jax.Array], i: int, entry: tuple[i
     stops = [k for k, one in enumerate(between, i) if one.kind is Kind.OTHER]
     stops += [k for k, one in enumerate(between, i) if one.kind is Kind.POINTWISE and activation_of(one, leaves) is None]
     if stops:
-        return f"not reached: layer {max(stops)} (counted from 0) cannot be inverted; the image is searched for from what is known above"
+        stop = f"layer {max(stops)} (counted from 0) cannot be inverted"
+        return f"not reached: {stop}; the image is searched for from what is known above"
     return "inverted" if layer.kind is Kind.POINTWISE else "its input is solved from its kernel's gradient and its output"
