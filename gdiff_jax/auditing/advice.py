@@ -55,7 +55,7 @@ def _layers(record: AuditRecord) -> list[str]:
 def _needed(record: AuditRecord) -> list[tuple[float, str]]:
     """The noise that each figure of the audit asks for, 0 where none, and against what that is.
 
-    Where it is interpolated it is that of the next level, which was tried.
+    Where it is interpolated it is the next level, which was tried.
     """
     tried = lambda noise: next((sigma for sigma in record.sigmas if sigma >= noise), math.inf) if noise > 0 else 0.0
     needed = [(tried(smallest_noise(record).value), "")]
@@ -81,7 +81,7 @@ def _change(record: AuditRecord) -> list[str]:
     elif math.isinf(noise):
         lines.append(f"More noise is needed{against}: try more than sigma {record.sigmas[-1]:.3g}.")
     else:
-        lines.append(f"Release with noise of at least sigma {noise:.3g}{against}{by_mechanism}; levels between may do as well.")
+        lines.append(f"Release with noise of at least sigma {noise:.3g}{against}{by_mechanism}.")
     norms = [r["gradient_norm"] for r in record.at(record.sigmas[0]) if r["gradient_norm"]]
     if norms and any(g["reason"] == "no clipping" for g in record.guarantees):
         norm = f"{np.median(norms):.2g}"

@@ -61,7 +61,7 @@ def test_those_who_decide_are_told(case, words):
 CHANGES = {
     "ask for no change": {"nothing"},
     "More noise is needed: try more than sigma 1.": {"all"},
-    "Release with noise of at least sigma 0.1;": {"some", "clipped"},  # the next that was tried
+    "Release with noise of at least sigma 0.1.": {"some", "clipped"},  # the next that was tried
     "First mend the mechanism": {"faulty"},
     "with images of your own": {"unknown"},
     "for instance to the gradients' median norm, by Chain((Clip(10), GaussianNoise(sigma)))": {
