@@ -30,7 +30,7 @@ class Interval(NamedTuple):
         return f"{self.value:.{digits}{kind}}{bounds}"
 
     def percent(self, digits: int = 0) -> str:
-        """Shares in per cent; what is not all is not rounded to 100, and what is not nothing not to 0."""
+        """Shares in per cent; what is not all or nothing has up to two digits more, so that it is not rounded to it."""
         if math.isnan(self.value):
             return "-"
 

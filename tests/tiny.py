@@ -23,7 +23,7 @@ from gdiff_jax.mechanisms import Chain, Clip, GaussianNoise
 from gdiff_jax.methods import Info, Method
 from gdiff_jax.metrics import image_metrics
 from gdiff_jax.options import flat, replace
-from gdiff_jax.priors import Denoiser
+from gdiff_jax.priors import Denoiser, UNet2DConfig
 from gdiff_jax.pytrees import pytree
 from gdiff_jax.sweeping import inputs
 from gdiff_jax.sweeping.config import SweepConfig
@@ -247,3 +247,13 @@ def once(tmp_path_factory, name, make):
             make(root / name)
             done.touch()
     return root / name
+
+
+TRAINED = UNet2DConfig(  # of 8 px, in colour: the network that tests of training train
+    sample_size=8,
+    block_out_channels=(8,),
+    down_block_types=("DownBlock2D",),
+    up_block_types=("UpBlock2D",),
+    layers_per_block=1,
+    norm_num_groups=4,
+)

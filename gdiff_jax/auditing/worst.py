@@ -80,15 +80,14 @@ def sentences(record: AuditRecord) -> list[str]:
     if not audited:
         return []
     worst, n, others = every[0], len(audited), len(every) - len(audited)
+    picked = f"picked out of {(record.worst or {}).get('measured')}"
     if worst.picked:
-        picked = f"({worst.name}, picked out of {(record.worst or {}).get('measured')})"
-        first = f"The image that leaks most {picked} is recovered {up_to(record, worst)}"
+        first = f"The image that leaks most ({worst.name}, {picked}) is recovered {up_to(record, worst)}"
     else:
         also = "the one" if others == 1 else f"all {others}"
         rest = [leaking for leaking in every if leaking.picked]
         degree = "as much" if others and _order(rest[0]) == _order(worst) else "less"
-        of = f"picked out of {(record.worst or {}).get('measured')}"
-        less = f", {also} {of} leak{'s' * (others == 1)} {degree}" if others else ""
+        less = f", {also} {picked} leak{'s' * (others == 1)} {degree}" if others else ""
         alike = sum(_order(leaking) == _order(worst) for leaking in audited)
         which = f"The images that leak most of the {n} audited ({alike}) are" if alike > 1 else _the_worst(worst, n)
         first = f"{which} recovered {up_to(record, worst)}{less}"

@@ -7,25 +7,17 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
+from tiny import TRAINED as NETWORK
 from tiny import ended
 
 from gdiff_jax.commands import train_prior
 from gdiff_jax.errors import ConfigError
 from gdiff_jax.parametrisation import V
-from gdiff_jax.priors import Denoiser, Prior, UNet2DConfig, load_prior, save_prior
+from gdiff_jax.priors import Denoiser, Prior, load_prior, save_prior
 from gdiff_jax.schedule import make_betas
 from gdiff_jax.training import log, prior, start
 from gdiff_jax.training.prior_card import eps_mse_by_level
 from gdiff_jax.training.settings import PriorTraining
-
-NETWORK = UNet2DConfig(
-    sample_size=8,
-    block_out_channels=(8,),
-    down_block_types=("DownBlock2D",),
-    up_block_types=("UpBlock2D",),
-    layers_per_block=1,
-    norm_num_groups=4,
-)
 
 
 @pytest.fixture(scope="module")

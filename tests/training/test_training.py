@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import TRAINED as NETWORK
 from tiny import ended
 
 import gdiff_jax as gd
@@ -21,21 +22,13 @@ from gdiff_jax.commands import prior_card as card_command
 from gdiff_jax.commands import train_prior, train_victim
 from gdiff_jax.commands.train_prior import command_line
 from gdiff_jax.errors import ConfigError, RunError
-from gdiff_jax.priors import Prior, UNet2DConfig
+from gdiff_jax.priors import Prior
 from gdiff_jax.schedule import make_betas
 from gdiff_jax.training import prior, prior_card, start
 from gdiff_jax.training.settings import PriorTraining, VictimTraining
 from gdiff_jax.victims import checkpoints, zoo
 
 ROOT = Path(__file__).parents[2]
-NETWORK = UNet2DConfig(
-    sample_size=8,
-    block_out_channels=(8,),
-    down_block_types=("DownBlock2D",),
-    up_block_types=("UpBlock2D",),
-    layers_per_block=1,
-    norm_num_groups=4,
-)
 
 
 def run(script, *flags):
