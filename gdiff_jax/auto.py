@@ -17,9 +17,12 @@ from gdiff_jax.problem import SPREAD, Info, Method, Problem
 from gdiff_jax.pytrees import pytree
 from gdiff_jax.samplers.ensemble import CHAINS
 from gdiff_jax.trace import StepInfo, x0_error
+from gdiff_jax.weighing import preferred, weighed
 
 AFAR = 1.0  # about how far the mean of images errs in each pixel, and more
-DOUBT = 10.0
+# Of a smooth network's image that was refined beside the one that was searched for: what a search gains by fitting noise, as a
+# share of the pixels, and how much more or less that may be [our choice, measured: 0.1 to 0.16 and 30 to 200 about the same].
+SEARCHED, UNSURE = 1 / 8, 100.0
 FITTED = 50.0  # squared distance in units of the noise's variance that a search gains where noise is all [measured, up to 43]
 FILLED = 0.02  # relative residual up to which a picture that the prior completed counts as an explanation of the gradient
 
@@ -42,18 +45,20 @@ class Candidate(NamedTuple):
 class Auto(Method):
     """`algebra.solve`; the prior for directions that it leaves open; then `search`, unless the gradient is explained.
 
-    What will be refined is found by `start`, if there is one: it may be cheaper. Of what they find the image of least distance
-    to the leak is kept. It solves in float64 on the host, so it is called outside jit; `after` is what runs on the device. It
-    can be run whatever the attacker knows: the search must be one that can.
+    What will be refined is found by `start`, if there is one: it may be cheaper; of a smooth network by `smooth`. Of what they
+    find the image of least distance to the leak is kept. It solves in float64 on the host, so it is called outside jit; `after`
+    is what runs on the device. It can be run whatever the attacker knows: the search must be one that can.
     """
 
     search: Method
     start: Method | None = None
+    smooth: Method | None = None
     name: ClassVar[str] = "auto"
 
     def describe(self) -> str:
         refined = f", or {self.start.describe()}, which is refined" if self.start else ""
-        return f"algebra, then {self.search.describe()}{refined}, where it does not reach"
+        smooth = f", of a smooth network {self.smooth.describe()}" if self.smooth else ""
+        return f"algebra, then {self.search.describe()}{refined}{smooth}, where it does not reach"
 
     def __call__(self, key: jax.Array, problem: Problem) -> tuple[jax.Array, Info]:
         if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(problem)):
@@ -97,18 +102,24 @@ class Auto(Method):
         """
         if _known_noise(problem) and problem.first_dense is not None:
             found, deviation = _of_first_dense(key, problem, self.start or self.search)
-            kept = jnp.where(exact, image, _preferred(problem, found, image))
+            kept = jnp.where(exact, image, preferred(problem, found, image))
             return alone(problem, kept, jnp.where((kept == found).all(), deviation, jnp.nan))
         refinement = _refinement(problem)
-        search = self.search if refinement is None or self.start is None else self.start
-        x, info = search(key, problem)
-        x = _preferred(problem, x, image)
+        x, info = self._search(refinement)(key, problem)
+        x = preferred(problem, x, image)
         if refinement is not None:
-            x = _preferred(problem, _refined(problem, refinement, x), x)
+            x = preferred(problem, _refined(problem, refinement, x), x)
         x = jnp.where(exact, image, x)
         trace = info.trace  # a measured signal's fields are left out: a solved trial's trace has none
         steps = StepInfo(trace.distance, trace.guidance_norm, trace.x0_error)
         return x, Info(steps, problem.outcome(x))
+
+    def _search(self, refinement: Refinement | None) -> Method:
+        """What finds an image that is, or is not, refined."""
+        if refinement is None:
+            return self.search
+        smooth = self.smooth if refinement.refine is gauss_newton.refine else None
+        return smooth or self.start or self.search
 
 
 def _of_first_dense(key: jax.Array, problem: Problem, search: Method) -> tuple[jax.Array, jax.Array]:
@@ -126,7 +137,7 @@ def _of_first_dense(key: jax.Array, problem: Problem, search: Method) -> tuple[j
     s = info.trace.guidance_norm[-1]
     freedom = jnp.where(s > SPREAD / 2, 2 * found.size / (1 + jnp.square(s / SPREAD)), jnp.inf)
     freedom = jnp.where(jnp.isfinite(info.deviation).all(), freedom, 0.0)  # else it is the mean image, which fits no noise
-    kept = _preferred(problem, found, searched, jnp.maximum(freedom, FITTED))
+    kept = preferred(problem, found, searched, jnp.maximum(freedom, FITTED))
     return kept, jnp.where((kept == found).all(), info.deviation, jnp.nan)
 
 
@@ -164,28 +175,14 @@ def _refined(problem: Problem, refinement: Refinement, found: jax.Array) -> jax.
     """What a search found, refined; of a ReLU network the mean of images too, since its equations need not be near.
 
     Which of the two ends is right a search cannot know beforehand: of an untrained network what it found is the better
-    start, of one that fits its images well the mean is [measured].
+    start, of one that fits its images well the mean is [measured]. A smooth network's steps end in local minima under much
+    noise, where the search does not: what it found counts as well.
     """
     near = refinement.refine(problem, found)
     if refinement.refine is not expected_masks.refine:
-        return near
+        return weighed(problem, near, found, found.size * SEARCHED, UNSURE)
     mean = jnp.broadcast_to(problem.expected_image, problem.shape).astype(found.dtype)
-    return _weighed(problem, near, refinement.refine(problem, mean, first=AFAR))
-
-
-def _weighed(problem: Problem, x: jax.Array, other: jax.Array) -> jax.Array:
-    """The mean of two images, by how likely each makes the leak: about the one to be expected where either may be.
-
-    As each has been fitted to the noise, the difference of their log-likelihoods counts for less than it says, by DOUBT
-    [our choice, measured: between 1 and 30 about the same].
-    """
-    distance = problem.match.in_l2()
-    square = lambda x: jnp.where(jnp.isfinite(x).all(), jnp.square(distance(x)), jnp.inf)
-    squares = jnp.stack([square(x), square(other)])
-    noise = jnp.square(problem.noise())
-    share = jax.nn.sigmoid((squares[1] - squares[0]) / (2 * DOUBT * noise))
-    mean = share * x + (1 - share) * other
-    return jnp.where(jnp.isfinite(mean).all(), mean, jnp.where(squares[0] <= squares[1], x, other))
+    return weighed(problem, near, refinement.refine(problem, mean, first=AFAR))
 
 
 def _searched(refinement: Refinement | None) -> str:
@@ -205,19 +202,6 @@ def _known_noise(problem: Problem) -> bool:
     """Whether the leak is of one image, and noise and clipping, which the attacker knows, are all that was done to it."""
     mechanism = problem.match.mechanism
     return len(problem.shape) == 3 and mechanism is not None and not _compressed(mechanism)
-
-
-def _preferred(problem: Problem, x: jax.Array, other: jax.Array, freedom: jax.Array | float | None = None) -> jax.Array:
-    """x, unless its squared distance to the leak is larger than the other's by more than that could gain by fitting noise.
-
-    Of n pixels that fit noise of standard deviation sigma the expected gain is n sigma^2, J taken as constant [derived]; so
-    without noise the closer of the two is taken. `freedom` is how many there are, by itself all.
-    """
-    distance = problem.match.in_l2()
-    gain = jnp.square(distance(x)) - jnp.square(distance(other))
-    known = 0.0 if problem.match.mechanism is None else problem.sigma  # to the attacker
-    better = (gain > (x.size if freedom is None else freedom) * jnp.square(known)) | ~jnp.isfinite(x).all()
-    return jnp.where(better & jnp.isfinite(other).all(), other, x)
 
 
 def _failed(problem: Problem, error: Exception) -> Candidate:

@@ -215,7 +215,7 @@ class Attacks:
             Analytic(),
             AnalyticDSG(self.guidance_rate, self.interval, self.through_prior),
             AnalyticMean(),
-            strongest(by_noise if calibrated else dsg, self.chains),
+            strongest(dsg, by_noise if calibrated else None, self.chains),
         )
         by_name = {method.name: method for method in bound}
         return {name: by_name[name] for name in self.methods}
