@@ -10,7 +10,7 @@ import pytest
 from objectives import float32
 
 import gdiff_jax as gd
-from gdiff_jax.gauss_newton import refine, residual_of, smooth
+from gdiff_jax.gauss_newton import AGAIN, refine, residual_of, smooth
 from gdiff_jax.matching import equal_layers
 from gdiff_jax.mechanisms import Chain, Clip, GaussianNoise
 from gdiff_jax.problem import Problem
@@ -73,6 +73,21 @@ def test_the_residual_is_the_distance_without_weights():
     weighted = dataclasses.replace(match, weights=equal_layers(match.leak))
     r = jnp.concatenate([a.ravel() for a in jax.tree.leaves(residual_of(weighted)(NEAR))])
     np.testing.assert_allclose(jnp.linalg.norm(r), match(NEAR), rtol=1e-5)
+
+
+def test_it_goes_on_while_the_distance_falls(monkeypatch):
+    """From where it ended, as often as it may; what lowers the distance by no more than chance is not taken."""
+    near = IMAGE + 0.05
+
+    def half_way(x, *_, **__):
+        return (x + near) / 2
+
+    monkeypatch.setattr("gdiff_jax.samplers.plug_and_play", half_way)
+    problem, start = problem_of(), jnp.full(SHAPE, 3.0)
+    x = refine(problem, start)
+    np.testing.assert_allclose(x, near + (start - near) / 2**AGAIN, atol=1e-5)
+    at_end = problem_of(sigma=100.0)
+    np.testing.assert_allclose(refine(at_end, start), (start + near) / 2, atol=1e-5)
 
 
 def test_under_noise_that_hides_everything_it_ends_at_what_the_prior_expects():
