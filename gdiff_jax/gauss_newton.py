@@ -63,7 +63,7 @@ def refine(problem: Problem, image: jax.Array, first: float = FIRST) -> jax.Arra
 
     mean = jnp.broadcast_to(p.expected_image, p.shape)
     last = samplers.last_level(noise, p.leak_rms())
-    square = lambda x: jnp.vdot(*whole(x) * 2)
+    square = lambda x: jnp.square(whole(x)[0]).sum()
 
     def once(x: jax.Array) -> jax.Array:
         return samplers.plug_and_play(
