@@ -46,8 +46,8 @@ class Auto(Method):
     """`algebra.solve`; the prior for directions that it leaves open; then `search`, unless the gradient is explained.
 
     What will be refined is found by `start`, if there is one: it may be cheaper; of a smooth network by `smooth`. Of what they
-    find the image of least distance to the leak is kept. It solves in float64 on the host, so it is called outside jit; `after`
-    is what runs on the device. It can be run whatever the attacker knows: the search must be one that can.
+    find the image that explains the leak best is kept, or a mean of two. It solves in float64 on the host, so it is called
+    outside jit; `after` is what runs on the device. It can be run whatever the attacker knows: the search must be one that can.
     """
 
     search: Method
@@ -118,8 +118,7 @@ class Auto(Method):
         """What finds an image that is, or is not, refined."""
         if refinement is None:
             return self.search
-        smooth = self.smooth if refinement.refine is gauss_newton.refine else None
-        return smooth or self.start or self.search
+        return (self.smooth if refinement.smooth else None) or self.start or self.search
 
 
 def _of_first_dense(key: jax.Array, problem: Problem, search: Method) -> tuple[jax.Array, jax.Array]:
@@ -150,7 +149,7 @@ def _estimate(problem: Problem) -> Candidate:
     if refinement is None:
         return Candidate(nothing, False, f"{_searched(refinement)}: under noise nothing of this network is solved")
     words = _searched(refinement)
-    if refinement.refine is expected_masks.refine:
+    if not refinement.smooth:
         return Candidate(nothing, False, words)
     expected = np.broadcast_to(problem.expected_image, problem.shape)
     try:
@@ -165,10 +164,11 @@ def _estimate(problem: Problem) -> Candidate:
 
 
 class Refinement(NamedTuple):
-    """image = refine(problem, image), and how it is done."""
+    """image = refine(problem, image), how it is done, and whether of a smooth network or of a chain of ReLUs."""
 
     refine: Callable[..., jax.Array]
     words: str
+    smooth: bool
 
 
 def _refined(problem: Problem, refinement: Refinement, found: jax.Array) -> jax.Array:
@@ -179,7 +179,7 @@ def _refined(problem: Problem, refinement: Refinement, found: jax.Array) -> jax.
     noise, where the search does not: what it found counts as well.
     """
     near = refinement.refine(problem, found)
-    if refinement.refine is not expected_masks.refine:
+    if refinement.smooth:
         return weighed(problem, near, found, found.size * SEARCHED, UNSURE)
     mean = jnp.broadcast_to(problem.expected_image, problem.shape).astype(found.dtype)
     return weighed(problem, near, refinement.refine(problem, mean, first=AFAR))
@@ -194,8 +194,8 @@ def _refinement(problem: Problem) -> Refinement | None:
     if not _known_noise(problem):
         return None
     if expected_masks.chain_of(problem) is not None:
-        return Refinement(expected_masks.refine, "expectation over the masks of its ReLUs")
-    return Refinement(gauss_newton.refine, "Gauss-Newton steps") if gauss_newton.smooth(problem) else None
+        return Refinement(expected_masks.refine, "expectation over the masks of its ReLUs", smooth=False)
+    return Refinement(gauss_newton.refine, "Gauss-Newton steps", smooth=True) if gauss_newton.smooth(problem) else None
 
 
 def _known_noise(problem: Problem) -> bool:

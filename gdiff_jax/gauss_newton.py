@@ -19,9 +19,9 @@ from gdiff_jax.matching import GradientMatching, as_compared, at_full_precision,
 from gdiff_jax.problem import Problem
 
 FIRST, RATIO = 1.0, 0.9  # of `samplers.plug_and_play` [our choice, measured]
-# How often it is begun anew from where it ended, at most, and by how much the squared distance must fall for that, in units of
-# the noise's variance: a ViT's steps are far from their end after once [our choice, measured].
-AGAIN, FALL = 4, 50.0
+# How often it is run, at most, each time from where it ended, and by how much the squared distance must fall for another, in
+# units of the noise's variance: a ViT's steps are far from their end after once [our choice, measured].
+PASSES, FALL = 4, 50.0
 # Of a value where it is not differentiable, or constant by pieces.
 _KINKS = {
     *(
@@ -79,9 +79,9 @@ def refine(problem: Problem, image: jax.Array, first: float = FIRST) -> jax.Arra
         fell = least - now
         return jnp.where(fell > FALL, new, x), jnp.where(fell > FALL, now, least), fell, count + 1
 
-    x = once(image)
-    going = lambda state: (state[2] > FALL) & (state[3] < AGAIN)
-    return jax.lax.while_loop(going, again, (x, square(x), jnp.asarray(jnp.inf, x.dtype), jnp.asarray(1)))[0]
+    going = lambda state: (state[2] > FALL) & (state[3] < PASSES)
+    infinite = jnp.asarray(jnp.inf, image.dtype)  # what the first pass makes is taken
+    return jax.lax.while_loop(going, again, (image, infinite, infinite, jnp.asarray(0)))[0]
 
 
 def residual_of(match: GradientMatching) -> Callable[[jax.Array], Any]:

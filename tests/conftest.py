@@ -1,6 +1,7 @@
 """Strict JAX for every test, and the toy priors whose mathematics is known."""
 
 import atexit
+import dataclasses
 import gc
 import importlib.metadata
 import os
@@ -103,16 +104,9 @@ def random_params() -> Callable[[Spec], Params]:
 @pytest.fixture(scope="session")
 def tiny_unet(random_params) -> Denoiser:
     """An 8 x 8 x 1 U-Net with attention in the middle."""
-    config = UNet2DConfig(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(8,),
-        down_block_types=("DownBlock2D",),
-        up_block_types=("UpBlock2D",),
-        layers_per_block=1,
-        norm_num_groups=4,
-    )
+    from tiny import TRAINED
+
+    config = dataclasses.replace(TRAINED, in_channels=1, out_channels=1)
     return Denoiser(random_params(config), config)
 
 

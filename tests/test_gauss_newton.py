@@ -10,7 +10,7 @@ import pytest
 from objectives import float32
 
 import gdiff_jax as gd
-from gdiff_jax.gauss_newton import AGAIN, refine, residual_of, smooth
+from gdiff_jax.gauss_newton import PASSES, refine, residual_of, smooth
 from gdiff_jax.matching import equal_layers
 from gdiff_jax.mechanisms import Chain, Clip, GaussianNoise
 from gdiff_jax.problem import Problem
@@ -85,7 +85,7 @@ def test_it_goes_on_while_the_distance_falls(monkeypatch):
     monkeypatch.setattr("gdiff_jax.samplers.plug_and_play", half_way)
     problem, start = problem_of(), jnp.full(SHAPE, 3.0)
     x = refine(problem, start)
-    np.testing.assert_allclose(x, near + (start - near) / 2**AGAIN, atol=1e-5)
+    np.testing.assert_allclose(x, near + (start - near) / 2**PASSES, atol=1e-5)
     at_end = problem_of(sigma=100.0)
     np.testing.assert_allclose(refine(at_end, start), (start + near) / 2, atol=1e-5)
 
