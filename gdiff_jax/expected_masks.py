@@ -14,7 +14,7 @@ from gdiff_jax.samplers.dpir import Residual
 FIRST, RATIO = 0.3, 0.88  # of `samplers.plug_and_play`, for an image that a search found [our choice, measured]
 
 
-def refine(problem: Problem, image: jax.Array, first: float = FIRST) -> jax.Array:
+def refine(problem: Problem, image: jax.Array, first: jax.Array | float = FIRST, ratio: float = RATIO) -> jax.Array:
     """The image to be expected of a ReLU network's equations (`algebra.masks`), near one that a search found.
 
     Args:
@@ -22,6 +22,7 @@ def refine(problem: Problem, image: jax.Array, first: float = FIRST) -> jax.Arra
         that the attacker knows; of the mechanism clipping is taken into account and no compression.
       image: (H, W, C), the first estimate.
       first: about how far it errs in each pixel.
+      ratio: of a step's level to the one before; masks that are far off need slower ones.
 
     Returns:
       (H, W, C); by `samplers.plug_and_play`.
@@ -40,7 +41,7 @@ def refine(problem: Problem, image: jax.Array, first: float = FIRST) -> jax.Arra
     mean = jnp.broadcast_to(p.expected_image, p.shape)
     last = samplers.last_level(noise, rms)
     return samplers.plug_and_play(
-        image, p.denoise, p.schedule, measured, mean, first=first, last=last, ratio=RATIO, clip=p.clip
+        image, p.denoise, p.schedule, measured, mean, first=first, last=last, ratio=ratio, clip=p.clip
     )
 
 

@@ -19,9 +19,9 @@ from gdiff_jax.matching import GradientMatching, as_compared, at_full_precision,
 from gdiff_jax.problem import Problem
 
 FIRST, RATIO = 1.0, 0.9  # of `samplers.plug_and_play` [our choice, measured]
-# How often it is run, at most, each time from where it ended, and by how much the squared distance must fall for another, in
-# units of the noise's variance: a ViT's steps are far from their end after once [our choice, measured].
-PASSES, FALL = 4, 50.0
+# How often it is run, at most, each time from where it ended, by how much the squared distance must fall for another, in units
+# of the noise's variance, and with which momentum: a ViT's steps are far from their end after once [our choice, measured].
+PASSES, FALL, MOMENTUM = 4, 50.0, 0.9
 # Of a value where it is not differentiable, or constant by pieces.
 _KINKS = {
     *(
@@ -44,7 +44,7 @@ _KINKS = {
 _SMOOTH_CALLS = {"logaddexp"}  # with a derivative of their own, though written with a maximum: softplus, log sigmoid
 
 
-def refine(problem: Problem, image: jax.Array, first: float = FIRST) -> jax.Array:
+def refine(problem: Problem, image: jax.Array, first: jax.Array | float = FIRST) -> jax.Array:
     """The image to be expected of a smooth network's gradient, from a first estimate on.
 
     Args:
@@ -61,20 +61,25 @@ def refine(problem: Problem, image: jax.Array, first: float = FIRST) -> jax.Arra
         # As one block: while the image is far off, a small layer that is fitted already must not outweigh the others.
         return [jnp.concatenate([r.ravel() for r in jax.tree.leaves(residual(x))]) / noise]
 
-    mean = jnp.broadcast_to(p.expected_image, p.shape)
-    last = samplers.last_level(noise, p.leak_rms())
     square = lambda x: jnp.square(whole(x)[0]).sum()
 
-    def once(x: jax.Array) -> jax.Array:
-        return samplers.plug_and_play(
-            x, p.denoise, p.schedule, lambda *_: whole, mean, first=first, last=last, ratio=RATIO, clip=p.clip
-        )
+    once = functools.partial(
+        samplers.plug_and_play,
+        denoise=p.denoise,
+        schedule=p.schedule,
+        measured=lambda *_: whole,
+        mean=jnp.broadcast_to(p.expected_image, p.shape),
+        first=first,
+        last=samplers.last_level(noise, p.leak_rms()),
+        ratio=RATIO,
+        clip=p.clip,
+    )
 
     State = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 
     def again(state: State) -> State:
         x, least, _, count = state
-        new = once(x)
+        new = once(x, momentum=jnp.where(count > 0, MOMENTUM, 0.0))
         now = square(new)
         fell = least - now
         return jnp.where(fell > FALL, new, x), jnp.where(fell > FALL, now, least), fell, count + 1

@@ -313,3 +313,24 @@ def test_what_is_expected_is_of_what_was_kept():
     kept, info = after(estimate + 1, jnp.asarray(True))
     np.testing.assert_array_equal(kept, estimate + 1)
     assert np.isnan(info.deviation).all()
+
+
+def test_where_the_leak_is_explained_no_second_start_is_refined(monkeypatch):
+    """As under noise that hides most of it; where it is not, the mean of images is a start too."""
+    begun = []
+
+    def refine(problem, image, first=0.3, ratio=0.5):
+        jax.debug.callback(lambda first: begun.append(float(first)), first)
+        return image
+
+    monkeypatch.setattr("gdiff_jax.auto.expected_masks.refine", refine)
+    victim, wrong = cnn(SHAPE, CLASSES, channels=(4, 4)), -IMAGE
+    for sigma, found, second in [(1e-2, IMAGE, 0.0), (1e-2, wrong, AFAR), (1e3, wrong, 0.0)]:
+        mechanism = gd.GaussianNoise(jnp.float32(sigma))
+        problem = problem_of(victim, mechanism=mechanism, sigma=jnp.float32(sigma))
+        leak = release(mechanism, key(), problem.match.leak)
+        problem = dataclasses.replace(problem, match=dataclasses.replace(problem.match, leak=leak))
+        begun.clear()
+        _refined(problem, _refinement(problem), found).block_until_ready()
+        jax.effects_barrier()
+        assert [round(first, 3) for first in begun] == [0.3, second]

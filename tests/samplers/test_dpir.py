@@ -7,7 +7,7 @@ import pytest
 from objectives import float32
 
 import gdiff_jax as gd
-from gdiff_jax.samplers.dpir import ITERATIONS, LAST, LEAST, gauss_newton, last_level, plug_and_play
+from gdiff_jax.samplers.dpir import ITERATIONS, LAST, LEAST, SETTLING, gauss_newton, last_level, plug_and_play
 
 N = 6
 SHAPE = (2, 3, 1)
@@ -51,7 +51,7 @@ def test_a_step_shortens_until_it_descends():
 
 def restored(prior, start, measured, **options):
     schedule, settings = gd.Schedule.create(num_steps=50), dict(first=0.5, ratio=0.73, clip=False) | options
-    return jax.jit(lambda x: plug_and_play(x, prior, schedule, measured, jnp.zeros(SHAPE), **settings))(start)
+    return jax.jit(lambda x: plug_and_play(x, prior, schedule, measured, jnp.zeros_like(x), **settings))(start)
 
 
 def test_it_ends_in_what_was_measured(gaussian):
@@ -60,6 +60,23 @@ def test_it_ends_in_what_was_measured(gaussian):
     measured = lambda x, level: lambda x: [(jnp.tanh(x) - jnp.tanh(truth)) / 1e-3]
     x = restored(gaussian, truth + 0.5, measured)
     np.testing.assert_allclose(x, truth, atol=2e-3)
+
+
+def test_momentum_goes_farther_along_a_valley_that_bends():
+    """In as many steps, of Rosenbrock's valley; and where there is one end, it is that."""
+    flat = jax.tree_util.Partial(lambda x, t: (jnp.zeros_like(x), None))  # expects each image as it is
+    start, settings = float32([[[-1.2], [1.0]]]), dict(first=0.3, last=0.11, ratio=0.98)
+    valley = lambda *_: lambda x: [10 * (x[0, 1] - jnp.square(x[0, 0])), 1 - x[0, 0]]
+    left = lambda measured, momentum: jnp.abs(1 - restored(flat, start, measured, momentum=momentum, **settings)).max()
+    assert left(valley, 0.9) < 0.1 * left(valley, 0.0)
+    straight = lambda *_: lambda x: [3 * (x - 1)]
+    assert left(straight, 0.9) < 0.01
+
+
+def test_without_levels_above_it_momentum_changes_nothing(gaussian):
+    measured, start = lambda *_: lambda x: [(jnp.tanh(x) - 0.2) / 1e-3], jnp.zeros(SHAPE)
+    ends = [restored(gaussian, start, measured, first=SETTLING, last=0.01, momentum=momentum) for momentum in (0.0, 0.9)]
+    np.testing.assert_array_equal(*ends)
 
 
 def test_what_is_measured_badly_is_nearer_to_what_the_prior_expects(gaussian):
