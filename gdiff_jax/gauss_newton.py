@@ -44,7 +44,7 @@ _KINKS = {
 _SMOOTH_CALLS = {"logaddexp"}  # with a derivative of their own, though written with a maximum: softplus, log sigmoid
 
 
-def refine(problem: Problem, image: jax.Array, first: jax.Array | float = FIRST) -> jax.Array:
+def refine(problem: Problem, image: jax.Array, first: float = FIRST) -> jax.Array:
     """The image to be expected of a smooth network's gradient, from a first estimate on.
 
     Args:

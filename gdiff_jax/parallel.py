@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import custom_batching
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -57,6 +58,15 @@ def map_trials(function: Callable[[Any, Any], Any], mesh: Mesh) -> Callable[[Any
     # to "varying" first, it is summed over all devices' trials: wrong numbers, no error. And loops of other libraries, such as
     # optax's line search, do not type-check under it.
     return jax.shard_map(on_one_device, mesh=mesh, in_specs=(P(), P(AXIS)), out_specs=P(AXIS), check_vma=False)
+
+
+def one_by_one_on_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
+    """function(*own), pytrees of arrays, which under `jax.vmap` a CPU computes for one after another.
+
+    Of loops whose ends differ: together all would last as long as the longest. Elsewhere it is as `jax.vmap` has it.
+    """
+    alone = custom_batching.sequential_vmap(function)
+    return lambda *own: jax.lax.platform_dependent(*own, cpu=alone, default=function)
 
 
 def compiled(lowered: jax.stages.Lowered, mesh: Mesh) -> jax.stages.Compiled:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import jax
 import jax.numpy as jnp
 
 from gdiff_jax.problem import Problem
 
 DOUBT = 10.0
-CHANCE = 2.0  # deviations [our choice]
 
 
 def weighed(problem: Problem, x: jax.Array, other: jax.Array, freedom: float = 0.0, doubt: float = DOUBT) -> jax.Array:
@@ -39,12 +36,3 @@ def preferred(problem: Problem, x: jax.Array, other: jax.Array, freedom: jax.Arr
     known = 0.0 if problem.match.mechanism is None else problem.sigma  # to the attacker
     better = (gain > (x.size if freedom is None else freedom) * jnp.square(known)) | ~jnp.isfinite(x).all()
     return jnp.where(better & jnp.isfinite(other).all(), other, x)
-
-
-def explained(problem: Problem, x: jax.Array) -> jax.Array:
-    """Whether an image makes the leak but for its noise: of n coordinates the square of their distance is, in units of the
-    noise's variance, no more than CHANCE deviations, sqrt(2 n), above n [derived for Gaussian noise].
-    """
-    n = sum(g.size for g in jax.tree.leaves(problem.match.leak))
-    square = jnp.square(problem.match.in_l2()(x) / problem.noise())
-    return square <= n + CHANCE * math.sqrt(2 * n)

@@ -12,7 +12,7 @@ from objectives import float32, random_weights
 import gdiff_jax as gd
 from gdiff_jax import expected_masks
 from gdiff_jax.analytic_mean import AnalyticMean
-from gdiff_jax.auto import AFAR, Auto, _of_first_dense, _refined, _refinement
+from gdiff_jax.auto import AFAR, SLOWLY, Auto, _of_first_dense, _refined, _refinement
 from gdiff_jax.methods import DSG
 from gdiff_jax.problem import Outcome, Problem
 from gdiff_jax.pytrees import pytree
@@ -315,22 +315,22 @@ def test_what_is_expected_is_of_what_was_kept():
     assert np.isnan(info.deviation).all()
 
 
-def test_where_the_leak_is_explained_no_second_start_is_refined(monkeypatch):
-    """As under noise that hides most of it; where it is not, the mean of images is a start too."""
-    begun = []
+def test_of_a_relu_network_the_mean_of_images_is_a_start_too(monkeypatch):
+    """From afar, and with slower steps; of the two ends the one that makes the leak is kept."""
+    begun, right = [], []
 
     def refine(problem, image, first=0.3, ratio=0.5):
-        jax.debug.callback(lambda first: begun.append(float(first)), first)
-        return image
+        jax.debug.callback(lambda pixel: begun.append((float(pixel), first, ratio)), image[0, 0, 0])
+        return IMAGE if first == right[-1] else -IMAGE
 
     monkeypatch.setattr("gdiff_jax.auto.expected_masks.refine", refine)
-    victim, wrong = cnn(SHAPE, CLASSES, channels=(4, 4)), -IMAGE
-    for sigma, found, second in [(1e-2, IMAGE, 0.0), (1e-2, wrong, AFAR), (1e3, wrong, 0.0)]:
-        mechanism = gd.GaussianNoise(jnp.float32(sigma))
-        problem = problem_of(victim, mechanism=mechanism, sigma=jnp.float32(sigma))
-        leak = release(mechanism, key(), problem.match.leak)
-        problem = dataclasses.replace(problem, match=dataclasses.replace(problem.match, leak=leak))
+    sigma = jnp.float32(1e-4)
+    problem = problem_of(cnn(SHAPE, CLASSES, channels=(4, 4)), mechanism=gd.GaussianNoise(sigma), sigma=sigma)
+    problem = dataclasses.replace(problem, expected_image=jnp.full(SHAPE, 0.25))
+    for first in (0.3, AFAR):
+        right.append(first)
         begun.clear()
-        _refined(problem, _refinement(problem), found).block_until_ready()
+        image = _refined(problem, _refinement(problem), jnp.full(SHAPE, 0.75))
         jax.effects_barrier()
-        assert [round(first, 3) for first in begun] == [0.3, second]
+        assert sorted(begun) == [(0.25, AFAR, SLOWLY), (0.75, 0.3, 0.5)]
+        np.testing.assert_allclose(image, IMAGE, atol=1e-5)

@@ -10,7 +10,7 @@ import pytest
 from objectives import float32
 
 import gdiff_jax as gd
-from gdiff_jax.gauss_newton import PASSES, refine, residual_of, smooth
+from gdiff_jax.gauss_newton import MOMENTUM, PASSES, refine, residual_of, smooth
 from gdiff_jax.matching import equal_layers
 from gdiff_jax.mechanisms import Chain, Clip, GaussianNoise
 from gdiff_jax.problem import Problem
@@ -79,13 +79,18 @@ def test_it_goes_on_while_the_distance_falls(monkeypatch):
     """From where it ended, as often as it may; what lowers the distance by no more than chance is not taken."""
     near = IMAGE + 0.05
 
-    def half_way(x, *_, **__):
+    used = []
+
+    def half_way(x, *_, momentum, **__):
+        jax.debug.callback(lambda momentum: used.append(round(float(momentum), 6)), momentum)
         return (x + near) / 2
 
     monkeypatch.setattr("gdiff_jax.samplers.plug_and_play", half_way)
     problem, start = problem_of(), jnp.full(SHAPE, 3.0)
     x = refine(problem, start)
     np.testing.assert_allclose(x, near + (start - near) / 2**PASSES, atol=1e-5)
+    jax.effects_barrier()
+    assert used == [0.0] + [MOMENTUM] * (PASSES - 1)
     at_end = problem_of(sigma=100.0)
     np.testing.assert_allclose(refine(at_end, start), (start + near) / 2, atol=1e-5)
 

@@ -58,3 +58,25 @@ def test_one_process_agrees_with_itself():
     values = np.arange(3)
     assert parallel.agree(values) is values
     assert parallel.all_have(values)
+
+
+def test_on_a_cpu_each_loop_ends_by_its_own():
+    """One after another, each as often as it needs; lowered for other platforms, all at a time."""
+    turns = []
+
+    def count_to(end):
+        def step(n):
+            jax.debug.callback(lambda: turns.append(1))
+            return n + 1
+
+        return jax.lax.while_loop(lambda n: n < end, step, jnp.int32(0))
+
+    ends = jnp.array([1, 7, 2])
+    together = jax.jit(jax.vmap(parallel.one_by_one_on_cpu(count_to)))
+    np.testing.assert_array_equal(together(ends), ends)
+    jax.effects_barrier()
+    assert len(turns) == 10
+    square = jax.vmap(parallel.one_by_one_on_cpu(lambda x: x @ x))
+    lowered = lambda platform: jax.jit(square).trace(jnp.ones((3, 2, 2))).lower(lowering_platforms=(platform,)).as_text()
+    assert "while" in lowered("cpu")
+    assert "while" not in lowered("tpu")

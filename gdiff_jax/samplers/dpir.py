@@ -79,7 +79,7 @@ def plug_and_play(
     measured: Callable[[jax.Array, jax.Array], Residual],
     mean: jax.Array,
     *,
-    first: jax.Array | float,
+    first: float,
     last: jax.Array | float = LAST,
     ratio: float,
     iterations: int = ITERATIONS,
@@ -95,13 +95,13 @@ def plug_and_play(
       measured: `residual = measured(x, level)` at an estimate and the deviation of its error in each pixel; residual(x) is a
         list of arrays, each entry by its deviation. It is asked anew in each step.
       mean: (H, W, C) of the images that one may expect.
-      first: level of the first step, about the first estimate's error, scalar.
+      first: level of the first step, about the first estimate's error.
       last: level below which no step is taken, scalar; above `first` the first estimate is the answer.
       ratio: of a level to the one before, in (0, 1); in each the denoiser is called once.
       iterations: conjugate gradients in each of them, at most.
-      momentum: share of the step before by which each begins further on, in [0, 1), begun anew where a step leads back
-        (O'Donoghue & Candes, Found. Comput. Math. 2015, arXiv 1204.3982). It helps where steps are many, and short since they
-        follow a valley that bends; else it costs some of the image [measured].
+      momentum: share of the last step that is added to the estimate before the next, in [0, 1), while the level is above
+        SETTLING; none after a step that leads back (O'Donoghue & Candes, Found. Comput. Math. 2015, arXiv 1204.3982). It helps
+        where steps are many, and short since they follow a valley that bends; else it costs some of the image [measured].
       clip: clip what the denoiser says to [-1, 1].
 
     Returns:
@@ -122,8 +122,11 @@ def plug_and_play(
         expected = denoise_estimate(denoise, schedule, beyond, level, mean, clip=clip)
         residual = measured(beyond, level)
         new = gauss_newton(_tempered(residual, sizes), beyond, expected, jnp.square(level), iterations)
-        back = jnp.vdot(new - beyond, new - x) < 0
-        return new, jnp.where(back, new, x), _sizes(residual, new), level * ratio
+        after = _sizes(residual, new)
+        lost = ~jnp.isfinite(after).all()  # beyond was too far: the next begins at x, without momentum
+        onward = (jnp.vdot(new - beyond, new - x) > 0) & ~lost
+        new = jnp.where(lost, x, new)
+        return new, jnp.where(onward, x, new), jnp.where(lost, sizes, after), level * ratio
 
     # As many steps as the noise asks for: under vmap as many as the trial with the least noise needs.
     going = lambda state: state[3] > last * (1 - 1e-3)

@@ -73,6 +73,14 @@ def test_momentum_goes_farther_along_a_valley_that_bends():
     assert left(straight, 0.9) < 0.01
 
 
+def test_momentum_that_leads_where_nothing_is_finite_is_given_up():
+    """It begins anew where it was: behind the end lies nan."""
+    flat = jax.tree_util.Partial(lambda x, t: (jnp.zeros_like(x), None))
+    measured = lambda *_: lambda x: [jnp.where(x > 0.5, jnp.nan, 3 * (x - 0.45))]
+    x = restored(flat, jnp.full(SHAPE, -1.0), measured, first=0.3, last=0.11, ratio=0.98, momentum=0.9)
+    np.testing.assert_allclose(x, 0.45, atol=1e-3)
+
+
 def test_without_levels_above_it_momentum_changes_nothing(gaussian):
     measured, start = lambda *_: lambda x: [(jnp.tanh(x) - 0.2) / 1e-3], jnp.zeros(SHAPE)
     ends = [restored(gaussian, start, measured, first=SETTLING, last=0.01, momentum=momentum) for momentum in (0.0, 0.9)]
