@@ -111,7 +111,9 @@ class Auto(Method):
         x, info = self._search(refinement)(key, problem)
         x = preferred(problem, x, image)
         if refinement is not None:
-            x = preferred(problem, _refined(problem, refinement, x), x)
+            # What was solved of a smooth network leads to the image; a search, though nearer to the leak, does not.
+            begin = jnp.where(refinement.smooth & jnp.isfinite(image).all(), image, x)
+            x = preferred(problem, _refined(problem, refinement, begin), x)
         x = jnp.where(exact, image, x)
         trace = info.trace  # a measured signal's fields are left out: a solved trial's trace has none
         steps = StepInfo(trace.distance, trace.guidance_norm, trace.x0_error)
