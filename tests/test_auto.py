@@ -334,3 +334,21 @@ def test_of_a_relu_network_the_mean_of_images_is_a_start_too(monkeypatch):
         jax.effects_barrier()
         assert sorted(begun) == [(0.25, AFAR, SLOWLY), (0.75, 0.3, 0.5)]
         np.testing.assert_allclose(image, IMAGE, atol=1e-5)
+
+
+def test_a_smooth_networks_refinement_begins_with_what_was_solved_of_it(monkeypatch):
+    """However far that is from the leak; with what a search found where nothing was."""
+    begun = []
+
+    def refine(problem, image):
+        jax.debug.callback(lambda pixel: begun.append(float(pixel)), image[0, 0, 0])
+        return image
+
+    monkeypatch.setattr("gdiff_jax.auto.gauss_newton.refine", refine)
+    sigma = jnp.float32(1e-2)
+    problem = problem_of(SMOOTH, mechanism=gd.GaussianNoise(sigma), sigma=sigma)
+    for solved in (7.0, jnp.nan):
+        AUTO.after(key(), problem, jnp.full(SHAPE, solved), jnp.asarray(False))[0].block_until_ready()
+    jax.effects_barrier()
+    assert begun[0] == 7.0
+    assert abs(begun[1]) < 7.0
