@@ -61,7 +61,7 @@ def map_trials(function: Callable[[Any, Any], Any], mesh: Mesh) -> Callable[[Any
 
 
 def one_by_one_on_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
-    """function(*own), pytrees of arrays, which under `jax.vmap` a CPU computes for one after another.
+    """A function of pytrees of arrays, which under `jax.vmap` a CPU computes for one after another.
 
     Of loops whose ends differ: together all would last as long as the longest. Elsewhere it is as `jax.vmap` has it.
     """
