@@ -23,44 +23,64 @@ from gdiff_jax.pytrees import pytree
 def infer_label(kernel_gradient: jax.Array, bias_gradient: jax.Array, features: jax.Array | None = None) -> jax.Array:
     """The label of one image. Without noise always right: only the true class has delta < 0 (iDLG, Zhao et al. 2020).
 
-    Under noise the smallest entry of the bias is one row's word among all: the leak is the rank-one matrix [f; 1] delta^T. What
-    is made of it is ours [our choice], meant for white noise of any, unknown sigma.
-
-    Given `features`, the label is the least entry of features^T kernel + bias, whose mean is (features . f + 1) delta: for a
-    constant these are the row sums of LLG (Wainakh et al. 2021). By far the best where it applies.
-
-    Otherwise delta's line is the top right singular vector v. As delta sums to 0 and is negative at y alone, v with either sign
-    is made the pattern of each class, likewise the bias, and of these the pattern d that explains most wins:
-    w || kernel d ||^2 + 2 beta (bias . d), beta the largest (bias . d). The bias decides the sign, as the feature of that row
-    is known to be 1: magnitudes alone, where |delta_y| is the sum of all others, tie for two classes and confident mistakes.
-    w falls from 1 to 0 as v drowns in the noise, and leaves the bias.
+    Under noise the smallest entry of the bias is one row's word among all: the leak is the rank-one matrix [f; 1] delta^T with
+    white noise of any, unknown sigma. The label is the one of the largest marginal likelihood [our choice]: the entries of f
+    are normal about `features`, with a spread that is not known (`_SPREADS`); delta is a times a pattern d that is negative
+    at y alone and sums to 0, a of any size; and over spreads, sizes and patterns it is summed. The patterns are those nearest
+    to the top right singular vector, of either sign, to the bias, and the uniform one. Where the features are as expected it
+    becomes the least entry of features^T kernel + bias, for a constant the row sums of LLG (Wainakh et al. 2021); where they
+    are not, as of a transformer, whose features have both signs, the singular vector tells, and the bias its sign.
 
     Args:
       kernel_gradient: (features, classes).
       bias_gradient: (classes,), classes >= 2.
-      features: (features,) what f is expected to be, such as the mean of `Victim.features` over other images, or a constant
-        near their size where no feature is negative (ReLU, sigmoid). Without noise right where features . f > -1.
+      features: (features,) what f is expected to be, such as `Victim.features` of a mean image, or a constant near their size
+        where no feature is negative (ReLU, sigmoid); None where nothing is known: they are then about 0.
 
     Returns:
       An integer, scalar; any for gradients of zeros.
     """
-    if features is not None:
-        return jnp.argmin(features @ kernel_gradient + bias_gradient)
     rows = jnp.concatenate([kernel_gradient, bias_gradient[None]])
     largest = jnp.abs(rows).max()
     rows = rows / jnp.where(largest > 0, largest, 1.0)  # confident victims leak numbers whose squares underflow
     kernel, bias, classes = rows[:-1], rows[-1], bias_gradient.size
     values, vectors = eigh_alone(rows.T @ rows)
     top, line = values[-1], vectors[:, -1]
-    # What v does not explain is noise: its energy in one class's direction, and (1 + classes / rows) of it hide in v's own.
+    eps = jnp.finfo(rows.dtype).eps
+    # Of the noise a column holds what the line does not explain, and more: some hides in the line's own direction.
     noise = (jnp.vdot(rows, rows) - top) / (classes - 1) * (1 + (classes - 1) / len(rows))
-    w = jnp.clip(1 - noise / jnp.where(top > 0, top, 1.0), 0.0, 1.0) ** 3  # by simulation: 2 gains more, and may lose to iDLG
-    d = jnp.concatenate([_patterns(v) for v in (line, -line, bias - bias.mean())])
-    along_bias = d @ bias
-    explained = w * jnp.square(d @ kernel.T).sum(1) + 2 * jnp.maximum(along_bias.max(), 0.0) * along_bias
-    best = jnp.argmax(explained) % classes
     # Of rank one to rounding is without noise. Where a softmax is 1 to rounding, the bias alone still tells, by its sign.
-    return jnp.where(1 - w < 100 * jnp.finfo(rows.dtype).eps, jnp.argmin(bias), best)
+    exact = noise <= 100 * eps * top
+    sigma2 = jnp.maximum(noise / len(rows), eps**2)
+    d = jnp.concatenate([_patterns(v) for v in (line, -line, bias - bias.mean(), jnp.ones_like(bias))])
+    a = (jnp.sqrt(top) * jnp.exp2(-0.5 * jnp.arange(24, dtype=rows.dtype)))[:, None]  # of f from 0 to some 3000 of norm
+    f = jnp.zeros_like(kernel[:, 0]) if features is None else features
+    # Of noise alone the largest eigenvalue is about sigma2 (sqrt(rows) + sqrt(classes - 1))^2 (Marchenko and Pastur).
+    signal = jnp.maximum(top - sigma2 * (len(rows) ** 0.5 + (classes - 1) ** 0.5) ** 2, 0.01 * top)
+    rms = jnp.sqrt(signal / len(rows)) / a if features is None else jnp.sqrt(jnp.square(f).mean())
+    likelihood = jnp.stack([_log_likelihood(kernel, bias, f, jnp.square(s * rms), a, d, sigma2) for s in _SPREADS])
+    of_label = jax.nn.logsumexp(likelihood.reshape(-1, len(d) // classes, classes), axis=(0, 1))
+    return jnp.where(exact, jnp.argmin(bias), jnp.argmax(of_label))
+
+
+_SPREADS = (0.25, 0.5, 1.0, 2.0, 4.0)  # of the features about their mean, by how large that is [our choice]
+
+
+def _log_likelihood(
+    kernel: jax.Array, bias: jax.Array, f: jax.Array, spread2: jax.Array, a: jax.Array, d: jax.Array, sigma2: jax.Array
+) -> jax.Array:
+    """log p(kernel, bias) for each size a (sizes, 1) and pattern d (patterns, classes), up to what none of them changes.
+
+    A row k_i is normal about a f_i d with covariance sigma2 I + spread2 a^2 d d^T, inverted by Sherman and Morrison; the
+    bias is a row whose f is 1 and known.
+    """
+    along = d @ kernel.T  # k_i . d, (patterns, features)
+    squares, mixed, norm = jnp.square(along).sum(1)[None], (along @ f)[None], f @ f
+    total = sigma2 + spread2 * jnp.square(a)
+    off = jnp.square(a) * squares - 2 * a**3 * mixed + a**4 * norm  # sum of (a (k_i - a f_i d) . d)^2
+    quadratic = jnp.square(a) * norm - 2 * a * mixed - spread2 / total * off
+    of_bias = jnp.square(a) - 2 * a * (d @ bias)[None]
+    return -(quadratic + of_bias) / (2 * sigma2) - 0.5 * f.size * jnp.log(total / sigma2)
 
 
 def _patterns(v: jax.Array) -> jax.Array:

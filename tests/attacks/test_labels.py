@@ -73,8 +73,9 @@ def test_every_label_of_untrained_victims(name):
     x, y = images(10), np.arange(10)
     kernel, bias = last_layers(victim, params)(x, y)
     np.testing.assert_array_equal(infer_all(kernel, bias), y)
-    if name != "vit":  # the others' features are never negative
-        np.testing.assert_array_equal(filter_all(kernel, bias, np.ones(kernel.shape[1], np.float32)), y)
+    np.testing.assert_array_equal(filter_all(kernel, bias, np.ones(kernel.shape[1], np.float32)), y)
+    of_mean_image = victim.features(params, jnp.zeros(SHAPE))
+    np.testing.assert_array_equal(filter_all(kernel, bias, of_mean_image), y)
 
 
 @pytest.mark.parametrize("activation", [jax.nn.relu, jnp.tanh])
@@ -152,6 +153,24 @@ def test_features_known_to_be_positive_survive_much_more_noise():
     kernel, bias, y, _ = simulate(4, 1000, 10, 256, relu, sigma=1.0)
     assert share_right(filter_all(kernel, bias, jnp.full(256, 0.5)), y) > 0.95
     assert share_right(np.asarray(bias).argmin(1), y) < 0.5
+
+
+@pytest.mark.parametrize("sigma", [0.0, 0.1])
+def test_features_that_are_not_as_expected_do_no_harm(sigma):
+    """As of a transformer, whose image may have features opposite to the mean image's: the line and the bias tell the label."""
+    kernel, bias, y, f = simulate(6, 500, 10, 64, np.tanh, sigma=sigma)
+    for expected in (f.mean(0), -f.mean(0), 3 * np.ones(64)):
+        assert share_right(filter_all(kernel, bias, float32(expected)), y) > 0.99
+
+
+@pytest.mark.parametrize("sigma", [0.3, 1.0])
+def test_scale_of_the_leak_does_not_matter(sigma):
+    """As of clipping."""
+    kernel, bias, _, f = simulate(7, 200, 10, 64, relu, sigma=sigma)
+    for features in ((), (float32(f.mean(0)),)):
+        infer = filter_all if features else infer_all
+        guess = infer(kernel, bias, *features)
+        np.testing.assert_array_equal(infer(np.float32(1e-12) * kernel, np.float32(1e-12) * bias, *features), guess)
 
 
 def test_zeros_are_no_nan():
