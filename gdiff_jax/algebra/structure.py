@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gdiff_jax import numerics
+from gdiff_jax import attacks, numerics
 from gdiff_jax.algebra.chain import find_chain
 from gdiff_jax.algebra.layers import Layer, activation_of, direct_leaf, layers_of
 from gdiff_jax.algebra.links import Kind
@@ -98,16 +98,36 @@ def entry_of(structure: Structure, leaves: list[jax.Array]) -> tuple[int, int] |
 
 
 def infer_label(loss: Loss, params: Any, leak: Any, image_shape: tuple[int, ...]) -> int:
-    """The label of one image: the one negative entry of the last bias's gradient, p - onehot(y) (iDLG, Zhao et al. 2020).
+    """The label of one image, read off the gradient of the last layer as `attacks.infer_label` does, under noise as well.
 
     The layer is found in the loss, as all are; it must be dense, with a bias, before a softmax with cross-entropy.
 
     Raises:
       ValueError: where there is no such layer.
     """
-    last = _last_bias(structure_of(loss, params, image_shape, jnp.asarray(0)), params)
+    structure = structure_of(loss, params, image_shape, jnp.asarray(0))
+    layer, leaf = _last_layer(structure, params)
     with on_host():
-        return int(np.argmin(wide(leak)[last]))
+        gradient = wide(leak)
+        bias, kernel = gradient[leaf].ravel(), _dense_kernel(structure, layer, wide((params, jnp.asarray(0))), gradient)
+        largest = max(jnp.abs(kernel).max(initial=0.0), jnp.abs(bias).max())
+        scale = 1 / jnp.where(largest > 0, largest, 1.0)  # in float32, as it was computed, zeros are told from small numbers
+        return int(attacks.infer_label(jnp.float32(kernel * scale), jnp.float32(bias * scale)))
+
+
+def _dense_kernel(structure: Structure, layer: Layer, leaves: list[jax.Array], gradient: list[jax.Array]) -> jax.Array:
+    """(features, classes): the gradient of the matrix of a layer whose output is a vector; without rows where it has none."""
+    rng, classes = np.random.default_rng(0), int(np.prod(layer.out_shape))
+    first = np.zeros(classes)
+    first[0] = 1.0
+    for leaf in structure.own.intersection(layer.leaves):
+        if leaves[leaf].ndim != 2:
+            continue
+        of_first = np.asarray(layer.gradient(leaves, first.reshape(layer.out_shape), rng.normal(size=layer.input_shape), leaf))
+        for matrix, ours in ((of_first, gradient[leaf]), (of_first.T, gradient[leaf].T)):
+            if matrix.shape[1] == classes and matrix[:, 0].any() and not matrix[:, 1:].any():
+                return ours
+    return jnp.zeros((0, classes))
 
 
 def last_bias(loss: Loss, params: Any, image_shape: tuple[int, ...]) -> str:
@@ -117,10 +137,11 @@ def last_bias(loss: Loss, params: Any, image_shape: tuple[int, ...]) -> str:
       ValueError: where there is no such layer.
     """
     structure = structure_of(loss, params, image_shape, jnp.asarray(0))
-    return structure.names[_last_bias(structure, params)]
+    return structure.names[_last_layer(structure, params)[1]]
 
 
-def _last_bias(structure: Structure, params: Any) -> int:
+def _last_layer(structure: Structure, params: Any) -> tuple[Layer, int]:
+    """The last one with parameters, and which of these is its bias."""
     with on_host():
         leaves = wide((params, jnp.asarray(0)))
         for layer in reversed(structure.layers):
@@ -128,7 +149,7 @@ def _last_bias(structure: Structure, params: Any) -> int:
                 leaf = direct_leaf(layer, leaves, set(structure.own))
                 if leaf is None:
                     break
-                return leaf
+                return layer, leaf
     raise ValueError("no last layer with a bias was found in the loss from which its label could be read")
 
 

@@ -99,3 +99,36 @@ def test_explain_says_where_it_stops():
     assert "fc.bias" in lines[2]
     stopped = algebra.explain(*(lambda v: (v.loss, weights(v)))(victims.resnet(SHAPE, 4, channels=(8,))), IMAGE)
     assert "cannot be inverted" in stopped[0]
+
+
+@pytest.mark.parametrize("name", ["mlp", "transposed", "vit", "conv"])
+def test_a_label_is_read_off_the_whole_last_layer(name):
+    """Under noise that hides it in the bias alone: of either layout of the matrix; where there is none, of the bias."""
+    if name == "transposed":
+        victim = victims.mlp(SHAPE, 10, widths=(64,))
+        kernel = victim.last_kernel
+        turned = lambda params: {**params, kernel: params[kernel].T}
+        loss, params = (lambda params, x, y: victim.loss(turned(params), x, y)), turned(weights(victim))
+    elif name == "conv":  # its last kernel is of four axes, and its gradient is no outer product's that would be looked for
+        rng = np.random.default_rng(0)
+        params = dict(kernel=np.float32(rng.normal(size=(8, 8, 3, 10)) / 20), bias=np.zeros(10, np.float32))
+
+        def loss(params, x, y):
+            z = jax.lax.conv_general_dilated(x[None], params["kernel"], (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+            return -jax.nn.log_softmax(z.ravel() + params["bias"])[y]
+    else:
+        victim = victims.mlp(SHAPE, 10, widths=(64,)) if name == "mlp" else victims.vit_tiny(SHAPE, 10)
+        loss, params = victim.loss, weights(victim)
+    rng = np.random.default_rng(1)
+    x = np.float32(rng.uniform(-1, 1, SHAPE))
+    gradient = jax.jit(jax.grad(loss))
+    right, by_bias = [], []
+    sigma = 0.2 if name == "conv" else 0.45
+    for y in range(10):
+        leak = gradient(params, x, y)
+        noisy = jax.tree.map(lambda g: g + np.float32(sigma * rng.normal(size=g.shape)), leak)
+        bias = next(name for name in reversed(noisy) if name.endswith("bias") and noisy[name].size == 10)
+        right.append(algebra.infer_label(loss, params, noisy, SHAPE) == y)
+        by_bias.append(int(np.argmin(noisy[bias])) == y)
+        assert algebra.infer_label(loss, params, jax.tree.map(lambda g: g * np.float32(1e-25), leak), SHAPE) == y
+    assert sum(right) >= (10 if name != "mlp" else 9) and (name == "conv" or sum(right) > sum(by_bias))
