@@ -114,7 +114,8 @@ def test_a_label_is_read_off_the_whole_last_layer(name):
         params = dict(kernel=np.float32(rng.normal(size=(8, 8, 3, 10)) / 20), bias=np.zeros(10, np.float32))
 
         def loss(params, x, y):
-            z = jax.lax.conv_general_dilated(x[None], params["kernel"], (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+            layout = ("NHWC", "HWIO", "NHWC")
+            z = jax.lax.conv_general_dilated(x[None], params["kernel"], (1, 1), "VALID", dimension_numbers=layout)
             return -jax.nn.log_softmax(z.ravel() + params["bias"])[y]
     else:
         victim = victims.mlp(SHAPE, 10, widths=(64,)) if name == "mlp" else victims.vit_tiny(SHAPE, 10)
@@ -131,4 +132,5 @@ def test_a_label_is_read_off_the_whole_last_layer(name):
         right.append(algebra.infer_label(loss, params, noisy, SHAPE) == y)
         by_bias.append(int(np.argmin(noisy[bias])) == y)
         assert algebra.infer_label(loss, params, jax.tree.map(lambda g: g * np.float32(1e-25), leak), SHAPE) == y
-    assert sum(right) >= (10 if name != "mlp" else 9) and (name == "conv" or sum(right) > sum(by_bias))
+    assert sum(right) >= (10 if name != "mlp" else 9)
+    assert name == "conv" or sum(right) > sum(by_bias)
