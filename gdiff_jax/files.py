@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TextIO
 
-from gdiff_jax.errors import need
+from gdiff_jax.errors import ConfigError, need
 
 
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
@@ -56,6 +58,26 @@ def need_folder(folder: Path, flag: str = "") -> None:
     name, place = f"{flag} {folder}".strip(), _place(folder)
     need(place.is_dir(), f"{name}: no folder can be made there, {place} is something else; give another folder")
     need(_takes_files(place), f"{name}: {place} cannot be written to; give another folder")
+
+
+def lock(folder: Path, what: str) -> TextIO:
+    """Makes the folder, and locks it against another `what` that writes to it until the file that is returned is closed.
+
+    The end of the process closes it too, however it ends. On a file system without locks there is none.
+
+    Raises:
+      ConfigError: where another one holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = open(folder / ".lock", "w", encoding="utf-8")  # noqa: SIM115 - the caller's to close
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise ConfigError(f"{folder}: another {what} writes to it; wait for it or give another folder") from None
+    except OSError:
+        pass
+    return file
 
 
 def shown(text: str) -> str:

@@ -12,7 +12,6 @@ that was truncated, altered, or computed with another configuration is not, and 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import io
 import json
@@ -25,7 +24,7 @@ import numpy as np
 
 from gdiff_jax import numerics
 from gdiff_jax.errors import ConfigError, RunError
-from gdiff_jax.files import need_folder, shown, write_atomic
+from gdiff_jax.files import lock, need_folder, shown, write_atomic
 from gdiff_jax.provenance import this_run
 
 Row = dict[str, Any]
@@ -165,14 +164,7 @@ class Store:
         Raises:
           ConfigError: where another sweep is writing to it.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = open(self.folder / ".lock", "w", encoding="utf-8")  # noqa: SIM115 - until `close`
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(f"{self.folder}: another sweep writes to it; wait for it or give another folder") from None
-        except OSError:
-            pass  # a file system without locks
+        self._lock = lock(self.folder, "sweep")
         runs = [*self.runs, {"run": run, **this_run(), **self.reading}]
         manifest = {"identity": self.identity, "runs": runs, "sha256": _digest(strict_json([self.identity, runs]).encode())}
         write_atomic(

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from gdiff_jax import images as image_files
 from gdiff_jax import numerics
 from gdiff_jax.errors import RunError, need
+from gdiff_jax.files import lock
 from gdiff_jax.modules import Params, digest, init_params
 from gdiff_jax.priors import Denoiser, Prior, UNet2DConfig, load_prior, save_configs, save_prior
 from gdiff_jax.schedule import Schedule
@@ -145,7 +146,7 @@ def train_prior(settings: PriorTraining, command: str = "") -> Path:
       The folder of the exported prior, `out`/prior, which `load_prior` takes.
 
     Raises:
-      ConfigError: where the settings cannot be used; nothing is written.
+      ConfigError: where the settings cannot be used, or another training writes to `settings.out`; nothing is written.
       RunError: where the loss is not finite; the checkpoints before are kept.
     """
     settings.check()
@@ -154,13 +155,19 @@ def train_prior(settings: PriorTraining, command: str = "") -> Path:
     mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,))
     start, images, heldout = read_start(settings, memory.budget(0, mesh))
     run = _Run(settings, start, images, heldout, Path(settings.out).absolute(), mesh)
+    with lock(run.out, "training"):
+        return _train(run, command)
 
+
+def _train(run: _Run, command: str) -> Path:
+    settings, start = run.settings, run.start
     optimiser = make_optimiser(settings)
     key = numerics.key(settings.seed)
     state = _begin(run, functools.partial(fresh_state, key, start, optimiser))
     save_configs(run.out, start.network, start.scheduler)  # load_prior(out) then reads the newest checkpoint
-    size, channels = images.shape[1], images.shape[-1]
-    print(f"{len(images)} images of {size} px, {channels} channel(s), {len(heldout)} held out, {start.parameters:,} parameters")
+    size, channels = run.images.shape[1], run.images.shape[-1]
+    counted = f"{len(run.images)} images of {size} px, {channels} channel(s), {len(run.heldout)} held out"
+    print(f"{counted}, {start.parameters:,} parameters")
     print(f"{settings.steps} steps of {settings.batch} images on {_devices()}; {run.out} has log and samples.png", flush=True)
     state = _optimise(run, optimiser, state, key)
     return _export(run, state["ema"], command)

@@ -12,6 +12,7 @@ from tiny import ended
 
 from gdiff_jax.commands import train_prior
 from gdiff_jax.errors import ConfigError
+from gdiff_jax.files import lock
 from gdiff_jax.parametrisation import V
 from gdiff_jax.priors import Denoiser, Prior, load_prior, save_prior
 from gdiff_jax.schedule import make_betas
@@ -124,6 +125,16 @@ def test_only_epsilon_without_classes_is_tuned(given, tmp_path):
         start.read_tuned(PriorTraining(prior=f"{tmp_path}/c"))
     with pytest.raises(ConfigError, match=r"--size 64: --prior .* is of 8 px"):
         start.read_tuned(PriorTraining(prior=f"{given}/tuned", size=64))
+
+
+def test_two_trainings_do_not_write_to_one_folder(given, tmp_path):
+    """Nor does the second one touch the log of the first."""
+    out = tmp_path / "out"
+    with lock(out, "training"):
+        log.add(out / "log.jsonl", dict(step=1))
+        with pytest.raises(ConfigError, match="another training writes to it"):
+            prior.train_prior(tuning(given, out))
+    assert log.read(out / "log.jsonl") == [dict(step=1)]
 
 
 def test_pictures_of_a_folder_are_read_whatever_they_are(tmp_path, capsys):
