@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import ClassVar, NamedTuple
 
 import jax
@@ -169,9 +168,8 @@ def _estimate(problem: Problem) -> Candidate:
 
 
 class Refinement(NamedTuple):
-    """image = refine(problem, image), how it is done, and whether of a smooth network or of a chain of ReLUs."""
+    """How what was found is refined, and whether it is of a smooth network or of a chain of ReLUs."""
 
-    refine: Callable[..., jax.Array]
     words: str
     smooth: bool
 
@@ -183,13 +181,16 @@ def _refined(problem: Problem, refinement: Refinement, found: jax.Array) -> jax.
     start, of one that fits its images well the mean is [measured]. A smooth network's steps end in local minima under much
     noise, where the search does not: what it found counts as well.
     """
-    # Named arguments: a default would be traced as one more.
-    near = one_by_one_on_cpu(lambda problem, found: refinement.refine(problem, found))(problem, found)
     if refinement.smooth:
+        # Named arguments: a default would be traced as one more.
+        near = one_by_one_on_cpu(lambda problem, found: gauss_newton.refine(problem, found))(problem, found)
         return weighed(problem, near, found, found.size * SEARCHED, UNSURE)
     mean = jnp.broadcast_to(problem.expected_image, problem.shape).astype(found.dtype)
-    slowly = lambda problem, mean: expected_masks.refine(problem, mean, first=AFAR, ratio=SLOWLY)
-    return weighed(problem, near, one_by_one_on_cpu(slowly)(problem, mean))
+    levels = jnp.asarray([(expected_masks.FIRST, expected_masks.RATIO), (AFAR, SLOWLY)], found.dtype)
+    starts = jnp.stack([found, mean]), *levels.T
+    # One program for both starts: it takes half the time to compile.
+    both = lambda problem, starts: jax.lax.map(lambda start: expected_masks.refine(problem, *start), starts)
+    return weighed(problem, *one_by_one_on_cpu(both)(problem, starts))
 
 
 def _searched(refinement: Refinement | None) -> str:
@@ -201,8 +202,8 @@ def _refinement(problem: Problem) -> Refinement | None:
     if not _known_noise(problem):
         return None
     if expected_masks.chain_of(problem) is not None:
-        return Refinement(expected_masks.refine, "expectation over the masks of its ReLUs", smooth=False)
-    return Refinement(gauss_newton.refine, "Gauss-Newton steps", smooth=True) if gauss_newton.smooth(problem) else None
+        return Refinement("expectation over the masks of its ReLUs", smooth=False)
+    return Refinement("Gauss-Newton steps", smooth=True) if gauss_newton.smooth(problem) else None
 
 
 def _known_noise(problem: Problem) -> bool:

@@ -14,7 +14,7 @@ from gdiff_jax.samplers.dpir import Residual
 FIRST, RATIO = 0.3, 0.88  # of `samplers.plug_and_play`, for an image that a search found [our choice, measured]
 
 
-def refine(problem: Problem, image: jax.Array, first: float = FIRST, ratio: float = RATIO) -> jax.Array:
+def refine(problem: Problem, image: jax.Array, first: jax.Array | float = FIRST, ratio: jax.Array | float = RATIO) -> jax.Array:
     """The image to be expected of a ReLU network's equations (`algebra.masks`), near one that a search found.
 
     Args:

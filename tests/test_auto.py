@@ -319,20 +319,21 @@ def test_of_a_relu_network_the_mean_of_images_is_a_start_too(monkeypatch):
     """From afar, and with slower steps; of the two ends the one that makes the leak is kept."""
     begun, right = [], []
 
-    def refine(problem, image, first=0.3, ratio=0.5):
-        jax.debug.callback(lambda pixel: begun.append((float(pixel), first, ratio)), image[0, 0, 0])
-        return IMAGE if first == right[-1] else -IMAGE
+    def refine(problem, image, first, ratio):
+        jax.debug.callback(lambda *start: begun.append(tuple(map(float, start))), image[0, 0, 0], first, ratio)
+        return jnp.where(first == right[-1], IMAGE, -IMAGE)
 
     monkeypatch.setattr("gdiff_jax.auto.expected_masks.refine", refine)
     sigma = jnp.float32(1e-4)
     problem = problem_of(cnn(SHAPE, CLASSES, channels=(4, 4)), mechanism=gd.GaussianNoise(sigma), sigma=sigma)
     problem = dataclasses.replace(problem, expected_image=jnp.full(SHAPE, 0.25))
-    for first in (0.3, AFAR):
+    for first in (expected_masks.FIRST, AFAR):
         right.append(first)
         begun.clear()
         image = _refined(problem, _refinement(problem), jnp.full(SHAPE, 0.75))
         jax.effects_barrier()
-        assert sorted(begun) == [(0.25, AFAR, SLOWLY), (0.75, 0.3, 0.5)]
+        starts = [(0.25, AFAR, SLOWLY), (0.75, expected_masks.FIRST, expected_masks.RATIO)]
+        np.testing.assert_allclose(sorted(begun), starts, rtol=1e-6)
         np.testing.assert_allclose(image, IMAGE, atol=1e-5)
 
 

@@ -79,9 +79,9 @@ def plug_and_play(
     measured: Callable[[jax.Array, jax.Array], Residual],
     mean: jax.Array,
     *,
-    first: float,
+    first: jax.Array | float,
     last: jax.Array | float = LAST,
-    ratio: float,
+    ratio: jax.Array | float,
     iterations: int = ITERATIONS,
     momentum: jax.Array | float = 0.0,
     clip: bool = True,
@@ -109,9 +109,9 @@ def plug_and_play(
       derivative in reverse.
 
     Raises:
-      ValueError: where `ratio` does not lie in (0, 1).
+      ValueError: where `ratio`, if it is not traced, does not lie in (0, 1).
     """
-    if not 0 < ratio < 1:
+    if not isinstance(ratio, jax.Array) and not 0 < ratio < 1:
         raise ValueError(f"ratio {ratio} must lie in (0, 1): levels fall")
     start, last = jnp.asarray(first, image.dtype), jnp.maximum(last, 1e-6)
     State = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
