@@ -10,6 +10,9 @@ from collections.abc import Callable, Iterator
 from typing import Any, ParamSpec, TypeVar
 
 import jax
+import numpy as np
+
+from gdiff_jax.errors import need
 
 _HASH = re.compile("[0-9a-f]{64}")
 P = ParamSpec("P")
@@ -38,8 +41,15 @@ _OF_A_THREAD = (
 _DEBUGGING = ("debug_nans", "debug_infs", "disable_jit", "check_tracer_leaks")
 
 
+def check_seed(seed: int) -> None:
+    """That it is none that JAX would take for another one, modulo 2^32."""
+    need(0 <= seed < 2**32, f"seed {seed} must lie in 0..{2**32 - 1}")
+
+
 def key(seed: int | jax.Array) -> jax.Array:
     """The typed key of a seed, of threefry whatever JAX's default is: under vmap, rbg's numbers depend on the batch size."""
+    if isinstance(seed, int | np.integer):
+        check_seed(int(seed))
     return jax.random.key(seed, impl="threefry2x32")
 
 

@@ -197,6 +197,8 @@ GOOD = np.zeros((2, 4, 4, 3), np.uint8)
         (dict(images=GOOD, labels=[1, 2, 3]), r"2 images.*\(3,\)"),
         (dict(images=GOOD, labels=1), r"labels"),
         (dict(images=GOOD, labels=[0.5, 1.5]), "float64"),
+        (dict(images=GOOD, y=[1, 2]), "no array `labels`; it has `y`: name it `labels`"),
+        (dict(images=GOOD, Label=[[1], [2]]), "it has `Label`"),
         (dict(images=GOOD, names=["only one"]), "1 names"),
         (dict(images=GOOD, labels=np.array([None, None])), "pickle"),  # an object array would need unpickling
     ],

@@ -176,9 +176,10 @@ def audit(
             return run(plan, question, store, attack, about)
 
 
-def _one_grid(sigma_grid: Sequence[float], sigmas: Sequence[float] | None) -> Sequence[float]:
+def _one_grid(sigma_grid: Sequence[float] | float, sigmas: Sequence[float] | float | None) -> Sequence[float]:
     need(sigmas is None or sigma_grid is DEFAULT_SIGMAS, "sigma_grid and sigmas are two names of one argument; give one")
-    return sigma_grid if sigmas is None else sigmas
+    grid = sigma_grid if sigmas is None else sigmas
+    return (grid,) if isinstance(grid, int | float) else grid
 
 
 def _victim(loss: Any, params: Any, x: np.ndarray, y: Any, seen: int, attacker: Attacker, client: Client) -> tuple[Any, Any]:

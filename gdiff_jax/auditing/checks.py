@@ -59,7 +59,10 @@ def images_of(name: str, images: Any, shape: tuple[int, int, int]) -> np.ndarray
     need(number, f"{name} are {array.dtype}; give uint8, or floats in [-1, 1]")
     try:
         if array.dtype.kind in "iub":
-            return image_files.to_model(image_files.to_bytes(array))
+            pixels = image_files.to_bytes(array)
+            if dark := image_files.too_dark(pixels):
+                warnings.warn(f"{name}: {dark}", stacklevel=4)
+            return image_files.to_model(pixels)
         floats = image_files.from_floats(array)
     except ValueError as error:
         raise ConfigError(f"{name} {error}") from None
@@ -164,6 +167,7 @@ def check_numbers(
     )
     for name, value in (("seed", seed), ("more_levels", more_levels), *counts.items()):
         need(isinstance(value, int | np.integer), f"{name} {value!r} must be a whole number")
+    numerics.check_seed(int(seed))
     need(more_levels >= 0, f"more_levels {more_levels} must not be negative; 0 tries the grid alone")
     for name, value in counts.items():
         need(value >= 1, f"{name} {value} must be at least 1")
@@ -194,11 +198,11 @@ def check_client(client: Client, images: int) -> None:
     client.check(images)
 
 
-def methods_of(asked: Sequence[str | Method], attacker: Attacker, client: Client) -> dict[str, Method]:
+def methods_of(asked: str | Sequence[str | Method], attacker: Attacker, client: Client) -> dict[str, Method]:
     """The attacks by name; each can be run by this attacker."""
     joint = attacker.knowledge.labels == "joint"
     chosen = []
-    for method in asked:
+    for method in (asked,) if isinstance(asked, str) else asked:
         if not isinstance(method, Method):
             known = isinstance(method, str) and method in METHODS
             need(known, f"method {method!r} is not known; known: {', '.join(METHODS)}, or objects of gdiff_jax.methods")

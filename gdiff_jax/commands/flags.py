@@ -69,8 +69,11 @@ class _TupleParser(flags.ArgumentParser):
             return tuple(argument)
         if self.bare is not None and argument == "true":  # what absl passes for a flag without a value
             return self.bare
+        parts = [part.strip() for part in argument.split(",") if part.strip()]
+        if self.of is not str and any(re.match(r"[+-]?0[0-9]|.*_", part) for part in parts):
+            raise ValueError(f"{argument!r}: a comma separates values and a point their decimals, as in 0,0.01,0.1")
         try:
-            return tuple(self.of(part.strip()) for part in argument.split(",") if part.strip())
+            return tuple(self.of(part) for part in parts)
         except ValueError:
             raise ValueError(f"{argument!r} is not a list of {self.of.__name__} separated by commas") from None
 

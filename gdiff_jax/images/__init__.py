@@ -1,7 +1,7 @@
 """Images from files, and the one place where pixels change their range: files hold uint8, attacks work in [-1, 1]."""
 
 from gdiff_jax.images.folders import Split
-from gdiff_jax.images.ranges import from_floats, layout_remedy, to_bytes, to_model, to_unit
+from gdiff_jax.images.ranges import from_floats, layout_remedy, to_bytes, to_model, to_unit, too_dark
 from gdiff_jax.images.sets import BUNDLED, CIFAR10_CLASSES, ImageSet, load_images
 
 __all__ = [
@@ -15,4 +15,5 @@ __all__ = [
     "to_bytes",
     "to_model",
     "to_unit",
+    "too_dark",
 ]

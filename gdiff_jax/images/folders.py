@@ -18,7 +18,7 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".webp", ".gif", "
 _NOT_READ = {".heic", ".heif", ".avif", ".jp2", ".dcm", ".dng", ".cr2", ".nef", ".arw", ".raw", ".tga", ".psd", ".svg"}
 _SPLITS: dict[str, Split] = {
     **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("test", "testing", "val", "valid", "validation"), "test"),
+    **dict.fromkeys(("test", "testing", "val", "valid", "validation", "dev", "eval", "evaluation"), "test"),
 }
 _LEFT_BEHIND = {"__macosx", "@eadir", "$recycle.bin", "__pycache__"}  # by systems and devices, beside what begins with a dot
 
@@ -66,7 +66,8 @@ def arrange(source: Path, entries: Iterable[str], split: Split, read: Callable[[
     """The pictures of a split among all that lies in `source`, and their classes.
 
     What is hidden, or left behind by a system, is passed over, and so is a folder that holds all the others. Folders are
-    splits where all of them are named so, in whatever case; else they are the classes, in the order of `class_order`, which
+    splits where all of them are named so, in whatever case, or by a word of their names where they hold folders of the same
+    names, such as train2017/cat and val2017/cat; else they are the classes, in the order of `class_order`, which
     is of all splits, so that a label means the same in each.
 
     Args:
@@ -83,10 +84,13 @@ def arrange(source: Path, entries: Iterable[str], split: Split, read: Callable[[
     paths = {name: tuple(name.split("/")) for name in shown if _suffix(name) in SUFFIXES}
     paths = _without_wrapper(paths)
     tops = {path[0] if len(path) > 1 else "" for path in paths.values()}
-    kinds = {top: _SPLITS.get(top.lower()) for top in tops}
+    below = {top: {path[1] for path in paths.values() if path[0] == top and len(path) > 2} for top in tops}
+    recurring = {name for name, times in Counter(name for names in below.values() for name in names).items() if times > 1}
+    kinds = {top: _SPLITS.get(top.lower()) or (_split_within(top) if below[top] & recurring else None) for top in tops}
     splits = sorted(top for top, kind in kinds.items() if kind)
     others = [top or "pictures" for top, kind in sorted(kinds.items()) if not kind]
-    if {"train", "test"} <= set(kinds.values()) and others:
+    of_classes = any(len(below[top]) > 1 for top in splits)  # a class that is named so has no folders of its own
+    if others and (of_classes or {"train", "test"} <= set(kinds.values())):
         raise ValueError(
             f"{source} holds {' and '.join(splits)}, which are splits, beside {_few(others)}; "
             f"give a folder of classes, such as {source / splits[0]}, or move what is no split away"
@@ -110,6 +114,12 @@ def arrange(source: Path, entries: Iterable[str], split: Split, read: Callable[[
         notes.append(f"pictures lie beside the folders {_few(classes)}, so that none has a label: {_few(loose)}")
     labels = None if loose else tuple(classes.index(paths[name][0]) for name in names)
     return PictureFiles(source, tuple(names), labels, classes, has_splits, tuple(notes), read)
+
+
+def _split_within(name: str) -> Split | None:
+    """The split that a word of a folder's name says, as training_set, val2017 and seg_test do."""
+    said = {_SPLITS[word] for word in re.findall("[a-z]+", name.lower()) if word in _SPLITS}
+    return said.pop() if len(said) == 1 else None
 
 
 def class_order(folders: Iterable[str]) -> tuple[tuple[str, ...], list[str]]:

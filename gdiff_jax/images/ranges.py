@@ -40,6 +40,12 @@ def to_bytes(images: np.ndarray) -> np.ndarray:
     return images.astype(np.uint8)
 
 
+def too_dark(images: np.ndarray) -> str:
+    """What is to be said of images in 0..255 that are all nearly black, as pixels in 0..15 are; "" of others."""
+    high = int(images.max(initial=0))
+    return f"images reach from 0 to {high} of 255, nearly black; if {high} is white, multiply them" if 1 < high < 64 else ""
+
+
 def from_floats(images: np.ndarray) -> np.ndarray:
     """Floats in [-1, 1] of any type as float32.
 

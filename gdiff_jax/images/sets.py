@@ -14,7 +14,7 @@ import numpy as np
 
 from gdiff_jax.images import cifar10, folders
 from gdiff_jax.images.folders import PictureFiles, Split
-from gdiff_jax.images.ranges import layout_remedy, to_bytes
+from gdiff_jax.images.ranges import layout_remedy, to_bytes, too_dark
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 BUNDLED = "cifar10-test-64"
@@ -129,9 +129,9 @@ def _cut(data: ImageSet, channels: int | None, count: int | None) -> ImageSet:
         return data
     if channels == 3:
         images = np.repeat(data.images, 3, -1)
-        return dataclasses.replace(data, images=images, notes=("grey images were made three equal channels",))
+        return dataclasses.replace(data, images=images, notes=(*data.notes, "grey images were made three equal channels"))
     grey = ((data.images @ _GREY_BY_EYE + 2**15) >> 16).astype(np.uint8)[..., None]
-    return dataclasses.replace(data, images=grey, notes=("images in colours were made grey",))
+    return dataclasses.replace(data, images=grey, notes=(*data.notes, "images in colours were made grey"))
 
 
 def _checked(images: np.ndarray, labels: np.ndarray | None, names: list[str], source: Path) -> ImageSet:
@@ -153,7 +153,8 @@ def _checked(images: np.ndarray, labels: np.ndarray | None, names: list[str], so
         raise ValueError(f"{source}: images {error}") from None
     if labels is not None:
         labels = _whole_labels(labels, len(images), source)
-    return ImageSet(images, labels, tuple(names))
+    notes = (text,) if (text := too_dark(images)) else ()
+    return ImageSet(images, labels, tuple(names), notes=notes)
 
 
 def _whole_labels(labels: np.ndarray, count: int, source: Path) -> np.ndarray:
@@ -170,6 +171,9 @@ def _whole_labels(labels: np.ndarray, count: int, source: Path) -> np.ndarray:
     return flat.astype(np.int32)
 
 
+_LABELS = {"labels", "label", "y", "target", "targets", "y_train", "y_test", "train_labels", "test_labels", "class", "classes"}
+
+
 def _from_npz(path: Path) -> ImageSet:
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -179,6 +183,9 @@ def _from_npz(path: Path) -> ImageSet:
     if "images" not in arrays:
         raise ValueError(f"{path} has no array `images`; it has {sorted(arrays)}")
     images = np.atleast_1d(arrays["images"])
+    labels = [k for k in arrays if k.lower() in _LABELS and len(np.atleast_1d(arrays[k])) == len(images)]
+    if labels and "labels" not in arrays:
+        raise ValueError(f"{path} has no array `labels`; it has `{labels[0]}`: name it `labels`, or leave it out if it is none")
     names = [f"{path.stem}/{i}" for i in range(len(images))]
     if "names" in arrays:
         names = [n.decode("utf-8", "replace") if isinstance(n, bytes) else str(n) for n in np.ravel(arrays["names"]).tolist()]

@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+from absl import flags as absl_flags
 from tiny import ROOT, ended, parsed, run_command, script
 
 from gdiff_jax.commands import flags
@@ -108,6 +109,13 @@ def test_a_grid_takes_both_spellings():
         ([], ()),
     ):
         assert parsed(SweepConfig(), *arguments).noise.sigma_grid == expected
+
+
+@pytest.mark.parametrize("grid", ["0,01", "1,000", "0,1_0", "-0,05"])
+def test_a_decimal_comma_is_no_list(grid):
+    """0,01 would be sigma 0 and 1."""
+    with pytest.raises(absl_flags.IllegalFlagValueError, match="a point their decimals"):
+        parsed(SweepConfig(), f"--sigma_grid={grid}")
 
 
 def test_flags_reach_the_parts_they_stand_in():

@@ -121,3 +121,35 @@ def test_links_are_followed_and_circles_are_not(tmp_path):
     assert files.names == ("cat/0.png", "dog/0.png")
     assert files.labels == (0, 1)
     assert files.read("dog/0.png") == b"pixels"
+
+
+@pytest.mark.parametrize(
+    ("train", "test"),
+    [
+        ("training_set", "test_set"),
+        ("train2017", "val2017"),
+        ("seg_train", "seg_test"),
+        ("Training Set", "Test Set"),
+        ("train", "dev"),
+    ],
+)
+def test_splits_are_known_by_a_word_of_their_names_where_they_hold_the_same_folders(train, test):
+    names = [f"{train}/cat/0.png", f"{train}/dog/1.png", f"{test}/cat/2.png", f"{test}/dog/3.png"]
+    files = found(*names)
+    assert (files.names, files.labels, files.classes, files.has_splits) == (tuple(names[2:]), (0, 1), ("cat", "dog"), True)
+    assert found(*names, split="train").names == tuple(names[:2])
+
+
+def test_classes_with_such_words_in_their_names_stay_classes():
+    names = ["test_tube/0.png", "train_station/1.png"]
+    assert found(*names).classes == ("test_tube", "train_station")
+    deep = ["test_tube/a/0.png", "train_station/b/1.png"]
+    assert found(*deep).classes == ("test_tube", "train_station")
+    assert found("plane/0.png", "train/1.png").classes == ("plane", "train")  # of which one is a vehicle
+
+
+@pytest.mark.parametrize("other", ["unlabeled/4.png", "extra/cat/4.png"])
+def test_a_split_beside_what_is_none_is_refused(other):
+    """A class that is named train has no folders of classes in it."""
+    with pytest.raises(ValueError, match="which are splits, beside"):
+        found("train/cat/0.png", "train/dog/1.png", other)

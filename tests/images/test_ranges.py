@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gdiff_jax.images import from_floats, layout_remedy, load_images, to_bytes, to_model
+from gdiff_jax.images import from_floats, layout_remedy, load_images, to_bytes, to_model, too_dark
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (2, 6, 5, 3), np.uint8)
 PIXELS.flat[:2] = 0, 255
@@ -116,3 +116,10 @@ def test_labels_of_a_file_that_are_whole_numbers_are_taken(saved, labels):
 def test_what_a_file_may_mean_in_two_ways_is_refused_by_its_name(saved, arrays, words):
     with pytest.raises(ValueError, match=rf"set\.npz: .*{words}"):
         saved(**arrays)
+
+
+def test_whole_numbers_that_are_all_nearly_black_are_told():
+    """Of a set of digits in 0..15; all black is no unit of its own."""
+    dark = lambda high: too_dark(np.linspace(0, high, 12).astype(np.uint8).reshape(1, 2, 2, 3))
+    assert "reach from 0 to 15 of 255" in dark(15)
+    assert dark(64) == dark(255) == dark(0) == ""
