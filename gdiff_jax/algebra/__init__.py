@@ -2,7 +2,7 @@
 
 from gdiff_jax.algebra.batch import Batch, solve_batch
 from gdiff_jax.algebra.solve import Solution, solve
-from gdiff_jax.algebra.structure import Structure, explain, infer_label, last_bias, structure_of
+from gdiff_jax.algebra.structure import Structure, explain, infer_label, last_bias, last_layer_of, structure_of
 from gdiff_jax.algebra.tokens import image_of_tokens
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "image_of_tokens",
     "infer_label",
     "last_bias",
+    "last_layer_of",
     "solve",
     "solve_batch",
     "structure_of",

@@ -105,14 +105,25 @@ def infer_label(loss: Loss, params: Any, leak: Any, image_shape: tuple[int, ...]
     Raises:
       ValueError: where there is no such layer.
     """
+    kernel, bias = last_layer_of(loss, params, leak, image_shape)
+    largest = max(np.abs(kernel).max(initial=0.0), np.abs(bias).max())
+    scale = 1 / largest if largest > 0 else 1.0  # in float32, as it was computed, zeros are told from small numbers
+    with on_host():
+        return int(attacks.infer_label(jnp.float32(kernel * scale), jnp.float32(bias * scale)))
+
+
+def last_layer_of(loss: Loss, params: Any, leak: Any, image_shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """(features, classes) and (classes,), float64: what a gradient holds of the last layer's matrix and bias.
+
+    Raises:
+      ValueError: where there is no such bias; a matrix that is none, as of a convolution, is without rows.
+    """
     structure = structure_of(loss, params, image_shape, jnp.asarray(0))
     layer, leaf = _last_layer(structure, params)
     with on_host():
         gradient = wide(leak)
-        bias, kernel = gradient[leaf].ravel(), _dense_kernel(structure, layer, wide((params, jnp.asarray(0))), gradient)
-        largest = max(jnp.abs(kernel).max(initial=0.0), jnp.abs(bias).max())
-        scale = 1 / jnp.where(largest > 0, largest, 1.0)  # in float32, as it was computed, zeros are told from small numbers
-        return int(attacks.infer_label(jnp.float32(kernel * scale), jnp.float32(bias * scale)))
+        kernel = _dense_kernel(structure, layer, wide((params, jnp.asarray(0))), gradient)
+        return np.asarray(kernel), np.asarray(gradient[leaf]).ravel()
 
 
 def _dense_kernel(structure: Structure, layer: Layer, leaves: list[jax.Array], gradient: list[jax.Array]) -> jax.Array:

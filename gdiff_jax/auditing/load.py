@@ -15,10 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from gdiff_jax import algebra, modules
 from gdiff_jax import images as image_files
+from gdiff_jax import modules
 from gdiff_jax.auditing import sentences
 from gdiff_jax.auditing.checks import in_other_words
+from gdiff_jax.auditing.last_layer import read_label
 from gdiff_jax.auditing.own_gradient import check_leak
 from gdiff_jax.auditing.pick import MEASURED, Picked, pick
 from gdiff_jax.auditing.result import Audit
@@ -202,11 +203,7 @@ def _with_gradient(plan: Plan, config: AuditConfig, orders: saved_trees.Orders) 
     plan = dataclasses.replace(plan, leak=leak, identity=_with_hash(plan, gradient=modules.digest(leak), truth=known))
     if not config.reads_label:
         return plan
-    try:
-        label = algebra.infer_label(plan.victims[state.name].loss, plan.params[state], leak, plan.prior.image_shape)
-    except ValueError as error:
-        raise ConfigError(f"--gradient without --images: {error}; say the image's label with --label") from None
-    return dataclasses.replace(plan, labels=np.full(len(plan.images), label, np.int32))
+    return dataclasses.replace(plan, labels=np.full(len(plan.images), read_label(plan), np.int32))
 
 
 def _of_update(before: dict[str, Any], after: dict[str, Any], client: Client) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gdiff_jax import algebra
+from gdiff_jax.auditing.last_layer import check_last_layer, check_zeros
 from gdiff_jax.auditing.leak_fit import ROUNDING, SURE, Arrays, Fit, fit, norm_of
 from gdiff_jax.auditing.run import audited
 from gdiff_jax.errors import ConfigError, need
@@ -42,7 +42,8 @@ def check_leak(path: str, plan: Plan, update: bool = False) -> str:
     )
     _check_norm(path, leak, spec, sigma)
     if not plan.images_known:
-        _check_last_bias(path, plan, leak)
+        check_zeros(path, plan, leak)
+        check_last_layer(path, plan, leak)
     if not plan.images_known or not isinstance(spec, Spec) or not _is_exact(spec):
         return ""
     return _held_against_own(path, plan, spec, sigma, leak, update)
@@ -59,50 +60,6 @@ def _check_norm(path: str, leak: Arrays, spec: Any, sigma: float) -> None:
         f"--gradient {path} has the norm {norm:.4g}, --mechanism {spec.text} with sigma {sigma:g} lets at most {most:.4g} "
         "through: name the mechanism that was applied, such as --mechanism=none",
     )
-
-
-def _check_last_bias(path: str, plan: Plan, leak: Arrays) -> None:
-    """That it is p - onehot(label) of one example, where the loss is a softmax with cross-entropy and no noise hides it."""
-    state, mechanism = audited(plan)
-    loss, params, shape = plan.victims[state.name].loss, plan.params[state], plan.prior.image_shape
-    spec = plan.mechanisms[mechanism]
-    if (spec.text != "none" and not spec.only_noise) or plan.sigmas[mechanism][0] or plan.client.local_steps > 1:
-        return
-    try:
-        name = algebra.last_bias(loss, params, shape)
-    except ValueError:
-        return
-    bias, label = leak[name].ravel(), int(plan.labels[0])
-    of_label = jax.jit(lambda p, y: released(None, loss, p, jnp.full(shape, 0.5), y)[name].ravel())
-    sure = jax.tree.map(lambda a: 50 * a, params)  # weights of a network that is sure of some class
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        at = lambda p, y: np.asarray(of_label(p, jnp.asarray(y, plan.labels.dtype)), np.float64)
-        first, second, confident = at(params, 0), at(params, 1), at(sure, 0)
-    unit = (second - first)[0]
-    if (
-        len(bias) < 3
-        or unit <= 0
-        or not np.allclose(second - first, unit * np.eye(len(bias))[:2].T @ [1, -1], atol=1e-4 * unit)
-    ):
-        return  # another loss
-    if abs(first.sum()) > 1e-3 * unit or (first < -1e-3 * unit).sum() != 1:
-        return  # something is added, such as a decay of the weights
-    if (confident < -1e-3 * unit).sum() > 1 or np.abs(bias).max() < 1e-4 * unit:
-        return  # the labels are smoothed, or p is the label up to rounding
-    below, above = ((sign * bias > 1e-3 * np.abs(bias).max()).sum() for sign in (-1, 1))
-    start = f"--gradient {path}: the gradient of {name}, which for one example is p - onehot(label),"
-    need(above != 1 or below < 2, f"{start} has one entry above zero, and others below: it has another sign, as an update has")
-    need(
-        below == 1 and abs(bias.sum()) < 0.02 * np.abs(bias).max() + 0.01 * unit,  # 1 - p is rounded where p is almost 1
-        f"{start} has {below} entries below zero and the sum {bias.sum():.3g}: it is of several examples, holds noise "
-        "(say --sigma_grid), or is of another loss",
-    )
-    need(
-        bias.min() > -1.02 * unit,
-        f"{start} has the entry {bias.min():.4g}, below -{unit:.4g}: a sum, or a loss scale; divide by that factor",
-    )
-    found = int(np.argmin(bias))
-    need(found == label, f"{start} says label {found}, not {label}: say --label={found}, or leave it away")
 
 
 def _is_exact(spec: Spec) -> bool:

@@ -164,6 +164,7 @@ class Store:
         Raises:
           ConfigError: where another sweep is writing to it.
         """
+        self.close()  # of an earlier run of its own
         self._lock = lock(self.folder, "sweep")
         runs = [*self.runs, {"run": run, **this_run(), **self.reading}]
         manifest = {"identity": self.identity, "runs": runs, "sha256": _digest(strict_json([self.identity, runs]).encode())}

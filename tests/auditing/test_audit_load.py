@@ -178,6 +178,56 @@ def test_smoothed_labels_and_sure_networks_leave_no_single_negative_entry(model,
     plan_of(victim=f"{MODELS}:{model}", images="", label=0, gradient=str(tmp_path / "leak.npz"), mechanism="none")
 
 
+def leak_of(model, tiny_prior, label, *images):
+    """The mean gradient of images of one label."""
+    loss, params = getattr(own_models, model)()
+    pictures = jnp.asarray(np.load(tiny_prior / "images.npz")["images"] / np.float32(127.5) - 1)
+    gradient = jax.jit(lambda p, x: victim_gradient(loss, p, x, jnp.asarray(label)))
+    return jax.tree.map(lambda *g: sum(g) / len(g), *(flattened(gradient(params, pictures[i])) for i in images or (0,)))
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        ("from_one", "no cross-entropy of a class's number.*say the image's label with --label"),
+        ("squared", "no cross-entropy of a class's number"),
+        ("one_logit", "has one output.*--label"),
+    ],
+)
+def test_a_label_is_read_off_no_loss_that_tells_it_otherwise(model, words, plan_of, tiny_prior, tmp_path):
+    np.savez(tmp_path / "leak.npz", **leak_of(model, tiny_prior, 1))
+    options = dict(victim=f"{MODELS}:{model}", images="", gradient=str(tmp_path / "leak.npz"), mechanism="none")
+    with pytest.raises(ConfigError, match=words):
+        plan_of(**options)
+    assert plan_of(**options, label=1).labels == 1
+
+
+@pytest.mark.parametrize("model", ["make", "smoothed", "per_class", "two"])
+def test_a_label_is_read_off_losses_that_tell_it(model, plan_of, tiny_prior, tmp_path):
+    label = 1 if model == "two" else 7
+    np.savez(tmp_path / "leak.npz", **leak_of(model, tiny_prior, label))
+    options = dict(victim=f"{MODELS}:{model}", images="", gradient=str(tmp_path / "leak.npz"), mechanism="none")
+    if model == "smoothed":  # of a network that is sure of some class, and wrong, the others' entries fall below the label's
+        with pytest.raises(ConfigError, match="--label"):
+            plan_of(**options)
+    else:
+        assert plan_of(**options).labels == label
+
+
+def test_a_gradient_of_one_label_is_held_against_that_of_one_example(plan_of, tiny_prior, tmp_path):
+    def refused(words, model, leak):
+        np.savez(tmp_path / "leak.npz", **leak)
+        with pytest.raises(ConfigError, match=words):
+            plan_of(victim=f"{MODELS}:{model}", images="", gradient=str(tmp_path / "leak.npz"), mechanism="none")
+
+    one = leak_of("make", tiny_prior, 1)
+    refused("matrix is not of one example.*a mean over several", "make", leak_of("make", tiny_prior, 1, 0, 1))
+    decayed = {**one, "out.kernel": one["out.kernel"] + 0.1 * own_models.make()[1]["out"]["kernel"]}
+    refused("such as a decay of the weights", "make", decayed)
+    refused("is zero in conv.kernel, where", "make", {**one, "conv.kernel": 0 * one["conv.kernel"]})
+    refused("a sum, or a loss scale", "two", {name: 100 * value for name, value in leak_of("two", tiny_prior, 1).items()})
+
+
 def test_an_own_loss_of_batches_is_audited_alone_and_in_groups(plan_of, tmp_path):
     np.savez(tmp_path / "w.npz", **flattened(own_models.of_batch()[1]))
     for group in (1, 2):

@@ -1,0 +1,133 @@
+"""What a saved gradient's last layer says of it: the label of an image that is not known, and whether it is of one example."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gdiff_jax import algebra
+from gdiff_jax.auditing.leak_fit import Arrays
+from gdiff_jax.auditing.run import audited
+from gdiff_jax.errors import ConfigError, need
+from gdiff_jax.matching import released
+from gdiff_jax.sweeping.plan import Plan
+
+REST = 0.02  # of the last layer's matrix that bfloat16 may leave, five times as much as it does
+TOLD = 20  # labels that a loss is asked with, at most, whether they can be read off it
+
+
+def read_label(plan: Plan) -> int:
+    """The label of `plan.leak`, of an image that is not known.
+
+    Raises:
+      ConfigError: where it cannot be read: there is no last layer with a bias, or the loss's labels are no index of it, as of
+        classes that count from 1, of a mean squared error, of one output.
+    """
+    state, _ = audited(plan)
+    loss, params, shape = plan.victims[state.name].loss, plan.params[state], plan.prior.image_shape
+    start, remedy = "--gradient without --images", "say the image's label with --label"
+    try:
+        name = algebra.last_bias(loss, params, shape)
+        of_label = jax.jit(lambda p, x, y: released(None, loss, p, x, y)[name].ravel())
+        contrasts = np.array([1, 1, 0.5, 0.5], np.float32).reshape(4, 1, 1, 1)
+        images = contrasts * np.random.default_rng(0).uniform(-1, 1, (4, *shape)).astype(np.float32)
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            at = lambda x, y: np.asarray(of_label(params, x, jnp.asarray(y, jnp.int32)))
+            classes = len(at(images[0], 0))
+            need(classes > 1, f"{start}: its loss has one output, {name}, from which no label can be read; {remedy}")
+            of = [(y, at(x, y)) for y in range(min(classes, TOLD)) for x in images]
+        label = algebra.infer_label(loss, params, plan.leak, shape)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"{start}: {error}; {remedy}") from None
+    told = max(float(np.abs(bias).max()) for _, bias in of)
+    for y, bias in of:
+        sure = np.abs(bias).max() < 1e-4 * told  # of the label, up to rounding: no entry says which
+        need(
+            sure or int(np.argmin(bias)) == y,
+            f"{start}: its loss is no cross-entropy of a class's number (told {y}, the gradient of {name} is least at "
+            f"{int(np.argmin(bias))}), so that its label cannot be read; {remedy}",
+        )
+    return label
+
+
+def check_zeros(path: str, plan: Plan, leak: Arrays) -> None:
+    """That no array is left out of a gradient as zeros, which would be attacked as such.
+
+    Raises:
+      ConfigError: naming arrays of zeros that the model's own gradient, at some image, is none of.
+    """
+    state, mechanism = audited(plan)
+    empty = [name for name, value in leak.items() if not np.any(value)]
+    spec = plan.mechanisms[mechanism]
+    if not empty or (spec.text != "none" and not spec.only_noise) or plan.sigmas[mechanism][0]:
+        return
+    loss, params = plan.victims[state.name].loss, plan.params[state]
+    x = np.random.default_rng(0).uniform(-1, 1, plan.prior.image_shape).astype(np.float32)
+    own = released(plan.local_sgd, loss, params, jnp.asarray(x), jnp.asarray(plan.labels[0]))
+    lost = [name for name in empty if np.any(own[name])]
+    need(
+        not lost,
+        f"--gradient {path} is zero in {', '.join(lost[:3])}{' and others' * (len(lost) > 3)}, where the model's own gradient "
+        "is not: what is not known must not be zeros; save the whole gradient, or leave frozen weights out of params",
+    )
+
+
+def check_last_layer(path: str, plan: Plan, leak: Arrays) -> None:
+    """That its bias's gradient is p - onehot(label), and its matrix's that times one example's features.
+
+    Where the loss is a softmax with cross-entropy and no noise hides it. Of two classes the sign cannot be checked.
+
+    Raises:
+      ConfigError: saying what it is instead.
+    """
+    state, mechanism = audited(plan)
+    loss, params, shape = plan.victims[state.name].loss, plan.params[state], plan.prior.image_shape
+    spec = plan.mechanisms[mechanism]
+    if (spec.text != "none" and not spec.only_noise) or plan.sigmas[mechanism][0] or plan.client.local_steps > 1:
+        return
+    try:
+        name = algebra.last_bias(loss, params, shape)
+    except ValueError:
+        return
+    bias, label = leak[name].ravel(), int(plan.labels[0])
+    of_label = jax.jit(lambda p, y: released(None, loss, p, jnp.full(shape, 0.5), y)[name].ravel())
+    sure = jax.tree.map(lambda a: 50 * a, params)  # weights of a network that is sure of some class
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        at = lambda p, y: np.asarray(of_label(p, jnp.asarray(y, plan.labels.dtype)), np.float64)
+        first, second, confident = at(params, 0), at(params, 1), at(sure, 0)
+    unit = (second - first)[0]
+    if (
+        len(bias) < 2
+        or unit <= 0
+        or not np.allclose(second - first, unit * np.eye(len(bias))[:2].T @ [1, -1], atol=1e-4 * unit)
+    ):
+        return  # another loss
+    if abs(first.sum()) > 1e-3 * unit or (first < -1e-3 * unit).sum() != 1:
+        return  # something is added, such as a decay of the weights
+    if (confident < -1e-3 * unit).sum() > 1 or np.abs(bias).max() < 1e-4 * unit:
+        return  # the labels are smoothed, or p is the label up to rounding
+    below, above = ((sign * bias > 1e-3 * np.abs(bias).max()).sum() for sign in (-1, 1))
+    start = f"--gradient {path}: the gradient of {name}, which for one example is p - onehot(label),"
+    need(above != 1 or below < 2, f"{start} has one entry above zero, and others below: it has another sign, as an update has")
+    need(
+        below == 1 and abs(bias.sum()) < 0.02 * np.abs(bias).max() + 0.01 * unit,  # 1 - p is rounded where p is almost 1
+        f"{start} has {below} entries below zero and the sum {bias.sum():.3g}: it is of several examples, holds noise "
+        "(say --sigma_grid), or is of another loss",
+    )
+    need(
+        bias.min() > -1.02 * unit,
+        f"{start} has the entry {bias.min():.4g}, below -{unit:.4g}: a sum, or a loss scale; divide by that factor",
+    )
+    kernel, bias = algebra.last_layer_of(loss, params, leak, shape)
+    whole = float(np.linalg.norm(kernel))
+    rest = float(np.linalg.norm(kernel - np.outer(kernel @ bias, bias) / (bias @ bias))) / (whole or 1.0)
+    need(
+        rest <= REST,
+        f"--gradient {path}: its last layer's matrix is not of one example, whose features it is times the bias's gradient "
+        f"(a rest of {rest:.2g} of it): it is a mean over several, or something is added, such as a decay of the weights",
+    )
+    found = int(np.argmin(bias))
+    need(found == label, f"{start} says label {found}, not {label}: say --label={found}, or leave it away")
