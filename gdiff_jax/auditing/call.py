@@ -43,6 +43,7 @@ from gdiff_jax.victims.label_range import check_label_range
 from gdiff_jax.victims.own import (
     OwnVictim,
     check_call,
+    check_repeats,
     checked_module,
     find_first_dense,
     fingerprint,
@@ -213,6 +214,8 @@ def _own_victim(loss: Any, params: Any, first: tuple[Any, Any], y: Any, seen: in
     check_label_range(victim.loss, params, first[0], y)
     victim = checked_module(victim, first[0].shape, first[1])
     check_loss(victim.loss, params, *first)
+    if model is None:  # of a module that was asked before
+        check_repeats(victim.loss, params, *first)
     return victim, params
 
 

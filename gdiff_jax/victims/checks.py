@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -55,14 +56,35 @@ def check_loss(loss: Loss, params: Any, x: Any, y: Any) -> None:
 def of_one_image(loss: Loss, params: Any, x: Any, y: Any) -> Loss:
     """The loss itself, or, of one that takes a batch alone, (1, H, W, C) and (1, ...), that of a batch of the one image.
 
-    Which it is is found by its shapes at an image x (H, W, C) and its label y: nothing is computed.
+    Which it is is found by its shapes at an image x (H, W, C) and its label y. A loss that takes both may be two functions: a
+    mean over axes 1 and 2, or a group norm, of an image alone is over others than of a batch. Where they differ it is one of
+    batches if that of two images is the mean, or the sum, of those of each.
     """
 
     def of_batch(params: Any, x: Any, y: Any) -> Any:
         return loss(params, x[None], jax.tree.map(lambda a: a[None], y))
 
     x, y = jnp.asarray(x), jax.tree.map(jnp.asarray, y)
-    return of_batch if not _is_scalar(loss, params, x, y) and _is_scalar(of_batch, params, x, y) else loss
+    if not _is_scalar(of_batch, params, x, y):
+        return loss
+    if not _is_scalar(loss, params, x, y):
+        return of_batch
+    other = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, x.shape), x.dtype)
+
+    def values(params: Any, x: Any, other: Any, y: Any) -> jax.Array:
+        two = loss(params, jnp.stack([x, other]), jax.tree.map(lambda a: jnp.stack([a, a]), y))
+        ones = [f(params, image, y) for image in (x, other) for f in (loss, of_batch)]
+        return jnp.stack([jnp.asarray(value, jnp.float32) for value in (*ones, two)])
+
+    try:
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            first, in_batch, second, second_in_batch, two = np.asarray(jax.jit(values)(params, x, other, y)).tolist()
+    except Exception:  # of two images it fails: it is none of batches
+        return loss
+    close = functools.partial(math.isclose, rel_tol=1e-3, abs_tol=1e-6)
+    same = close(first, in_batch) and close(second, second_in_batch)
+    total = in_batch + second_in_batch
+    return of_batch if not same and (close(two, total) or close(two, total / 2)) else loss
 
 
 def _is_scalar(loss: Loss, params: Any, x: Any, y: Any) -> bool:

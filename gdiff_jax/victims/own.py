@@ -236,6 +236,20 @@ def fingerprint(loss: Loss, params: Any, image: Any, label: Any) -> str:
     return sha.hexdigest()
 
 
+def check_repeats(loss: Loss, params: Any, image: Any, label: Any) -> None:
+    """That a loss is the same program whenever it is traced, as it is by the client, by the attacker, and for each method.
+
+    Raises:
+      ValueError: of one that draws with NumPy or Python, or counts its calls.
+    """
+    traced_anew = lambda: fingerprint(lambda *arguments: loss(*arguments), params, image, label)
+    if traced_anew() != traced_anew():
+        raise ValueError(
+            "loss is another function whenever it is traced, as one that draws its dropout with np.random: client and attacker "
+            "would differ; draw once outside of it, or from a fixed jax.random.key"
+        )
+
+
 def constants(program: Any) -> Iterator[np.ndarray]:
     """The arrays that a jaxpr, and those within it, hold: of them its text gives shapes alone."""
     inner = list(getattr(program, "consts", ()))

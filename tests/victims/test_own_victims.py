@@ -1,6 +1,7 @@
 """Victims of the user's own: what a file may hold, what is said where it holds something else, and when it has changed."""
 
 import os
+import random
 import subprocess
 import sys
 
@@ -132,6 +133,30 @@ def test_a_loss_of_one_image_or_of_neither_stays_what_it_is():
     assert checks.of_one_image(either, dense(27), x, y) is either
     vector = lambda params, x, y: x.reshape(-1, 27) @ params["w"]
     assert checks.of_one_image(vector, dense(27), x, y) is vector
+
+
+@pytest.mark.parametrize("reduce", [jnp.mean, jnp.sum])
+def test_a_loss_of_batches_that_is_another_function_of_an_image_is_called_with_a_batch(reduce):
+    """A mean over axes 1 and 2 is over the pixels of a batch, and over columns and channels of an image."""
+    x, y = jnp.asarray(np.random.default_rng(1).uniform(-1, 1, (3, 3, 3)), jnp.float32), jnp.asarray(1)
+    kernel = {"w": jnp.asarray(np.random.default_rng(2).normal(size=(3, 1)), jnp.float32)}
+    pooled = lambda params, x, y: reduce(jnp.tanh(x.mean((1, 2)) @ params["w"]))
+    assert checks.of_one_image(pooled, kernel, x, y)(kernel, x, y) == pooled(kernel, x[None], y[None])
+    assert pooled(kernel, x, y) != pooled(kernel, x[None], y[None])
+    of_image = lambda params, x, y: reduce(jnp.tanh(x[None].mean((1, 2)) @ params["w"]) ** 2)
+    assert checks.of_one_image(of_image, kernel, x, y) is of_image  # though it takes a batch too, and mixes its images
+
+
+def test_a_loss_that_draws_when_it_is_traced_is_refused():
+    draws = lambda params, x, y: (x.sum() * params["w"] * np.random.default_rng().random(3)).sum()
+    fixed = lambda params, x, y: (x.sum() * params["w"] * np.random.default_rng(0).random(3)).sum()
+    seeded = lambda params, x, y: fixed(params, x + jax.random.normal(jax.random.key(0), x.shape), y)
+    drawn_key = lambda params, x, y: fixed(params, x + jax.random.normal(jax.random.key(random.randrange(2**31)), x.shape), y)
+    for loss in (fixed, seeded):
+        own.check_repeats(loss, {"w": jnp.ones(3)}, IMAGE, LABEL)
+    for loss in (draws, drawn_key):
+        with pytest.raises(ValueError, match="whenever it is traced"):
+            own.check_repeats(loss, {"w": jnp.ones(3)}, IMAGE, LABEL)
 
 
 def test_images_without_a_finite_gradient_are_named():
