@@ -70,6 +70,14 @@ def two():
     return of_labels(lambda z, y: -jax.nn.log_softmax(z)[y], 2, scale=1)
 
 
+def many():
+    """Twenty classes."""
+    loss, params = of_labels(lambda z, y: -jax.nn.log_softmax(z)[y], scale=0.5)
+    kernel = params["out"]["kernel"]
+    params["out"] = {"kernel": jnp.concatenate([kernel, kernel[::-1]], 1), "bias": jnp.zeros(20)}
+    return loss, params
+
+
 def of_batch():
     """As training code has it."""
     alone, params = make()

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gdiff_jax import algebra
 from gdiff_jax.auditing.last_layer import check_last_layer, check_zeros
 from gdiff_jax.auditing.leak_fit import ROUNDING, SURE, Arrays, Fit, fit, norm_of
 from gdiff_jax.auditing.run import audited
@@ -180,7 +181,12 @@ def _other_label(plan: Plan, of_label: Callable[[int], Fit]) -> int | None:
     labels = plan.labels
     if not isinstance(labels, np.ndarray) or labels.ndim != 1 or labels.dtype.kind not in "iu":
         return None
-    others = (label for label in range(plan.victims[state.name].num_classes) if label != labels[0])
+    victim, params = plan.victims[state.name], plan.params[state]
+    try:  # as many as the last layer tells apart, where nobody said it
+        classes = params[algebra.last_bias(victim.loss, params, plan.prior.image_shape)].size
+    except ValueError:
+        classes = 0
+    others = (label for label in range(max(classes, victim.num_classes)) if label != labels[0])
     return next((label for label in others if (found := of_label(label)).is_own and found.tells), None)
 
 

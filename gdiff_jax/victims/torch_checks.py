@@ -34,6 +34,8 @@ def check_gradient(loss: TorchLoss, shape: tuple[int, ...], y: Any) -> float:
     """
     x = np.random.default_rng(0).uniform(-1, 1, shape).astype(np.float32)
     version = f"torchax {torchax.__version__}"
+    if loss.whole.criterion is None:
+        _check_logits(loss, x, y)
     with _told(loss, f"torch itself for a batch {tuple(loss.pixels(x).shape)}", "give images and labels that it takes"):
         expected = _torch_gradient(loss, x, y)
     with _told(loss, version, ELSE):
@@ -47,6 +49,22 @@ def check_gradient(loss: TorchLoss, shape: tuple[int, ...], y: Any) -> float:
             f"{_where(loss, x, y, off, LARGEST * norm)}; {ELSE}"
         )
     return _norm(off) / norm
+
+
+def _check_logits(loss: TorchLoss, x: np.ndarray, y: Any) -> None:
+    """That what the cross-entropy is taken of are no probabilities, of which it would be another loss than the client's."""
+    try:
+        with torch.no_grad():
+            output = loss.whole(torch.tensor(np.array(loss.pixels(x), np.float32)), None)
+            sums = output.sum(1)
+            shares = (
+                output.shape[1] > 1 and bool((output >= 0).all()) and torch.allclose(sums, torch.ones_like(sums), atol=1e-5)
+            )
+    except Exception:  # what fails is told of by who asks for its gradient
+        return
+    if shares:
+        said = "returns probabilities, which add up to 1, and a cross-entropy is taken of logits"
+        raise ValueError(f"the module {said}; leave its softmax out, or give the client's loss, TorchModel(..., loss=)")
 
 
 def _torch_gradient(loss: TorchLoss, x: np.ndarray, y: Any) -> dict[str, np.ndarray]:

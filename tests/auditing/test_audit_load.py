@@ -228,6 +228,13 @@ def test_a_gradient_of_one_label_is_held_against_that_of_one_example(plan_of, ti
     refused("a sum, or a loss scale", "two", {name: 100 * value for name, value in leak_of("two", tiny_prior, 1).items()})
 
 
+def test_another_label_is_found_among_all_that_the_last_layer_tells_apart(plan_of, tiny_prior, tmp_path):
+    """Though the model's classes are not said, and are more than are taken then."""
+    np.savez(tmp_path / "leak.npz", **leak_of("many", tiny_prior, 17))
+    with pytest.raises(ConfigError, match="with label 17, not 3: say --label=17"):
+        plan_of(victim=f"{MODELS}:many", num_images=1, label=3, gradient=str(tmp_path / "leak.npz"), mechanism="none")
+
+
 def test_an_own_loss_of_batches_is_audited_alone_and_in_groups(plan_of, tmp_path):
     np.savez(tmp_path / "w.npz", **flattened(own_models.of_batch()[1]))
     for group in (1, 2):

@@ -289,8 +289,12 @@ def between(call):
             lambda: nn.Sequential(nn.Conv2d(3, 4, 1)),
             r"cross-entropy takes logits \(N, classes\); give TorchModel\(\.\.\., loss=\)",
         ),
+        (
+            lambda: nn.Sequential(nn.Flatten(), nn.Linear(192, 4), nn.Softmax(1)),
+            r"returns probabilities, which add up to 1.*leave its softmax out",
+        ),
     ],
-    ids=["torch", "jax", "operation", "value", "derivative", "random", "logits"],
+    ids=["torch", "jax", "operation", "value", "derivative", "random", "logits", "probabilities"],
 )
 def test_what_is_not_torchs_own_gradient_is_refused_with_the_layer(module, words):
     victim, _ = own.module_victim(TorchModel(seeded(module)), 4)
