@@ -42,7 +42,8 @@ def read_label(plan: Plan) -> int:
         raise
     except ValueError as error:
         raise ConfigError(f"{start}: {error}; {remedy}") from None
-    told = max(float(np.abs(bias).max()) for _, bias in of)
+    of = [(y, bias) for y, bias in of if np.isfinite(bias).all()]
+    told = max((float(np.abs(bias).max()) for _, bias in of), default=0.0)
     for y, bias in of:
         sure = np.abs(bias).max() < 1e-4 * told  # of the label, up to rounding: no entry says which
         need(
