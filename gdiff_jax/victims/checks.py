@@ -39,10 +39,11 @@ def check_loss(loss: Loss, params: Any, x: Any, y: Any) -> None:
         tried = ", and as that of a batch of it" if x.ndim == 3 else ""
         raise ValueError(
             f"loss(params, x, y) failed for an image x {x.shape} and y {jax.tree.map(jnp.shape, y)}{tried}: "
-            f"{type(error).__name__}: {text}"
+            f"{type(error).__name__}: {text}{_label_remedy(x, y)}"
         ) from error
     if getattr(out, "shape", None) != () or not jnp.issubdtype(out.dtype, jnp.floating):
-        raise ValueError(f"loss returns {out}; a floating scalar is needed: take the mean over the batch and the classes")
+        remedy = _label_remedy(x, y) or ": take the mean over the batch and the classes"
+        raise ValueError(f"loss returns {out}; a floating scalar is needed{remedy}")
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         gradient, answer = jax.jit(functools.partial(_probe, loss))(params, x, y)
     if not bool(jnp.isfinite(gradient)):
@@ -51,6 +52,18 @@ def check_loss(loss: Loss, params: Any, x: Any, y: Any) -> None:
         raise ValueError("the loss's gradient is zero at the first image: nothing leaks, or the loss ignores params")
     if float(answer) == 0:
         raise ValueError("the gradient does not depend on the image; does the loss round, or stop gradients of x?")
+
+
+def _label_remedy(x: Any, y: Any) -> str:
+    """What to do with the label of one image that is no number of a class, as it stands in a file; "" where it is one."""
+    leaves = jax.tree.leaves(y)
+    if x.ndim != 3 or len(leaves) != 1:
+        return ""
+    if leaves[0].shape == (1,):
+        return "; the label of an image has the shape (1,): give labels.ravel()"
+    if leaves[0].shape == () and not jnp.issubdtype(leaves[0].dtype, jnp.integer):
+        return f"; labels are {leaves[0].dtype}: if they number classes, give labels.astype(int)"
+    return ""
 
 
 def of_one_image(loss: Loss, params: Any, x: Any, y: Any) -> Loss:

@@ -111,6 +111,17 @@ def test_a_loss_that_cannot_be_attacked_is_refused(loss, params, words):
         checks.check_loss(loss, {"w": params}, IMAGE, LABEL)
 
 
+@pytest.mark.parametrize(
+    ("label", "remedy"), [([1], r"labels\.ravel\(\)"), (1.0, r"float32: .*astype\(int\)"), (True, r"bool: .*astype\(int\)")]
+)
+def test_a_label_that_is_no_number_of_a_class_is_told(label, remedy):
+    loss = lambda params, x, y: -jax.nn.log_softmax(x.reshape(-1) @ params["w"])[y]
+    with pytest.raises(ValueError, match=remedy):
+        checks.check_loss(
+            loss, dense(IMAGE.size), IMAGE, np.asarray(label, np.float32 if label == 1.0 and label is not True else None)
+        )
+
+
 def loss_of_a_batch(params, x, y):
     assert x.ndim == 4
     assert y.ndim == 1
