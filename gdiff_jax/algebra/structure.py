@@ -119,11 +119,10 @@ def last_layer_of(loss: Loss, params: Any, leak: Any, image_shape: tuple[int, ..
       ValueError: where there is no such bias; a matrix that is none, as of a convolution, is without rows.
     """
     structure = structure_of(loss, params, image_shape, jnp.asarray(0))
-    layer, leaf = _last_layer(structure, params)
     with on_host():
-        gradient = wide(leak)
-        kernel = _dense_kernel(structure, layer, wide((params, jnp.asarray(0))), gradient)
-        return np.asarray(kernel), np.asarray(gradient[leaf]).ravel()
+        leaves, gradient = wide((params, jnp.asarray(0))), wide(leak)
+        layer, leaf = _last_layer(structure, leaves)
+        return np.asarray(_dense_kernel(structure, layer, leaves, gradient)), np.asarray(gradient[leaf]).ravel()
 
 
 def _dense_kernel(structure: Structure, layer: Layer, leaves: list[jax.Array], gradient: list[jax.Array]) -> jax.Array:
@@ -148,19 +147,18 @@ def last_bias(loss: Loss, params: Any, image_shape: tuple[int, ...]) -> str:
       ValueError: where there is no such layer.
     """
     structure = structure_of(loss, params, image_shape, jnp.asarray(0))
-    return structure.names[_last_layer(structure, params)[1]]
-
-
-def _last_layer(structure: Structure, params: Any) -> tuple[Layer, int]:
-    """The last one with parameters, and which of these is its bias."""
     with on_host():
-        leaves = wide((params, jnp.asarray(0)))
-        for layer in reversed(structure.layers):
-            if layer.kind is Kind.AFFINE and any(k < len(structure.names) for k in layer.leaves):
-                leaf = direct_leaf(layer, leaves, set(structure.own))
-                if leaf is None:
-                    break
-                return layer, leaf
+        return structure.names[_last_layer(structure, wide((params, jnp.asarray(0))))[1]]
+
+
+def _last_layer(structure: Structure, leaves: list[jax.Array]) -> tuple[Layer, int]:
+    """The last one with parameters, and which of these is its bias; within `on_host`."""
+    for layer in reversed(structure.layers):
+        if layer.kind is Kind.AFFINE and any(k < len(structure.names) for k in layer.leaves):
+            leaf = direct_leaf(layer, leaves, set(structure.own))
+            if leaf is None:
+                break
+            return layer, leaf
     raise ValueError("no last layer with a bias was found in the loss from which its label could be read")
 
 

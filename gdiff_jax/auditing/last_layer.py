@@ -54,17 +54,23 @@ def read_label(plan: Plan) -> int:
     return label
 
 
+def _is_bare(plan: Plan) -> bool:
+    """Whether the leak is a gradient as it was computed, without noise or what else a mechanism does."""
+    _, mechanism = audited(plan)
+    spec = plan.mechanisms[mechanism]
+    return (spec.text == "none" or spec.only_noise) and not plan.sigmas[mechanism][0]
+
+
 def check_zeros(path: str, plan: Plan, leak: Arrays) -> None:
     """That no array is left out of a gradient as zeros, which would be attacked as such.
 
     Raises:
       ConfigError: naming arrays of zeros that the model's own gradient, at some image, is none of.
     """
-    state, mechanism = audited(plan)
     empty = [name for name, value in leak.items() if not np.any(value)]
-    spec = plan.mechanisms[mechanism]
-    if not empty or (spec.text != "none" and not spec.only_noise) or plan.sigmas[mechanism][0]:
+    if not empty or not _is_bare(plan):
         return
+    state, _ = audited(plan)
     loss, params = plan.victims[state.name].loss, plan.params[state]
     x = np.random.default_rng(0).uniform(-1, 1, plan.prior.image_shape).astype(np.float32)
     own = released(plan.local_sgd, loss, params, jnp.asarray(x), jnp.asarray(plan.labels[0]))
@@ -84,16 +90,15 @@ def check_last_layer(path: str, plan: Plan, leak: Arrays) -> None:
     Raises:
       ConfigError: saying what it is instead.
     """
-    state, mechanism = audited(plan)
-    loss, params, shape = plan.victims[state.name].loss, plan.params[state], plan.prior.image_shape
-    spec = plan.mechanisms[mechanism]
-    if (spec.text != "none" and not spec.only_noise) or plan.sigmas[mechanism][0] or plan.client.local_steps > 1:
+    if not _is_bare(plan) or plan.client.local_steps > 1:
         return
+    state, _ = audited(plan)
+    loss, params, shape = plan.victims[state.name].loss, plan.params[state], plan.prior.image_shape
     try:
         name = algebra.last_bias(loss, params, shape)
     except ValueError:
         return
-    bias, label = leak[name].ravel(), int(plan.labels[0])
+    (kernel, bias), label = algebra.last_layer_of(loss, params, leak, shape), int(plan.labels[0])
     of_label = jax.jit(lambda p, y: released(None, loss, p, jnp.full(shape, 0.5), y)[name].ravel())
     sure = jax.tree.map(lambda a: 50 * a, params)  # weights of a network that is sure of some class
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
@@ -122,7 +127,6 @@ def check_last_layer(path: str, plan: Plan, leak: Arrays) -> None:
         bias.min() > -1.02 * unit,
         f"{start} has the entry {bias.min():.4g}, below -{unit:.4g}: a sum, or a loss scale; divide by that factor",
     )
-    kernel, bias = algebra.last_layer_of(loss, params, leak, shape)
     whole = float(np.linalg.norm(kernel))
     rest = float(np.linalg.norm(kernel - np.outer(kernel @ bias, bias) / (bias @ bias))) / (whole or 1.0)
     need(

@@ -218,12 +218,11 @@ def checked_own(
     except ValueError as error:
         raise ConfigError(f"victim {name!r}: {error}") from error
     check_own_loss(name, victim, params, image, label)
-    if victim.module is None:  # of a torch module that was asked before
-        try:
-            own.check_repeats(victim.loss, params, image, label)
-        except ValueError as error:
-            raise ConfigError(f"victim {name!r}: {error}") from None
-    hashed = own.fingerprint(victim.loss, params, image, label)
+    hash_of = own.fingerprint if victim.module is not None else own.check_repeats  # a module was asked before
+    try:
+        hashed = hash_of(victim.loss, params, image, label)
+    except ValueError as error:
+        raise ConfigError(f"victim {name!r}: {error}") from None
     return own.find_first_dense(victim, params, image.shape, label), hashed
 
 

@@ -236,18 +236,19 @@ def fingerprint(loss: Loss, params: Any, image: Any, label: Any) -> str:
     return sha.hexdigest()
 
 
-def check_repeats(loss: Loss, params: Any, image: Any, label: Any) -> None:
-    """That a loss is the same program whenever it is traced, as it is by the client, by the attacker, and for each method.
+def check_repeats(loss: Loss, params: Any, image: Any, label: Any) -> str:
+    """The `fingerprint` of a loss that is the same program whenever it is traced, as by the client, the attacker, each method.
 
     Raises:
       ValueError: of one that draws with NumPy or Python, or counts its calls.
     """
-    traced_anew = lambda: fingerprint(lambda *arguments: loss(*arguments), params, image, label)
-    if traced_anew() != traced_anew():
+    first, second = (fingerprint(lambda *arguments: loss(*arguments), params, image, label) for _ in range(2))
+    if first != second:
         raise ValueError(
             "loss is another function whenever it is traced, as one that draws its dropout with np.random: client and attacker "
             "would differ; draw once outside of it, or from a fixed jax.random.key"
         )
+    return first
 
 
 def constants(program: Any) -> Iterator[np.ndarray]:
