@@ -1,7 +1,8 @@
-"""Standard streams that stop no run: whose reader went away, that were closed, or that cannot show a character."""
+"""Standard streams that stop no run: whose reader went away or disk is full, that were closed, or that lack a character."""
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import sys
@@ -9,12 +10,14 @@ from typing import Any, TextIO
 
 
 class _Unheard(io.FileIO):
-    """A file that goes on without its reader: `| head` leaves after a line, and the work of hours goes on."""
+    """A file that goes on without its reader or its disk: `| head` leaves after a line, and the work of hours goes on."""
 
     def write(self, data: Any) -> int:
         try:
             return super().write(data) or 0
-        except BrokenPipeError:
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EIO):
+                raise
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self.fileno())
             os.close(nowhere)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+import unicodedata
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -68,7 +69,8 @@ def arrange(source: Path, entries: Iterable[str], split: Split, read: Callable[[
     What is hidden, or left behind by a system, is passed over, and so is a folder that holds all the others. Folders are
     splits where all of them are named so, in whatever case, or by a word of their names where they hold folders of the same
     names, such as train2017/cat and val2017/cat; else they are the classes, in the order of `class_order`, which
-    is of all splits, so that a label means the same in each.
+    is of all splits, so that a label means the same in each. Splits below the classes, cat/train, are read as well. A name that
+    is written with composed accents in one place and with combining ones in another is one name.
 
     Args:
       source: for messages.
@@ -78,11 +80,12 @@ def arrange(source: Path, entries: Iterable[str], split: Split, read: Callable[[
 
     Raises:
       FileNotFoundError: where the split holds no picture.
-      ValueError: where folders of splits lie beside others.
+      ValueError: where folders of splits lie beside others, or below some of the classes alone.
     """
     shown = sorted(name for name in entries if not any(map(_is_hidden, name.split("/"))))
-    paths = {name: tuple(name.split("/")) for name in shown if _suffix(name) in SUFFIXES}
-    paths = _without_wrapper(paths)
+    as_found = _without_wrapper({name: _parts(name) for name in shown if _suffix(name) in SUFFIXES})
+    paths = _splits_above(source, as_found)
+    splits_below = paths is not as_found
     tops = {path[0] if len(path) > 1 else "" for path in paths.values()}
     below = {top: {path[1] for path in paths.values() if path[0] == top and len(path) > 2} for top in tops}
     recurring = {name for name, times in Counter(name for names in below.values() for name in names).items() if times > 1}
@@ -108,12 +111,34 @@ def arrange(source: Path, entries: Iterable[str], split: Split, read: Callable[[
             + (f"; {passed}" if passed else "")
         )
     classes, notes = class_order({path[0] for path in paths.values() if len(path) > 1})
-    notes += [text for text in (_without_pictures(shown, paths, classes), _passed_over(shown)) if text]
+    empty = "" if splits_below else _without_pictures(shown, paths, classes)
+    notes += [text for text in (empty, _passed_over(shown)) if text]
     loose = [name for name in names if len(paths[name]) == 1]
     if loose and classes:
         notes.append(f"pictures lie beside the folders {_few(classes)}, so that none has a label: {_few(loose)}")
     labels = None if loose else tuple(classes.index(paths[name][0]) for name in names)
     return PictureFiles(source, tuple(names), labels, classes, has_splits, tuple(notes), read)
+
+
+def _parts(name: str) -> tuple[str, ...]:
+    return tuple(unicodedata.normalize("NFC", name).split("/"))
+
+
+def _splits_above(source: Path, paths: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+    """With the splits before the classes, where each class has its own: cat/train/1.png."""
+    kinds: dict[str, set[Split | None]] = {}
+    for path in paths.values():
+        kinds.setdefault(path[0], set()).add(_SPLITS.get(path[1].lower()) if len(path) > 2 else None)
+    split = [top for top, found in sorted(kinds.items()) if {"train", "test"} <= found and top.lower() not in _SPLITS]
+    if not split:
+        return paths
+    others = [top for top, found in sorted(kinds.items()) if None in found]
+    if others:
+        raise ValueError(
+            f"{source}: {_few(split)} hold splits, such as train and test, and {_few(others)} pictures that are in none; "
+            "give every class its splits, or none"
+        )
+    return {name: (path[1], path[0], *path[2:]) for name, path in paths.items()}
 
 
 def _split_within(name: str) -> Split | None:
@@ -164,9 +189,9 @@ def _without_wrapper(paths: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, 
 
 def _without_pictures(shown: list[str], paths: dict[str, tuple[str, ...]], classes: tuple[str, ...]) -> str:
     """Which folders beside those of classes are none, for they hold no picture."""
-    above = {tuple(name.split("/"))[: -len(path)] for name, path in paths.items()}
+    above = {_parts(name)[: -len(path)] for name, path in paths.items()}
     level = len(min(above))
-    parts = [tuple(name.split("/")) for name in shown]
+    parts = [_parts(name) for name in shown]
     beside = {path[level] for path in parts if path[:level] in above and len(path) > level + 1}
     empty = sorted(beside - set(classes))
     return f"folders without a picture are no class: {_few(empty)}" if empty and classes else ""

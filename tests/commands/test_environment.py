@@ -28,6 +28,14 @@ def test_a_reader_that_leaves_stops_no_run(tmp_path):
     assert (tmp_path / "end").read_text() == "done"
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device that is always full is Linux's")
+def test_a_full_disk_that_is_printed_to_stops_no_run(tmp_path):
+    """`> log` on a disk that fills up: the results may lie on another."""
+    code = f"for k in range(2000): print('line', k)\nsys.stdout.flush()\nopen({str(tmp_path / 'end')!r}, 'w').write('done')"
+    done = shell(code, "> /dev/full")
+    assert (done.returncode, done.stderr, (tmp_path / "end").read_text()) == (0, b"", "done")
+
+
 def test_what_is_printed_does_not_go_into_the_files_of_a_process_without_streams(tmp_path):
     """A file that is opened takes the lowest free number, which is that of a stream that was closed."""
     code = f"import os\nfile = open({str(tmp_path / 'records')!r}, 'w')\nprint('out')\nprint('err', file=sys.stderr)\n"

@@ -140,6 +140,29 @@ def test_splits_are_known_by_a_word_of_their_names_where_they_hold_the_same_fold
     assert found(*names, split="train").names == tuple(names[:2])
 
 
+def test_splits_below_the_classes_are_read_too():
+    names = ["cat/train/0.png", "cat/test/1.png", "dog/Train/2.png", "dog/val/3.png"]
+    files = found(*names)
+    assert (set(files.names), files.labels, files.classes) == ({names[1], names[3]}, (0, 1), ("cat", "dog"))
+    assert files.has_splits
+    assert not files.notes
+    assert set(found(*names, split="train").names) == {names[0], names[2]}
+
+
+@pytest.mark.parametrize("other", ["dog/2.png", "dog/other/2.png", "2.png"])
+def test_splits_below_some_of_the_classes_are_refused(other):
+    with pytest.raises(ValueError, match=r"cat hold splits, such as train and test, and .* pictures that are in none"):
+        found("cat/train/0.png", "cat/test/1.png", other)
+
+
+def test_accents_written_in_two_ways_are_one_name():
+    """As on a Mac and elsewhere: the classes of the two splits are the same."""
+    composed, combining = "caf\u00e9", "cafe\u0301"
+    names = [f"train/{composed}/0.png", "train/zoo/1.png", f"test/{combining}/2.png", "test/zoo/3.png"]
+    files = found(*names)
+    assert (files.names, files.labels, files.classes, files.notes) == (tuple(names[2:]), (0, 1), (composed, "zoo"), ())
+
+
 def test_classes_with_such_words_in_their_names_stay_classes():
     names = ["test_tube/0.png", "train_station/1.png"]
     assert found(*names).classes == ("test_tube", "train_station")
