@@ -83,7 +83,7 @@ def _change(record: AuditRecord) -> list[str]:
     else:
         lines.append(f"Release with noise of at least sigma {noise:.3g}{against}{by_mechanism}.")
     norms = [r["gradient_norm"] for r in record.at(record.sigmas[0]) if r["gradient_norm"]]
-    if norms and any(g["reason"] == "no clipping" for g in record.guarantees):
+    if norms and any((g["reason"] or "").startswith("no clipping") for g in record.guarantees):
         norm = f"{np.median(norms):.2g}"
         clip = f"clip:{norm}+gaussian" if by_command else f"Chain((Clip({norm}), GaussianNoise(sigma)))"
         lines.append(f"A guarantee takes clipping as well, for instance to the gradients' median norm, by {clip}.")

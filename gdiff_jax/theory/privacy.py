@@ -17,7 +17,7 @@ import numpy as np
 from dp_accounting import pld
 from scipy.special import log_ndtr, ndtr, ndtri
 
-from gdiff_jax.mechanisms import GaussianNoise, LaplaceNoise, Mechanism, PruneRepresentation, UniformNoise, stages_of
+from gdiff_jax.mechanisms import Clip, GaussianNoise, LaplaceNoise, Mechanism, PruneRepresentation, UniformNoise, stages_of
 
 
 def gaussian_delta(z: float, epsilon: float) -> float:
@@ -181,7 +181,8 @@ def guarantee(mechanism: Mechanism, size: int, delta: float) -> Guarantee:
                 return none("uniform noise is bounded, and so tells some pairs of inputs apart for certain")
             if sigma > 0 and math.isinf(bound):
                 # Were it clipped later, an absent example would still send clipped noise: twice the norm apart.
-                return none("no clipping")
+                late = any(isinstance(later, Clip) for later in stages[i + 1 :])
+                return none("no clipping before the noise" if late else "no clipping")
             if sigma > 0:
                 if any(isinstance(later, PruneRepresentation) for later in stages[i + 1 :]):
                     return none("the pruned features are chosen by the image, after the noise")

@@ -80,11 +80,12 @@ def _is_below(name: str, prefix: str) -> bool:
 
 
 def _plain(names: list[str]) -> dict[str, str]:
-    """The names by what they are with dots between keys, and without NNX's `.value` where all have it."""
+    """The names by what they are with dots between keys, and without NNX's `.value`, or a `.grad`, where all have it."""
     plain: Callable[[str], str] = lambda name: re.sub(r"\[['\"]?([^\]'\"]*)['\"]?\]", r".\1", name).replace("/", ".").strip(".")
     dotted = {plain(name): name for name in names}
-    if all(re.search(r".\.value$", name) for name in dotted):
-        dotted = {name.removesuffix(".value"): original for name, original in dotted.items()}
+    for what in (".value", ".grad"):
+        if all(name.endswith(what) and name != what for name in dotted):
+            dotted = {name.removesuffix(what): original for name, original in dotted.items()}
     return dotted
 
 

@@ -127,9 +127,9 @@ def test_which_mechanisms_have_a_guarantee():
     assert laplace.epsilon == pytest.approx(100 * 2.0 * math.sqrt(2))
     for mechanism, reason in (
         (GaussianNoise(1.0), "no clipping"),
-        (Chain((GaussianNoise(1.0), Clip(1.0))), "no clipping"),
+        (Chain((GaussianNoise(1.0), Clip(1.0))), "no clipping before the noise"),
         # Without the example the first noise would be clipped and sent all the same: 2 C apart, not C.
-        (Chain((GaussianNoise(1.0), Clip(1.0), GaussianNoise(1.0))), "no clipping"),
+        (Chain((GaussianNoise(1.0), Clip(1.0), GaussianNoise(1.0))), "no clipping before the noise"),
         (Chain((Clip(1.0), GaussianNoise(1.0), PruneRepresentation(None, "fc.kernel"))), "the pruned features"),
         (Chain((Clip(1.0), GaussianNoise(0.0))), "no noise"),
         (Clip(1.0), "no noise"),

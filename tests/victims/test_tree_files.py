@@ -61,6 +61,7 @@ NAMINGS = {
     "params/params/a/kernel": (lambda n: f"params/params/{n.replace('.', '/')}", "params.params. before all names"),
     "['params']['a']['kernel']": (lambda n: "['params']" + "".join(f"['{p}']" for p in n.split(".")), ""),
     "a.kernel.value": (lambda n: f"{n}.value", ""),
+    "a.weight.grad": (lambda n: f"{n}.grad", ""),
     "net.a.weight": (lambda n: f"net.{n}", "net. before all names is taken off"),
     "module.a.weight": (lambda n: f"module.{n}", "module. before all names is taken off"),
     "a._orig_mod.weight": (lambda n: n.replace("a.", "a._orig_mod."), "what a wrapper put into its names"),
