@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 _TORCH = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
 # What torch's wrappers put between the names of layers; at the front any word may stand.
 _WRAPPERS = {"module", "_module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+_ATTRIBUTES = (".value", ".grad")  # after a parameter's name: NNX's, and torch's
 
 Tied = Mapping[str, Sequence[str]]  # of a parameter the other names that it has
 
@@ -35,6 +36,14 @@ def torch_name(name: str) -> str:
     """`conv.weight` for `conv.kernel`, `norm.scale` and `pos.embedding`."""
     stem, _, leaf = name.rpartition(".")
     return f"{stem}.{_TORCH.get(leaf, leaf)}".removeprefix(".")
+
+
+def leaf(name: str) -> str:
+    """The last word of a file's name, as `weight` of `net/a/weight` and `a.weight.grad`."""
+    dotted = _dotted(name)
+    for what in _ATTRIBUTES:
+        dotted = dotted.removesuffix(what)
+    return dotted.rpartition(".")[2]
 
 
 def matches(expected: Iterable[str], found: Iterable[str], tied: Tied | None = None) -> list[Match]:
@@ -81,12 +90,15 @@ def _is_below(name: str, prefix: str) -> bool:
 
 def _plain(names: list[str]) -> dict[str, str]:
     """The names by what they are with dots between keys, and without NNX's `.value`, or a `.grad`, where all have it."""
-    plain: Callable[[str], str] = lambda name: re.sub(r"\[['\"]?([^\]'\"]*)['\"]?\]", r".\1", name).replace("/", ".").strip(".")
-    dotted = {plain(name): name for name in names}
-    for what in (".value", ".grad"):
+    dotted = {_dotted(name): name for name in names}
+    for what in _ATTRIBUTES:
         if all(name.endswith(what) and name != what for name in dotted):
             dotted = {name.removesuffix(what): original for name, original in dotted.items()}
     return dotted
+
+
+def _dotted(name: str) -> str:
+    return re.sub(r"\[['\"]?([^\]'\"]*)['\"]?\]", r".\1", name).replace("/", ".").strip(".")
 
 
 def _unwrapped(name: str) -> str:

@@ -108,10 +108,10 @@ def fit(
         own = set(found.values())
         beside({name: value for name, value in tree.arrays.items() if name not in own})
     none = [name for name in expected if found[name] in tree.nones]
-    of_torch = {name for name, original in found.items() if _leaf(original) == "weight" and not module}
+    of_torch = {name for name, original in found.items() if names.leaf(original) == "weight" and not module}
     used = uses() if uses and of_torch else {}
     arrays = [_Array(name, tree.arrays[found[name]], expected[name], used.get(name)) for name in expected if name not in none]
-    told = layouts.is_torchs([a.layouts for a in arrays if a.name in of_torch and _leaf(a.name) == "weight"])
+    told = layouts.is_torchs([a.layouts for a in arrays if a.name in of_torch and names.leaf(a.name) == "weight"])
     with_one = reached() if reached and none else set(expected)
     lacking = [name for name in none if name in with_one]
     problems = {"None, though the loss has a gradient of it": lacking} if lacking else {}
@@ -121,7 +121,7 @@ def fit(
         try:
             if name not in of_torch:
                 value = array.value
-            elif _leaf(name) == "weight":
+            elif names.leaf(name) == "weight":
                 value = _under_one_name(array, told, tree.is_torch, order)
             else:
                 dense = array.target.ndim == 2 and layouts.may_be_dense(array.uses)
@@ -260,10 +260,6 @@ def _as_floats(name: str, value: np.ndarray, target: Any) -> np.ndarray:
     if not np.isfinite(floats).all():
         raise _Unknown("not finite", name)
     return floats
-
-
-def _leaf(name: str) -> str:
-    return name.replace("/", ".").removesuffix(".value").rpartition(".")[2]
 
 
 def _is_flattened(name: str, width: int, expected: Params) -> bool:
