@@ -91,8 +91,33 @@ _STORAGES = {
 }
 
 
+# What checkpoints hold beside tensors, such as an accuracy or a command's arguments: it is left aside, and never made.
+_BESIDE = {
+    *((module, "scalar") for module in ("numpy.core.multiarray", "numpy._core.multiarray")),
+    *(("torch", name) for name in ("Size", "device", "float64", "float32", "float16", "bfloat16", "int64")),
+    *(("pathlib", name) for name in ("Path", "PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")),
+    *(("datetime", name) for name in ("date", "datetime", "timedelta", "timezone")),
+    ("numpy", "dtype"),
+    ("_codecs", "encode"),
+    ("argparse", "Namespace"),
+}
+
+
+class _Beside:
+    """In the place of such a thing, whatever it is made of and whatever state it is given."""
+
+    def __init__(self, *args: Any):
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
 class _Unpickler(pickle.Unpickler):
-    """Knows OrderedDict, tensors, parameters and torch's storage types, each as a function of this module; nothing else."""
+    """Knows OrderedDict, tensors, parameters and torch's storage types, each as a function of this module; nothing else.
+
+    What is known to lie beside tensors is left out.
+    """
 
     def __init__(self, archive: zipfile.ZipFile, root: str):
         super().__init__(archive.open(f"{root}data.pkl"))
@@ -107,7 +132,10 @@ class _Unpickler(pickle.Unpickler):
             return _parameter
         if module == "torch" and name in _STORAGES:
             return _STORAGES[name]
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which a file of tensors does not need")
+        if (module, name) in _BESIDE:
+            return _Beside
+        what = f"it asks for {module}.{name}, which a file of tensors does not need"
+        raise pickle.UnpicklingError(f"{what}; save the tensors alone, such as torch.save(model.state_dict(), path)")
 
     def persistent_load(self, pid: Any) -> np.ndarray:
         kind, dtype, key, _, count = pid

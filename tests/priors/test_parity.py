@@ -1,6 +1,10 @@
 """Against torch itself: `pip install -e ".[parity]"`. Holds the golden files to what torch computes today, and the
 parameter lists to diffusers' own class at full size; test_golden.py holds gdiff_jax to the golden files."""
 
+import argparse
+import datetime
+import pathlib
+
 import numpy as np
 import pytest
 
@@ -16,6 +20,7 @@ from gdiff_jax.priors import ADMConfig, UNet2DConfig
 from gdiff_jax.priors.schedulers import read_scheduler
 from gdiff_jax.samplers.base import predict_kept
 from gdiff_jax.tensor_files import read_tensors
+from gdiff_jax.victims import tree_files
 
 
 @pytest.mark.parametrize("name", UNET2D)
@@ -111,8 +116,23 @@ def test_legacy_files_and_whole_modules_of_torch_are_refused(tmp_path):
     with pytest.raises(ValueError, match="legacy pickle"):
         read_tensors(tmp_path / "legacy.pt")
     torch.save(torch.nn.Linear(2, 2), tmp_path / "module.pt")
-    with pytest.raises(ValueError, match=r"it asks for torch\.nn"):
+    with pytest.raises(ValueError, match=r"it asks for torch\.nn.*save the tensors alone, such as torch\.save"):
         read_tensors(tmp_path / "module.pt")
+
+
+def test_what_checkpoints_hold_beside_tensors_is_left_aside(tmp_path):
+    beside = {
+        "best": np.float64(0.9),
+        "arguments": argparse.Namespace(lr=0.1, out=pathlib.Path("runs")),
+        "when": datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC),
+        "device": torch.device("cpu"),
+        "dtype": torch.float32,
+        "size": torch.Size([2, 3]),
+    }
+    torch.save({"state_dict": {"x": torch.arange(3.0)}, **beside}, tmp_path / "x.pt")
+    tree = tree_files.read(str(tmp_path / "x.pt"))
+    assert (tree.arrays.keys(), set(tree.others)) == ({"state_dict.x"}, set(beside))
+    np.testing.assert_array_equal(tree.arrays["state_dict.x"], [0.0, 1.0, 2.0])
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction"])
