@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gdiff_jax import algebra, expected_masks, gauss_newton, samplers
+from gdiff_jax import algebra, samplers
 from gdiff_jax.analytic_mean import AnalyticMean
 from gdiff_jax.matching import l2
-from gdiff_jax.mechanisms import Clip, GaussianNoise, LaplaceNoise, Mechanism, UniformNoise, stages_of
-from gdiff_jax.parallel import one_by_one_on_cpu
 from gdiff_jax.problem import SPREAD, Info, Method, Problem
 from gdiff_jax.pytrees import pytree
+from gdiff_jax.refinement import Refinement, compressed, known_noise, refined, refinement_of
 from gdiff_jax.samplers.ensemble import CHAINS
 from gdiff_jax.trace import StepInfo, x0_error
-from gdiff_jax.weighing import preferred, weighed
+from gdiff_jax.weighing import preferred, tells_little
 
-# About how far the mean of images errs in each pixel, and more; and by which ratio the level falls from there: with 0.88 in
-# place of 0.95 a trained LeNet loses 0.5 to 2 dB, a trained CNN 2 dB at sigma 0.1, in 0.4 of the time [measured].
-AFAR, SLOWLY = 1.0, 0.95
-# Of a smooth network's image that was refined beside the one that was searched for: what a search gains by fitting noise, as a
-# share of the pixels, and how much more or less that may be [our choice, measured: 0.1 to 0.16 and 30 to 200 about the same].
-SEARCHED, UNSURE = 1 / 8, 100.0
 FITTED = 50.0  # squared distance in units of the noise's variance that a search gains where noise is all [measured, up to 43]
+UNEXPLAINED = "searched for, since what was solved does not have this gradient"
 FILLED = 0.02  # relative residual up to which a picture that the prior completed counts as an explanation of the gradient
 
 
@@ -43,6 +37,15 @@ class Candidate(NamedTuple):
     words: str
 
 
+class Chains(Protocol):
+    """A `Method` that is the mean of so many searches, or of the first of them (`methods.MeanOfChains`)."""
+
+    @property
+    def chains(self) -> int: ...
+    def describe(self) -> str: ...
+    def __call__(self, key: jax.Array, problem: Problem, needed: jax.Array | None = None) -> tuple[jax.Array, Info]: ...
+
+
 @pytree
 class Auto(Method):
     """`algebra.solve`; the prior for directions that it leaves open; then `search`, unless the gradient is explained.
@@ -53,12 +56,12 @@ class Auto(Method):
     """
 
     search: Method
-    start: Method | None = None
+    start: Chains | None = None
     smooth: Method | None = None
     name: ClassVar[str] = "auto"
 
     def describe(self) -> str:
-        refined = f", or {self.start.describe()}, which is refined" if self.start else ""
+        refined = f", or one chain, under much noise {self.start.describe()}, which is refined" if self.start else ""
         smooth = f", of a smooth network {self.smooth.describe()}" if self.smooth else ""
         return f"algebra, then {self.search.describe()}{refined}{smooth}, where it does not reach"
 
@@ -85,16 +88,18 @@ class Auto(Method):
         except Exception as error:  # a stranger's loss may have no forward derivative: it is searched for then
             return _failed(problem, error)
         if solution.image is None:
-            return Candidate(nothing, False, f"{_searched(_refinement(problem))}: {solution.steps[-1]}")
-        image, words = solution.image, f"solved: {'; '.join(solution.steps)}; residual {solution.residual:.1e}"
+            return Candidate(nothing, False, f"{_searched(refinement_of(problem))}: {solution.steps[-1]}")
+        steps = "; ".join(solution.steps)
+        image, words = solution.image, f"{_solved(solution.exact)}: {steps}; residual {solution.residual:.1e}"
         if solution.open is None:
             return Candidate(image.astype(np.float32), solution.exact, words)
         space = samplers.null_space_of(*solution.open)
         filled = _filled(jax.random.fold_in(key, 1), problem, jnp.asarray(image, jnp.float32), space)
         misfit = float(_misfit(problem, filled))
         n, left = solution.open.null.shape
-        words = f"solved: {'; '.join(solution.steps)}; {left} of {n} directions filled by the prior; residual {misfit:.1e}"
-        return Candidate(np.asarray(filled), misfit < FILLED, words)
+        exact = misfit < FILLED
+        words = f"{_solved(exact)}: {steps}; {left} of {n} directions filled by the prior; residual {misfit:.1e}"
+        return Candidate(np.asarray(filled), exact, words)
 
     def after(self, key: jax.Array, problem: Problem, image: jax.Array, exact: jax.Array) -> tuple[jax.Array, Info]:
         """The candidate where it is exact; else the search, or what explains the leak better than that by more than noise.
@@ -102,53 +107,59 @@ class Auto(Method):
         Under known noise a first dense layer has a method of its own, which errs less than a search [measured] and takes the
         place of it but where it fails. What was found of a chain of ReLUs, or of a smooth network, is refined.
         """
-        if _known_noise(problem) and problem.first_dense is not None:
-            found, deviation = _of_first_dense(key, problem, self.start or self.search)
+        if known_noise(problem) and problem.first_dense is not None:
+            found, deviation = self._of_first_dense(key, problem)
             kept = jnp.where(exact, image, preferred(problem, found, image))
             return alone(problem, kept, jnp.where((kept == found).all(), deviation, jnp.nan))
-        refinement = _refinement(problem)
-        x, info = self._search(refinement)(key, problem)
+        refinement = refinement_of(problem)
+        x, info = self._searched(key, problem, refinement)
         x = preferred(problem, x, image)
         if refinement is not None:
             # What was solved of a smooth network leads to the image; a search, though nearer to the leak, does not.
             begin = jnp.where(refinement.smooth & jnp.isfinite(image).all(), image, x)
-            x = preferred(problem, _refined(problem, refinement, begin), x)
+            x = preferred(problem, refined(problem, refinement, begin), x)
         x = jnp.where(exact, image, x)
         trace = info.trace  # a measured signal's fields are left out: a solved trial's trace has none
         steps = StepInfo(trace.distance, trace.guidance_norm, trace.x0_error)
         return x, Info(steps, problem.outcome(x))
 
-    def _search(self, refinement: Refinement | None) -> Method:
-        """What finds an image that is, or is not, refined."""
+    def _searched(self, key: jax.Array, problem: Problem, refinement: Refinement | None) -> tuple[jax.Array, Info]:
+        """What will be refined, or will not; of a chain of ReLUs one search serves for that, unless the leak tells little."""
         if refinement is None:
-            return self.search
-        return (self.smooth if refinement.smooth else None) or self.start or self.search
+            return self.search(key, problem)
+        if refinement.smooth and self.smooth is not None:
+            return self.smooth(key, problem)
+        if self.start is None:
+            return self.search(key, problem)
+        return self.start(key, problem, jnp.where(tells_little(problem), self.start.chains, 1))
 
+    def _of_first_dense(self, key: jax.Array, problem: Problem) -> tuple[jax.Array, jax.Array]:
+        """By its rank-one matrix, and what each pixel is expected to err by; where that fails, as a search finds it, and nan.
 
-def _of_first_dense(key: jax.Array, problem: Problem, search: Method) -> tuple[jax.Array, jax.Array]:
-    """By its rank-one matrix, and what each pixel is expected to err by; where that fails, as a search finds it, and nan.
-
-    It fails where the search is nearer to the leak by more than it can gain by fitting noise: of an estimate whose n pixels
-    have errors of deviation s, twice the n / (1 + (s / SPREAD)^2) degrees of freedom as if the image were white [our choice,
-    measured], and FITTED at least. Large noise and a network that fits its images well do that: what it makes of an image far
-    off is then no delta to begin with. An estimate that errs by less than half of SPREAD is kept: there the search's gain is
-    in the layers above, and not in the image [measured].
-    """
-    found, info = AnalyticMean()(jax.random.fold_in(key, 2), problem)
-    searched, _ = search(key, problem)
-    assert info.deviation is not None
-    s = info.trace.guidance_norm[-1]
-    freedom = jnp.where(s > SPREAD / 2, 2 * found.size / (1 + jnp.square(s / SPREAD)), jnp.inf)
-    freedom = jnp.where(jnp.isfinite(info.deviation).all(), freedom, 0.0)  # else it is the mean image, which fits no noise
-    kept = preferred(problem, found, searched, jnp.maximum(freedom, FITTED))
-    return kept, jnp.where((kept == found).all(), info.deviation, jnp.nan)
+        It fails where the search is nearer to the leak by more than it can gain by fitting noise: of an estimate whose n pixels
+        have errors of deviation s, twice the n / (1 + (s / SPREAD)^2) degrees of freedom as if the image were white [our
+        choice, measured], and FITTED at least. Large noise and a network that fits its images well do that: what it makes of an
+        image far off is then no delta to begin with. An estimate that errs by less than half of SPREAD is kept, and nothing is
+        searched for: there a search's gain is in the layers above, and not in the image [measured].
+        """
+        found, info = AnalyticMean()(jax.random.fold_in(key, 2), problem)
+        assert info.deviation is not None
+        s, is_mean_image = info.trace.guidance_norm[-1], ~jnp.isfinite(info.deviation).all()  # which fits no noise
+        unsure = (s > SPREAD / 2) | is_mean_image | ~jnp.isfinite(found).all()
+        if self.start is None:
+            searched, _ = self.search(key, problem)
+        else:
+            searched, _ = self.start(key, problem, jnp.where(unsure, self.start.chains, 0))
+        freedom = jnp.where(is_mean_image, 0.0, 2 * found.size / (1 + jnp.square(s / SPREAD)))
+        kept = jnp.where(unsure, preferred(problem, found, searched, jnp.maximum(freedom, FITTED)), found)
+        return kept, jnp.where((kept == found).all(), info.deviation, jnp.nan)
 
 
 def _estimate(problem: Problem) -> Candidate:
     """What the host makes of a noisy leak of one image: its tokens, where it gives them away."""
-    match, refinement = problem.match, _refinement(problem)
+    match, refinement = problem.match, refinement_of(problem)
     nothing = np.full(problem.shape, np.nan, np.float32)
-    if _known_noise(problem) and problem.first_dense is not None:
+    if known_noise(problem) and problem.first_dense is not None:
         return Candidate(nothing, False, f"estimated by {AnalyticMean().describe()}, or searched for where that fails")
     if refinement is None:
         return Candidate(nothing, False, f"{_searched(refinement)}: under noise nothing of this network is solved")
@@ -167,49 +178,12 @@ def _estimate(problem: Problem) -> Candidate:
     return Candidate(image.astype(np.float32), False, f"{words}, beginning with its tokens")
 
 
-class Refinement(NamedTuple):
-    """How what was found is refined, and whether it is of a smooth network or of a chain of ReLUs."""
-
-    words: str
-    smooth: bool
-
-
-def _refined(problem: Problem, refinement: Refinement, found: jax.Array) -> jax.Array:
-    """What a search found, refined; of a ReLU network the mean of images too, since its equations need not be near.
-
-    Which of the two ends is right a search cannot know beforehand: of an untrained network what it found is the better
-    start, of one that fits its images well the mean is [measured]. A smooth network's steps end in local minima under much
-    noise, where the search does not: what it found counts as well.
-    """
-    if refinement.smooth:
-        # Named arguments: a default would be traced as one more.
-        near = one_by_one_on_cpu(lambda problem, found: gauss_newton.refine(problem, found))(problem, found)
-        return weighed(problem, near, found, found.size * SEARCHED, UNSURE)
-    mean = jnp.broadcast_to(problem.expected_image, problem.shape).astype(found.dtype)
-    levels = jnp.asarray([(expected_masks.FIRST, expected_masks.RATIO), (AFAR, SLOWLY)], found.dtype)
-    starts = jnp.stack([found, mean]), *levels.T
-    # One program for both starts: it takes half the time to compile.
-    both = lambda problem, starts: jax.lax.map(lambda start: expected_masks.refine(problem, *start), starts)
-    return weighed(problem, *one_by_one_on_cpu(both)(problem, starts))
-
-
 def _searched(refinement: Refinement | None) -> str:
     return "only searched for" if refinement is None else f"searched for, then refined by {refinement.words}"
 
 
-def _refinement(problem: Problem) -> Refinement | None:
-    """By the structure of the network, if there is one that knows it."""
-    if not _known_noise(problem):
-        return None
-    if expected_masks.chain_of(problem) is not None:
-        return Refinement("expectation over the masks of its ReLUs", smooth=False)
-    return Refinement("Gauss-Newton steps", smooth=True) if gauss_newton.smooth(problem) else None
-
-
-def _known_noise(problem: Problem) -> bool:
-    """Whether the leak is of one image, and noise and clipping, which the attacker knows, are all that was done to it."""
-    mechanism = problem.match.mechanism
-    return len(problem.shape) == 3 and mechanism is not None and not _compressed(mechanism)
+def _solved(exact: bool) -> str:
+    return "solved" if exact else UNEXPLAINED
 
 
 def _failed(problem: Problem, error: Exception) -> Candidate:
@@ -232,7 +206,7 @@ def _batch(problem: Problem) -> Candidate:
         return Candidate(np.full(problem.shape, np.nan, np.float32), False, f"only searched for: {'; '.join(found.steps)}")
     images, words = jnp.asarray(found.images, jnp.float32), f"{'; '.join(found.steps)}; residual {found.residual:.1e}"
     if float(problem.sigma) == 0:
-        return Candidate(np.asarray(images), found.exact, f"solved: {words}")
+        return Candidate(np.asarray(images), found.exact, f"{_solved(found.exact)}: {words}")
     images = _denoised(problem, images, jnp.float32(found.std.max()))
     return Candidate(np.asarray(images), False, f"estimated, or searched for where that explains the leak better: {words}")
 
@@ -279,12 +253,6 @@ def _not_solvable(problem: Problem) -> str:
         return "the leak is of several images, which only a first layer that is dense gives away"
     if problem.match.client is not None and not batch:  # of a batch the first steps' deltas are nearly those of the last
         return "the leak is an update of several local steps"
-    if (mechanism := problem.match.mechanism) is not None and (name := _compressed(mechanism)):
+    if (mechanism := problem.match.mechanism) is not None and (name := compressed(mechanism)):
         return f"the mechanism changes more of the gradient than its length ({name})"
     return ""
-
-
-def _compressed(mechanism: Mechanism) -> str:
-    """The first stage of a mechanism that changes more of a gradient than its length, beside noise; empty where none does."""
-    known = (Clip, GaussianNoise, LaplaceNoise, UniformNoise)
-    return next((type(stage).__name__ for stage in stages_of(mechanism) if not isinstance(stage, known)), "")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -9,12 +11,21 @@ from gdiff_jax import samplers
 from gdiff_jax.algebra.masks import ReluChain, equations_at, relu_chain, residual_of
 from gdiff_jax.matching import GradientMatching, at_full_precision, l2, victim_gradient
 from gdiff_jax.problem import Problem
-from gdiff_jax.samplers.dpir import Residual
+from gdiff_jax.samplers.dpir import TOLERANCE, Residual
+from gdiff_jax.weighing import tells_little
 
+# Level below which there is no step where the leak tells little: the image errs by far more there [measured: 0.1 dB and less].
+COARSE = 0.06
 FIRST, RATIO = 0.3, 0.88  # of `samplers.plug_and_play`, for an image that a search found [our choice, measured]
 
 
-def refine(problem: Problem, image: jax.Array, first: jax.Array | float = FIRST, ratio: jax.Array | float = RATIO) -> jax.Array:
+def refine(
+    problem: Problem,
+    image: jax.Array,
+    first: jax.Array | float = FIRST,
+    ratio: jax.Array | float = RATIO,
+    tolerance: jax.Array | float = TOLERANCE,
+) -> jax.Array:
     """The image to be expected of a ReLU network's equations (`algebra.masks`), near one that a search found.
 
     Args:
@@ -23,6 +34,7 @@ def refine(problem: Problem, image: jax.Array, first: jax.Array | float = FIRST,
       image: (H, W, C), the first estimate.
       first: about how far it errs in each pixel.
       ratio: of a step's level to the one before; masks that are far off need slower ones.
+      tolerance: of each step's conjugate gradients.
 
     Returns:
       (H, W, C); by `samplers.plug_and_play`.
@@ -39,10 +51,9 @@ def refine(problem: Problem, image: jax.Array, first: jax.Array | float = FIRST,
     doubt = jnp.where(p.sigma > 0, rms, 0.0)
     measured = lambda x, level: _measured(chain, match, jnp.maximum(noise, level * doubt), x, level)
     mean = jnp.broadcast_to(p.expected_image, p.shape)
-    last = samplers.last_level(noise, rms)
-    return samplers.plug_and_play(
-        image, p.denoise, p.schedule, measured, mean, first=first, last=last, ratio=ratio, clip=p.clip
-    )
+    last = jnp.where(tells_little(p), COARSE, samplers.last_level(noise, rms))
+    options = dict[str, Any](first=first, last=last, ratio=ratio, tolerance=tolerance, clip=p.clip)
+    return samplers.plug_and_play(image, p.denoise, p.schedule, measured, mean, **options)
 
 
 def chain_of(problem: Problem) -> ReluChain | None:

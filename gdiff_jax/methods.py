@@ -110,9 +110,10 @@ class MeanOfChains(Method):
     def describe(self) -> str:
         return f"the mean of {self.chains} chains of {self.chain.describe()}"
 
-    def __call__(self, key: jax.Array, problem: Problem) -> tuple[jax.Array, Info]:
+    def __call__(self, key: jax.Array, problem: Problem, needed: jax.Array | None = None) -> tuple[jax.Array, Info]:
+        """Of the first `needed` chains alone, where that is given: see `samplers.mean_of_chains`."""
         chain = lambda key: self.chain(key, problem)
-        image, info = samplers.mean_of_chains(key, chain, problem.expected_image, self.chains)
+        image, info = samplers.mean_of_chains(key, chain, problem.expected_image, self.chains, needed)
         return image, info._replace(outcome=problem.outcome(image))
 
 
@@ -245,8 +246,8 @@ class AnalyticDSG(DSG):
 def strongest(dsg: DSG, by_noise: DSG | None = None, chains: int = CHAINS) -> Auto:
     """`Auto` that searches by the mean of chains, `by_noise` where the attacker can draw from the mechanism's.
 
-    Half as many serve where that is refined: more gain little there. A smooth network's begins with plain DSG: its curvatures
-    differ so much that a step to the least distance along the pull is too short [measured].
+    Half as many serve where that is refined, or one: more gain little there. A smooth network's begins with plain DSG: its
+    curvatures differ so much that a step to the least distance along the pull is too short [measured].
     """
     first, fewer = by_noise or dsg, max(chains // 2, 2)
     return Auto(MeanOfChains(first, chains), MeanOfChains(first, fewer), MeanOfChains(dsg, fewer))

@@ -12,13 +12,15 @@ from objectives import float32, random_weights
 import gdiff_jax as gd
 from gdiff_jax import expected_masks
 from gdiff_jax.analytic_mean import AnalyticMean
-from gdiff_jax.auto import AFAR, SLOWLY, Auto, _of_first_dense, _refined, _refinement
-from gdiff_jax.methods import DSG
+from gdiff_jax.auto import Auto
+from gdiff_jax.methods import DSG, MeanOfChains
 from gdiff_jax.problem import Outcome, Problem
 from gdiff_jax.pytrees import pytree
+from gdiff_jax.refinement import AFAR, ROUGHLY, SLOWLY, refined, refinement_of
+from gdiff_jax.samplers.dpir import TOLERANCE
 from gdiff_jax.schedule import make_betas
 from gdiff_jax.victims import cnn, lenet, mlp, resnet
-from gdiff_jax.weighing import DOUBT, preferred, weighed
+from gdiff_jax.weighing import DOUBT, preferred, tells_little, weighed
 
 SHAPE, CLASSES = (8, 8, 3), 4
 IMAGE = float32(np.random.default_rng(0).uniform(-1, 1, SHAPE))
@@ -32,12 +34,13 @@ def key():
 
 @pytree
 class Found:
-    """A search that ends in one image."""
+    """Searches that end in one image; as many of them as are needed change it by as much."""
 
     image: jax.Array
+    chains: int = 2
 
-    def __call__(self, key, problem):
-        return self.image, None
+    def __call__(self, key, problem, needed=0):
+        return self.image + needed, None
 
 
 # Compiled whole: operation by operation each is a program of its own.
@@ -195,7 +198,7 @@ def test_a_network_that_fits_its_image_is_refined_from_the_mean_of_images():
     assert error(refine(problem, jnp.zeros(SHAPE), first=AFAR)) < 1e-3
     lost = jnp.full(SHAPE, jnp.nan)
     assert not np.isfinite(refine(problem, lost)).any()
-    refined = jax.jit(lambda problem, lost: _refined(problem, _refinement(problem), lost))
+    refined = jax.jit(lambda problem, lost: refined(problem, refinement_of(problem), lost))
     assert error(refined(problem, lost)) < 1e-3
 
 
@@ -221,7 +224,7 @@ def test_a_clipped_gradient_is_one_with_more_noise():
     assert clipped < 2 * whole
 
 
-def test_it_is_said_that_what_could_not_be_solved_is_refined():
+def test_it_is_said_that_what_could_not_be_solved_isrefined():
     problem = problem_of(cnn(SHAPE, CLASSES, channels=(12, 24), pooling="mean"), mechanism=gd.GaussianNoise(jnp.float32(0.0)))
     words = AUTO.candidate(key(), problem).words
     assert words.startswith("searched for, then refined by expectation over the masks of its ReLUs: ")
@@ -232,9 +235,9 @@ def test_of_a_smooth_network_what_was_searched_for_counts_as_far_as_it_explains_
     """Its steps may end farther from the leak than they began."""
     victim, sigma = mlp(SHAPE, CLASSES, widths=(16,), activation=jax.nn.tanh), jnp.float32(1e-4)
     problem = problem_of(victim, mechanism=gd.GaussianNoise(sigma), sigma=sigma)
-    refined, found = (-IMAGE, IMAGE) if nearer else (IMAGE, -IMAGE)
-    monkeypatch.setattr("gdiff_jax.auto.gauss_newton.refine", lambda problem, image: refined)
-    np.testing.assert_allclose(_refined(problem, _refinement(problem), found), IMAGE, atol=1e-5)
+    ended, found = (-IMAGE, IMAGE) if nearer else (IMAGE, -IMAGE)
+    monkeypatch.setattr("gdiff_jax.refinement.gauss_newton.refine", lambda problem, image: ended)
+    np.testing.assert_allclose(refined(problem, refinement_of(problem), found), IMAGE, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -250,7 +253,7 @@ def test_what_is_refined_is_found_by_a_method_of_its_own(victim, by):
     problem = problem_of(victim, mechanism=gd.GaussianNoise(sigma), sigma=sigma)
     nothing = jnp.full(SHAPE, jnp.nan)
     distances = jax.jit(lambda auto: auto.after(key(), problem, nothing, jnp.asarray(False))[1].trace.distance)
-    methods = {"search": DSG(guidance_rate=0.1), "start": DSG(guidance_rate=0.9), "smooth": DSG(guidance_rate=0.5)}
+    methods = {k: MeanOfChains(DSG(guidance_rate=rate), 2) for k, rate in [("search", 0.1), ("start", 0.9), ("smooth", 0.5)]}
     found = distances(Auto(**methods))
     for name, method in methods.items():
         assert np.allclose(found, distances(Auto(method)), rtol=1e-5) == (name == by)
@@ -277,7 +280,7 @@ def test_under_noise_structure_finds_more_than_a_search(victim):
 def test_a_search_takes_the_place_of_an_estimate_that_fails():
     """Of a network that makes another delta of the mean image than of its own; nothing is told of how a search errs then."""
     victim, label, sigma = mlp(SHAPE, CLASSES, widths=(16,)), jnp.asarray(2), jnp.float32(1e-2)
-    result = jax.jit(lambda problem, image: _of_first_dense(key(), problem, Found(image)))
+    result = jax.jit(lambda problem, image: Auto(Found(image))._of_first_dense(key(), problem))
     lost = jnp.full(SHAPE, jnp.nan)
     for params, kept in [(fitted(victim, IMAGE, label, jnp.asarray(3)), True), (random_weights(victim), False)]:
         leak = release(gd.GaussianNoise(sigma), key(), jax.jit(jax.grad(victim.loss))(params, IMAGE, label))
@@ -290,6 +293,35 @@ def test_a_search_takes_the_place_of_an_estimate_that_fails():
         assert np.isfinite(estimate).all()
     worse, _ = result(problem, -IMAGE)
     np.testing.assert_array_equal(worse, image)
+
+
+@pytest.mark.parametrize(("sigma", "needed"), [(1e-6, 0), (1e3, 2)])
+def test_an_estimate_that_errs_little_is_searched_for_no_more(sigma, needed):
+    victim, seen = mlp(SHAPE, CLASSES, widths=(16,)), []
+
+    @pytree
+    class Counted(Found):
+        def __call__(self, key, problem, needed=0):
+            jax.debug.callback(lambda needed: seen.append(int(needed)), needed)
+            return self.image, None
+
+    problem = problem_of(victim, mechanism=gd.GaussianNoise(sigma), sigma=jnp.float32(sigma), first_dense=victim.first_dense)
+    jax.block_until_ready(jax.jit(Auto(DSG(), Counted(IMAGE))._of_first_dense)(key(), problem))
+    assert seen == [needed]
+
+
+@pytest.mark.parametrize(("noise_of_gradient", "needed"), [(0.01, 1), (3.0, 2)])
+def test_one_search_is_refined_unless_the_leak_tells_little(noise_of_gradient, needed):
+    """Less of the gradient than noise of one coordinate for each pixel."""
+    problem = problem_of(cnn(SHAPE, CLASSES, channels=(2, 3)))
+    square = sum(float(jnp.vdot(g, g)) for g in jax.tree.leaves(problem.match.leak))
+    sigma = jnp.float32(noise_of_gradient * np.sqrt(square / IMAGE.size))
+    noisy = release(gd.GaussianNoise(sigma), jax.random.key(9), problem.match.leak)
+    match = dataclasses.replace(problem.match, leak=noisy, mechanism=gd.GaussianNoise(sigma))
+    problem = dataclasses.replace(problem, match=match, sigma=sigma)
+    assert bool(tells_little(problem)) == (needed == 2)
+    image, _ = Auto(DSG(), Found(IMAGE))._searched(key(), problem, refinement_of(problem))
+    np.testing.assert_allclose(image, IMAGE + needed, rtol=1e-6)
 
 
 def test_what_pooling_hides_is_found_without_noise_from_a_first_estimate():
@@ -316,23 +348,25 @@ def test_what_is_expected_is_of_what_was_kept():
 
 
 def test_of_a_relu_network_the_mean_of_images_is_a_start_too(monkeypatch):
-    """From afar, and with slower steps; of the two ends the one that makes the leak is kept."""
+    """From afar, and with slower and rougher steps; of the two ends the one that makes the leak is kept."""
     begun, right = [], []
 
-    def refine(problem, image, first, ratio):
-        jax.debug.callback(lambda *start: begun.append(tuple(map(float, start))), image[0, 0, 0], first, ratio)
+    def refine(problem, image, *levels):
+        jax.debug.callback(lambda *start: begun.append(tuple(map(float, start))), image[0, 0, 0], *levels)
+        first, *_ = levels
         return jnp.where(first == right[-1], IMAGE, -IMAGE)
 
-    monkeypatch.setattr("gdiff_jax.auto.expected_masks.refine", refine)
+    monkeypatch.setattr("gdiff_jax.refinement.expected_masks.refine", refine)
     sigma = jnp.float32(1e-4)
     problem = problem_of(cnn(SHAPE, CLASSES, channels=(4, 4)), mechanism=gd.GaussianNoise(sigma), sigma=sigma)
     problem = dataclasses.replace(problem, expected_image=jnp.full(SHAPE, 0.25))
     for first in (expected_masks.FIRST, AFAR):
         right.append(first)
         begun.clear()
-        image = _refined(problem, _refinement(problem), jnp.full(SHAPE, 0.75))
+        image = refined(problem, refinement_of(problem), jnp.full(SHAPE, 0.75))
         jax.effects_barrier()
-        starts = [(0.25, AFAR, SLOWLY), (0.75, expected_masks.FIRST, expected_masks.RATIO)]
+        of_found = (0.75, expected_masks.FIRST, expected_masks.RATIO, TOLERANCE)
+        starts = [(0.25, AFAR, SLOWLY, ROUGHLY), of_found]
         np.testing.assert_allclose(sorted(begun), starts, rtol=1e-6)
         np.testing.assert_allclose(image, IMAGE, atol=1e-5)
 
@@ -345,7 +379,7 @@ def test_a_smooth_networks_refinement_begins_with_what_was_solved_of_it(monkeypa
         jax.debug.callback(lambda pixel: begun.append(float(pixel)), image[0, 0, 0])
         return image
 
-    monkeypatch.setattr("gdiff_jax.auto.gauss_newton.refine", refine)
+    monkeypatch.setattr("gdiff_jax.refinement.gauss_newton.refine", refine)
     sigma = jnp.float32(1e-2)
     problem = problem_of(SMOOTH, mechanism=gd.GaussianNoise(sigma), sigma=sigma)
     for solved in (7.0, jnp.nan):

@@ -16,7 +16,7 @@ FLOORS = (
     {"victims", "priors"},
     {
         *("samplers", "attacks", "signal", "problem", "methods", "theory", "algebra"),
-        *("auto", "analytic_mean", "expected_masks", "gauss_newton", "weighing"),
+        *("auto", "analytic_mean", "expected_masks", "gauss_newton", "refinement", "weighing"),
     },
     {"sweeping", "training"},
     {"auditing"},

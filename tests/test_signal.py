@@ -240,6 +240,27 @@ def test_the_images_of_a_group_are_combined_each_with_itself():
     assert sorted(gap.argmin(1).tolist()) == [0, 1, 2]
 
 
+@pytest.mark.parametrize("needed", [0, 1, 2, 3])
+def test_no_more_chains_run_than_are_needed(needed):
+    """Those are the first of all, and their mean is that of these alone."""
+    ran, mean = [], image(7)
+
+    def chain(key):
+        bits = jax.random.key_data(jax.random.clone(key))
+        jax.debug.callback(lambda bits: ran.append(tuple(bits.tolist())), bits)
+        return jax.random.uniform(key, SHAPE), jnp.sum(bits).astype(jnp.float32)
+
+    run = jax.jit(lambda needed: mean_of_chains(jax.random.key(0), chain, mean, 3, needed))
+    found, trace = jax.block_until_ready(run(needed))
+    keys = jax.random.split(jax.random.key(0), 3)
+    bits = np.asarray(jax.random.key_data(jax.random.clone(keys)))
+    assert ran == [tuple(key.tolist()) for key in bits[:needed]]
+    samples = jax.vmap(lambda key: jax.random.uniform(key, SHAPE))(keys)[:needed]
+    expected = mean if needed == 0 else samples[0] if needed == 1 else posterior_mean(samples, mean)[0]
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    np.testing.assert_array_equal(trace, np.float32(bits[0].sum(dtype=np.uint32)) if needed else np.nan)
+
+
 def test_samples_that_agree_are_kept_and_others_are_not_believed():
     same = jnp.broadcast_to(image(0), (3, *SHAPE))
     kept, weight = posterior_mean(same, jnp.zeros(SHAPE))

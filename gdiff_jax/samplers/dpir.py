@@ -31,7 +31,12 @@ LENGTHS = (1.0, 0.5, 0.25, 0.1, 0.0)  # of a Gauss-Newton step, of which the bes
 
 
 def gauss_newton(
-    residual: Residual, x: jax.Array, x0: jax.Array, variance: jax.Array, iterations: int, tolerance: float = TOLERANCE
+    residual: Residual,
+    x: jax.Array,
+    x0: jax.Array,
+    variance: jax.Array,
+    iterations: int,
+    tolerance: jax.Array | float = TOLERANCE,
 ) -> jax.Array:
     """One step from x towards the least || residual ||^2 + || x - x0 ||^2 / variance, by conjugate gradients.
 
@@ -83,6 +88,7 @@ def plug_and_play(
     last: jax.Array | float = LAST,
     ratio: jax.Array | float,
     iterations: int = ITERATIONS,
+    tolerance: jax.Array | float = TOLERANCE,
     momentum: jax.Array | float = 0.0,
     clip: bool = True,
 ) -> jax.Array:
@@ -99,6 +105,7 @@ def plug_and_play(
       last: level below which no step is taken, scalar; above `first` the first estimate is the answer.
       ratio: of a level to the one before, in (0, 1); in each the denoiser is called once.
       iterations: conjugate gradients in each of them, at most.
+      tolerance: of these, see `gauss_newton`.
       momentum: share of the last step that is added to the estimate before the next, in [0, 1), while the level is above
         SETTLING; none after a step that leads back (O'Donoghue & Candes, Found. Comput. Math. 2015, arXiv 1204.3982). It helps
         where steps are many, and short since they follow a valley that bends; else it costs some of the image [measured].
@@ -121,7 +128,7 @@ def plug_and_play(
         beyond = x + jnp.where(level > SETTLING, momentum, 0.0) * (x - before)
         expected = denoise_estimate(denoise, schedule, beyond, level, mean, clip=clip)
         residual = measured(beyond, level)
-        new = gauss_newton(_tempered(residual, sizes), beyond, expected, jnp.square(level), iterations)
+        new = gauss_newton(_tempered(residual, sizes), beyond, expected, jnp.square(level), iterations, tolerance)
         after = _sizes(residual, new)
         lost = ~jnp.isfinite(after).all()  # beyond was too far: the next begins at x, without momentum
         onward = (jnp.vdot(new - beyond, new - x) > 0) & ~lost
