@@ -1,4 +1,4 @@
-"""How much of an image came back. Images are float in [0, 1], (H, W, C) or (N, H, W, C); one value an image.
+"""How much of an image came back. Images are (H, W, C) or (N, H, W, C); one value an image.
 
 MSE, PSNR and SSIM are dm-pix's (SSIM with its defaults: 11-pixel Gaussian window of sigma 1.5, Wang et al. 2004).
 """

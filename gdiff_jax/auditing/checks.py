@@ -178,6 +178,7 @@ def check_numbers(
 
 def _finite(name: str, value: Any) -> float:
     try:
+        need(not isinstance(value, str | bytes), f"{name} {value!r} is a text; give the number")
         number = float(value)
     except (TypeError, ValueError):
         raise ConfigError(f"{name} {value!r} is not a number") from None

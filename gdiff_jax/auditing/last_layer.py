@@ -11,9 +11,14 @@ from gdiff_jax.auditing.leak_fit import Arrays
 from gdiff_jax.auditing.run import audited
 from gdiff_jax.errors import ConfigError, need
 from gdiff_jax.matching import released
+from gdiff_jax.mechanisms.text import NOISES, Spec
 from gdiff_jax.sweeping.plan import Plan
 
 REST = 0.02  # of the last layer's matrix that bfloat16 may leave, five times as much as it does
+# By how much of its length a bias's gradient may differ from what the last layer makes of the features that its matrix holds:
+# as a factor; else by LOOSE for each unit of the logits' range and one, as of a forward pass in bfloat16, and LOOSEST at most
+# [our choice].
+FACTOR, LOOSE, LOOSEST = 0.1, 0.05, 0.5
 TOLD = 20  # labels that a loss is asked with, at most, whether they can be read off it
 
 
@@ -113,10 +118,12 @@ def check_last_layer(path: str, plan: Plan, leak: Arrays) -> None:
         return  # another loss
     if abs(first.sum()) > 1e-3 * unit or (first < -1e-3 * unit).sum() != 1:
         return  # something is added, such as a decay of the weights
-    if (confident < -1e-3 * unit).sum() > 1 or np.abs(bias).max() < 1e-4 * unit:
-        return  # the labels are smoothed, or p is the label up to rounding
-    below, above = ((sign * bias > 1e-3 * np.abs(bias).max()).sum() for sign in (-1, 1))
+    if (confident < -1e-3 * unit).sum() > 1:
+        return  # the labels are smoothed
     start = f"--gradient {path}: the gradient of {name}, which for one example is p - onehot(label),"
+    if np.abs(bias).max() < 1e-4 * unit:  # p is the label up to rounding, or so it seems
+        return _check_features(start, plan, kernel, bias, unit, label, least=1e-3)
+    below, above = ((sign * bias > 1e-3 * np.abs(bias).max()).sum() for sign in (-1, 1))
     need(above != 1 or below < 2, f"{start} has one entry above zero, and others below: it has another sign, as an update has")
     need(
         below == 1 and abs(bias.sum()) < 0.02 * np.abs(bias).max() + 0.01 * unit,  # 1 - p is rounded where p is almost 1
@@ -136,3 +143,76 @@ def check_last_layer(path: str, plan: Plan, leak: Arrays) -> None:
     )
     found = int(np.argmin(bias))
     need(found == label, f"{start} says label {found}, not {label}: say --label={found}, or leave it away")
+    _check_features(start, plan, kernel, bias, unit, label)
+
+
+def _check_features(
+    start: str, plan: Plan, kernel: np.ndarray, bias: np.ndarray, unit: float, label: int, least: float = 0.0
+) -> None:
+    """That p is what these weights make of the features, which the last layer's matrix holds at any scale of the leak.
+
+    Where that differs from the label by `least` at least.
+    """
+    if not bias.any():
+        return
+    state, _ = audited(plan)
+    loss, params, shape = plan.victims[state.name].loss, plan.params[state], plan.prior.image_shape
+    weights, constants = algebra.last_layer_of(loss, params, params, shape)
+
+    def logits_of(kernel: np.ndarray, bias: np.ndarray) -> np.ndarray:
+        return kernel @ bias / (bias @ bias) @ weights + constants
+
+    def expected(logits: np.ndarray, label: int) -> np.ndarray:
+        p = np.exp(logits - logits.max())
+        return unit * (p / p.sum() - np.eye(len(logits))[label])
+
+    away = lambda a, b: float(np.linalg.norm(a - b) / (np.linalg.norm(b) or 1.0))
+    of_image = jax.jit(lambda p, x, y: released(None, loss, p, x, y))
+    for image in (np.full(shape, 0.5), np.random.default_rng(0).uniform(-1, 1, shape)):
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            own = of_image(params, jnp.asarray(image, jnp.float32), jnp.asarray(label, plan.labels.dtype))
+        of_own = algebra.last_layer_of(loss, params, jax.tree.map(lambda g: g.astype(jnp.bfloat16), own), shape)
+        if not of_own[1].any() or not away(of_own[1], expected(logits_of(*of_own), label)) < REST:
+            return  # something lies between, such as a temperature
+    logits = logits_of(kernel, bias)
+    told = expected(logits, label)
+    if np.abs(told).max() < least * unit:
+        return
+    factor = float(told @ bias / (told @ told)) if told.any() else 1.0
+    need(
+        abs(factor - 1) < FACTOR or len(bias) < 3 or away(bias, factor * told) > REST,
+        f"{start} is {factor:.3g} times what the last layer makes of the features that its matrix holds: a mean or a learning "
+        f"rate; divide the file's arrays by {factor:.4g}, or say how it was clipped, such as --mechanism=clip:NORM",
+    )
+    need(
+        away(bias, told) < min(LOOSE * (1 + np.ptp(logits)), LOOSEST),
+        f"{start} is not what the last layer makes of the features that its matrix holds (it differs by {away(bias, told):.2g} "
+        "of that): other weights, such as of another checkpoint or seed (--weights), rows in another order (--flattened), or "
+        "another loss",
+    )
+
+
+def check_noise(path: str, plan: Plan, leak: Arrays) -> None:
+    """That the last layer's matrix, which is of rank one without noise, holds about as much of it as is said.
+
+    Raises:
+      ConfigError: where it holds much less.
+    """
+    state, mechanism = audited(plan)
+    spec, sigma = plan.mechanisms[mechanism], plan.sigmas[mechanism][0]
+    if not sigma or plan.client.local_steps > 1 or not isinstance(spec, Spec) or spec.stages[-1][0] not in NOISES:
+        return
+    try:
+        kernel, bias = algebra.last_layer_of(plan.victims[state.name].loss, plan.params[state], leak, plan.prior.image_shape)
+    except ValueError:
+        return
+    free = len(kernel) * (len(bias) - 1)  # entries, less those that a matrix of rank one fits
+    if free < 50:
+        return
+    values = np.linalg.svd(np.concatenate([kernel, bias[None]]), compute_uv=False)
+    found = float(np.sqrt(np.square(values[1:]).sum() / free))
+    need(
+        found > sigma / 2,
+        f"--gradient {path} holds noise of sigma {found:.2g} at most: its last layer's matrix is so nearly of rank one; "
+        f"--sigma_grid says {sigma:g}. Say what it holds; to see what noise would help leave --gradient away",
+    )

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gdiff_jax import algebra
-from gdiff_jax.auditing.last_layer import check_last_layer, check_zeros
+from gdiff_jax.auditing.last_layer import check_last_layer, check_noise, check_zeros
 from gdiff_jax.auditing.leak_fit import ROUNDING, SURE, Arrays, Fit, fit, norm_of
 from gdiff_jax.auditing.run import audited
 from gdiff_jax.errors import ConfigError, need
@@ -44,6 +44,7 @@ def check_leak(path: str, plan: Plan, update: bool = False) -> str:
     _check_norm(path, leak, spec, sigma)
     if not plan.images_known:
         check_zeros(path, plan, leak)
+        check_noise(path, plan, leak)
         check_last_layer(path, plan, leak)
     if not plan.images_known or not isinstance(spec, Spec) or not _is_exact(spec):
         return ""
@@ -87,8 +88,13 @@ def _held_against_own(path: str, plan: Plan, spec: Spec, sigma: float, leak: Arr
     if not spec.noisy:
         sigma = 0.0
     found = fit(leak, own, sigma)
+    beside = _beside(leak, own, params)
     if found.is_own:
         _check_sigma(path, found, sigma, norm_of(own), spec)
+        need(
+            not beside or found.off < ROUNDING,
+            f"--gradient {path} holds the model's own gradient at the image, and beside it no noise: {beside}; subtract that",
+        )
         say(f"--gradient: it is the model's own gradient at the image, up to {found.off:.2g} of its norm")
         return ""
     if 0 <= small <= 1e-5 and found.cosine > 0.9:
@@ -126,7 +132,7 @@ def _held_against_own(path: str, plan: Plan, spec: Spec, sigma: float, leak: Arr
     if said:
         raise ConfigError(f"{before} {said}")
     sigma_found = found.sigma_over_norm * norm_of(own)
-    if sigma_found > sigma and _is_noise(found, leak, own):
+    if sigma_found > sigma and not beside and _is_noise(found, leak, own):
         raise ConfigError(
             f"{before} is the model's own gradient at the image and noise of sigma about {sigma_found:.2g}, of which "
             f"{sigma:g} is said: say --sigma_grid={sigma_found:.2g} with the mechanism that added it"
@@ -134,7 +140,7 @@ def _held_against_own(path: str, plan: Plan, spec: Spec, sigma: float, leak: Arr
     text = (
         f"{before} is not the model's own gradient at the image (cosine {found.cosine:.3f}, norm {norm_of(leak):.4g} against "
         f"{norm_of(own):.4g}): other weights, such as a later checkpoint (--weights), another image, scaling of its pixels, "
-        "loss or mechanism"
+        "loss or mechanism" + (f", or the file holds beside it {beside}" if beside else "")
     )
     if found.cosine < 0.9:
         raise ConfigError(f"{text}; mend that, or leave --images away to attack it without scores")
@@ -151,6 +157,25 @@ def _is_noise(found: Fit, leak: Arrays, own: Arrays) -> bool:
     mean = sum(squares.values()) / found.count
     sizes = {name: np.size(own[name]) for name in own}
     return all(abs(squares[n] / (sizes[n] * mean) - 1) < SURE * math.sqrt(2 / sizes[n]) + 0.1 for n in own if sizes[n] > 50)
+
+
+def _beside(leak: Arrays, own: Arrays, params: Arrays) -> str:
+    """What is added to the own gradient, where that is surely no noise: it goes with the weights, or one direction has most."""
+    rest = {name: leak[name] - np.asarray(own[name], np.float64) for name in own}
+    count = sum(np.size(value) for value in rest.values())
+    weights = {name: np.asarray(params[name], np.float64) for name in own}
+    if norm_of(rest) and norm_of(weights) and abs(fit(rest, weights, 0.0).cosine) > 2 * SURE / math.sqrt(count):
+        return "something that goes with the weights, such as a decay of them"
+    for name, value in rest.items():
+        matrix = value.reshape(-1, value.shape[-1]) if value.ndim > 1 else value[None]
+        n, m = matrix.shape
+        if min(n, m) < 5 or not matrix.any():
+            continue
+        squares = np.square(np.linalg.svd(matrix, compute_uv=False))
+        # Of noise the largest has about (sqrt(n) + sqrt(m))^2 of the n m (Marchenko and Pastur).
+        if squares[0] > 2 * (math.sqrt(n) + math.sqrt(m)) ** 2 / (n * m) * squares.sum():
+            return f"another gradient, of which {name} is nearly of rank one, as of another image"
+    return ""
 
 
 def _check_sigma(path: str, found: Fit, sigma: float, norm: float, spec: Spec) -> None:

@@ -11,6 +11,7 @@ from gdiff_jax.auditing import against_bound, between, worst
 from gdiff_jax.auditing.advice import advice
 from gdiff_jax.auditing.record import AuditRecord
 from gdiff_jax.auditing.summary import attacker_picks, levels, smallest_noise
+from gdiff_jax.auto import UNEXPLAINED
 from gdiff_jax.intervals import Interval
 
 FEW_IMAGES = 10
@@ -183,6 +184,12 @@ def warnings(record: AuditRecord) -> list[str]:
             "an attack makes of it comes from the prior alone."
         )
     signs += [record.about["doubt"]] if record.about.get("doubt") else []
+    if not record.has_truth and any(str(r.get("how")).startswith(UNEXPLAINED) for r in record.attacks):
+        signs.append(
+            "The layers give an image away, but that image does not have this gradient: its weights (--weights), the order of "
+            "its arrays (--flattened), the range of its pixels or its loss may be others than are attacked here, or something "
+            "was done to it (--mechanism)."
+        )
     signs += [f"Left out, because it failed: {part}." for part in record.about.get("failed_parts", [])]
     signs += against_bound.warnings(record) + _rank_warnings(record) + _curve_warnings(record)
     if not record.has_truth:

@@ -18,6 +18,7 @@ away more than its mechanism can.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from gdiff_jax import options
@@ -48,8 +49,11 @@ def _audit() -> None:
         fails = condition.parse(config.asked.fail_if) if config.asked.fail_if else None
     except ValueError as error:
         raise ConfigError(f"--fail_if: {error}") from None
+    before = Path(config.run.out) / "audit.json"
     if config.from_json:
         need_folder(Path(config.run.out), "--out")
+        kept = not before.exists() or os.path.realpath(before) == os.path.realpath(config.from_json)
+        need(kept, f"--out {config.run.out} holds another audit, {before}, which would be lost; give another folder")
         try:
             audit = Audit.load(config.from_json)
         except ValueError as error:
@@ -57,6 +61,11 @@ def _audit() -> None:
     else:
         need(
             not fails or config.images_known, "--fail_if is of reconstructions beside the truth: give --images with --gradient"
+        )
+        need(
+            not before.exists() or (before.parent / "sweep").exists(),
+            f"--out {config.run.out} holds {before}, without the records of an audit that could go on (sweep); give another "
+            "folder",
         )
         audit = audit_named(config)
     page = audit.report(Path(config.run.out))

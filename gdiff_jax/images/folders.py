@@ -17,6 +17,7 @@ Split = Literal["train", "test"]
 SUFFIXES = {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 # Pictures too, but not read: that they are passed over is said.
 _NOT_READ = {".heic", ".heif", ".avif", ".jp2", ".dcm", ".dng", ".cr2", ".nef", ".arw", ".raw", ".tga", ".psd", ".svg"}
+_TABLES = {".csv", ".tsv", ".json", ".jsonl", ".parquet", ".xlsx"}  # which may hold labels
 _SPLITS: dict[str, Split] = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("test", "testing", "val", "valid", "validation", "dev", "eval", "evaluation"), "test"),
@@ -112,7 +113,7 @@ def arrange(source: Path, entries: Iterable[str], split: Split, read: Callable[[
         )
     classes, notes = class_order({path[0] for path in paths.values() if len(path) > 1})
     empty = "" if splits_below else _without_pictures(shown, paths, classes)
-    notes += [text for text in (empty, _passed_over(shown)) if text]
+    notes += [text for text in (empty, _passed_over(shown), _of_one_class(shown, classes)) if text]
     loose = [name for name in names if len(paths[name]) == 1]
     if loose and classes:
         notes.append(f"pictures lie beside the folders {_few(classes)}, so that none has a label: {_few(loose)}")
@@ -195,6 +196,14 @@ def _without_pictures(shown: list[str], paths: dict[str, tuple[str, ...]], class
     beside = {path[level] for path in parts if path[:level] in above and len(path) > level + 1}
     empty = sorted(beside - set(classes))
     return f"folders without a picture are no class: {_few(empty)}" if empty and classes else ""
+
+
+def _of_one_class(shown: list[str], classes: tuple[str, ...]) -> str:
+    """That a folder may be no class, where it is the only one, and what lies beside it."""
+    tables = [name for name in shown if _suffix(name) in _TABLES]
+    beside = f"; {_few(tables)} is not read" if tables else ""
+    only = f"the only folder, {classes[0]}, is taken for a class, so that every label is 0{beside}" if len(classes) == 1 else ""
+    return only or (f"labels are not read from {_few(tables)}" if tables else "")
 
 
 def _passed_over(shown: list[str]) -> str:

@@ -12,12 +12,24 @@ import numpy as np
 
 
 def to_model(images: Any) -> Any:
-    """0..255 -> float32 [-1, 1]. NumPy in, NumPy out; jax in, jax out."""
+    """Integers 0..255 -> float32 [-1, 1]. NumPy in, NumPy out; jax in, jax out.
+
+    Raises:
+      ValueError: of floats, which are in another range: of [0, 1] 2 * x - 1 is it.
+    """
+    if not jnp.issubdtype(images.dtype, jnp.integer):
+        raise ValueError(f"images are {images.dtype}; integers in 0..255 become [-1, 1] here, and of [0, 1] 2 * x - 1 does")
     return images.astype(np.float32) / np.float32(127.5) - np.float32(1)
 
 
 def to_unit(images: Any) -> Any:
-    """float [-1, 1] -> float32 [0, 1], clipped: what metrics and files take. NumPy in, NumPy out; jax in, jax out."""
+    """float [-1, 1] -> float32 [0, 1], clipped: what metrics and files take. NumPy in, NumPy out; jax in, jax out.
+
+    Raises:
+      ValueError: of integers, which are in another range.
+    """
+    if not jnp.issubdtype(images.dtype, jnp.floating):
+        raise ValueError(f"images are {images.dtype}; floats in [-1, 1] are needed, x / 127.5 - 1 of 0..255")
     xp = jnp if not isinstance(images, np.ndarray) else np
     return xp.clip((images.astype(np.float32) + 1) / 2, 0, 1)
 

@@ -7,6 +7,7 @@ from typing import Any, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from gdiff_jax.pytrees import pytree
 
@@ -48,6 +49,17 @@ class Mechanism(Protocol):
 
         Deterministic, with a derivative: `GradientMatching` matches through it.
         """
+
+
+def check_number(name: str, value: Any, *, above_zero: bool) -> None:
+    """That a number is none that makes of a mechanism something else; arrays, which may be traced, are not looked at.
+
+    Raises:
+      ValueError: where it is nan, below zero, or zero where that is not allowed.
+    """
+    if not isinstance(value, int | float | np.number) or value > 0 or (value == 0 and not above_zero):
+        return
+    raise ValueError(f"{name} {value} must be {'above 0' if above_zero else '0 or more'}")
 
 
 def stages_of(mechanism: Mechanism | None) -> tuple[Any, ...]:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
-from gdiff_jax.mechanisms.base import Gradient, per_leaf, seen
+from gdiff_jax.mechanisms.base import Gradient, check_number, per_leaf, seen
 from gdiff_jax.pytrees import pytree, static
 
 
@@ -24,6 +24,9 @@ class Clip:
     norm: jax.Array | float
     differentiable: ClassVar[bool] = True
     keeps_pattern: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_number("Clip: norm", self.norm, above_zero=True)
 
     def __call__(self, key: jax.Array, gradient: Gradient) -> Gradient:
         return self.simulate(gradient, None)

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import jax
 
-from gdiff_jax.mechanisms.base import Gradient, per_leaf
+from gdiff_jax.mechanisms.base import Gradient, check_number, per_leaf
 from gdiff_jax.pytrees import pytree
 
 
@@ -19,6 +19,9 @@ class _Noise:
     sigma: jax.Array | float
     differentiable: ClassVar[bool] = True
     keeps_pattern: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_number(f"{type(self).__name__}: sigma", self.sigma, above_zero=False)
 
     def norm_bound(self, norm: float, size: int) -> float:
         return norm  # of the example's part: the noise does not depend on it

@@ -60,11 +60,16 @@ def _check_logits(loss: TorchLoss, x: np.ndarray, y: Any) -> None:
             shares = (
                 output.shape[1] > 1 and bool((output >= 0).all()) and torch.allclose(sums, torch.ones_like(sums), atol=1e-5)
             )
+            last = [part for part in loss.whole.modules()][-1]
+            sigmoid = isinstance(last, torch.nn.Sigmoid) and bool(((output >= 0) & (output <= 1)).all())
     except Exception:  # what fails is told of by who asks for its gradient
         return
     if shares:
         said = "returns probabilities, which add up to 1, and a cross-entropy is taken of logits"
         raise ValueError(f"the module {said}; leave its softmax out, or give the client's loss, TorchModel(..., loss=)")
+    if sigmoid:
+        said = "ends in a sigmoid, and a cross-entropy is taken of logits"
+        raise ValueError(f"the module {said}; leave the sigmoid out, or give the client's loss, TorchModel(..., loss=)")
 
 
 def _torch_gradient(loss: TorchLoss, x: np.ndarray, y: Any) -> dict[str, np.ndarray]:

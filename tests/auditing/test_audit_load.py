@@ -160,6 +160,8 @@ def test_rounding_and_noise_that_is_said_make_no_other_gradient(what, plan_of, s
         (lambda v: -v, -1, "it has another sign, as an update has"),
         (NOISE, -1, "entries below zero and the sum .*--sigma_grid"),
         (lambda v: v, 3, "says label 0, not 3"),
+        (lambda v: 0.1 * v, -1, r"is 0\.1 times what the last layer makes of the features .*--mechanism=clip:NORM"),
+        (lambda v: 1e-20 * v, -1, "is 1e-20 times what the last layer makes"),
     ],
 )
 def test_without_its_image_a_gradient_is_held_against_what_one_can_be(how, label, words, plan_of, saved, tmp_path):
@@ -224,8 +226,48 @@ def test_a_gradient_of_one_label_is_held_against_that_of_one_example(plan_of, ti
     refused("matrix is not of one example.*a mean over several", "make", leak_of("make", tiny_prior, 1, 0, 1))
     decayed = {**one, "out.kernel": one["out.kernel"] + 0.1 * own_models.make()[1]["out"]["kernel"]}
     refused("such as a decay of the weights", "make", decayed)
+    rows = one["out.kernel"].reshape(4, 4, 6, -1).transpose(2, 0, 1, 3).reshape(one["out.kernel"].shape)
+    refused(r"is not what the last layer makes.*\(--flattened\)", "make", {**one, "out.kernel": rows})
+    others = own_models.make()[1]
+    others["out"]["kernel"] = others["out"]["kernel"][::-1]
+    loss, x = own_models.make()[0], jnp.asarray(np.load(tiny_prior / "images.npz")["images"][0] / np.float32(127.5) - 1)
+    of_others = flattened(jax.jit(lambda p: victim_gradient(loss, p, x, jnp.asarray(1)))(others))
+    refused(r"is not what the last layer makes.*other weights.*\(--weights\)", "make", of_others)
     refused("is zero in conv.kernel, where", "make", {**one, "conv.kernel": 0 * one["conv.kernel"]})
     refused("a sum, or a loss scale", "two", {name: 100 * value for name, value in leak_of("two", tiny_prior, 1).items()})
+
+
+@pytest.mark.parametrize("held", [0.0, 0.01])
+def test_noise_that_is_said_is_in_the_last_layer(held, plan_of, saved, tmp_path):
+    """Without the image: but for noise its matrix is of rank one."""
+    noise = lambda v: v + held * np.random.default_rng(v.size).normal(size=v.shape)
+    np.savez(tmp_path / "leak.npz", **changed(saved[1], noise))
+    options = dict(images="", label=0, gradient=str(tmp_path / "leak.npz"), mechanism="gaussian")
+    with pytest.raises(ConfigError, match=r"holds noise of sigma .* at most: its last layer's.*--sigma_grid says 0\.1"):
+        plan_of(**options, sigma_grid=(0.1,))
+    if held:
+        assert plan_of(**options, sigma_grid=(held,)).labels == 0
+
+
+@pytest.mark.parametrize(
+    ("added", "words"),
+    [
+        (lambda own, other, weights: own + other, "another gradient, of which out.kernel is nearly of rank one"),
+        (lambda own, other, weights: own + weights, "something that goes with the weights, such as a decay"),
+    ],
+)
+def test_what_is_no_noise_is_not_taken_for_it(added, words, plan_of, tiny_prior, tmp_path):
+    """Neither where none is said nor where as much is."""
+    own, other = (leak_of("make", tiny_prior, 0, image) for image in (0, 1))
+    weights = flattened(own_models.make()[1])
+    leak = {name: added(own[name], other[name], weights[name]) for name in own}
+    np.savez(tmp_path / "leak.npz", **leak)
+    sigma = float(np.sqrt(np.mean(np.concatenate([np.square(leak[name] - own[name]).ravel() for name in own]))))
+    options = dict(num_images=1, label=0, gradient=str(tmp_path / "leak.npz"), mechanism="gaussian")
+    with pytest.raises(ConfigError, match=rf"is not the model's own.*{words}"):
+        plan_of(**options)
+    with pytest.raises(ConfigError, match=rf"beside it no noise: {words}"):
+        plan_of(**options, sigma_grid=(sigma,))
 
 
 def test_another_label_is_found_among_all_that_the_last_layer_tells_apart(plan_of, tiny_prior, tmp_path):

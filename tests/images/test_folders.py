@@ -99,6 +99,7 @@ def test_folders_without_a_picture_and_kinds_that_are_not_read_are_named():
     assert files.notes == (
         "folders without a picture are no class: bird, notes",
         "pictures of these kinds are not read: 1 .heic; convert them to .png",
+        "the only folder, cat, is taken for a class, so that every label is 0",
     )
     with pytest.raises(FileNotFoundError, match=r"1 \.heic; convert"):
         found("0.heic")
@@ -138,6 +139,14 @@ def test_splits_are_known_by_a_word_of_their_names_where_they_hold_the_same_fold
     files = found(*names)
     assert (files.names, files.labels, files.classes, files.has_splits) == (tuple(names[2:]), (0, 1), ("cat", "dog"), True)
     assert found(*names, split="train").names == tuple(names[:2])
+
+
+def test_tables_beside_pictures_are_named_as_not_read():
+    """Whose labels were taken to be in a table, which a folder of images is none."""
+    only = found("images/0.png", "images/1.png", "labels.csv")
+    assert only.notes == ("the only folder, images, is taken for a class, so that every label is 0; labels.csv is not read",)
+    assert found("0.png", "labels.csv").notes == ("labels are not read from labels.csv",)
+    assert found("cat/0.png", "dog/1.png").notes == ()
 
 
 def test_splits_below_the_classes_are_read_too():

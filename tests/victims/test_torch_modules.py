@@ -293,8 +293,12 @@ def between(call):
             lambda: nn.Sequential(nn.Flatten(), nn.Linear(192, 4), nn.Softmax(1)),
             r"returns probabilities, which add up to 1.*leave its softmax out",
         ),
+        (
+            lambda: nn.Sequential(nn.Flatten(), nn.Linear(192, 4), nn.Sigmoid()),
+            r"ends in a sigmoid.*leave the sigmoid out, or give the client's loss",
+        ),
     ],
-    ids=["torch", "jax", "operation", "value", "derivative", "random", "logits", "probabilities"],
+    ids=["torch", "jax", "operation", "value", "derivative", "random", "logits", "probabilities", "sigmoid"],
 )
 def test_what_is_not_torchs_own_gradient_is_refused_with_the_layer(module, words):
     victim, _ = own.module_victim(TorchModel(seeded(module)), 4)
