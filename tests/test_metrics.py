@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import scipy.optimize
 
+from gdiff_jax.images.ranges import to_model
 from gdiff_jax.metrics import expectation_metrics, image_metrics, match_images, psnr_from_error, ssim
 
 
@@ -137,3 +138,12 @@ def test_what_is_expected_of_an_image_and_whether_it_is_right() -> None:
     assert of_unknown == {"expected_psnr": expected["expected_psnr"]}
     for nothing in (np.full_like(deviation, np.nan), np.zeros_like(deviation)):
         assert expectation_metrics(found, truth, nothing) == {}
+
+
+def test_pixels_in_another_range_are_refused():
+    """Bytes would be clipped to white, and floats taken for 256 shades of black."""
+    bytes_, floats = np.zeros((16, 16, 3), np.uint8), np.zeros((16, 16, 3), np.float32)
+    with pytest.raises(ValueError, match=r"images are uint8; floats in \[-1, 1\] are needed"):
+        image_metrics(bytes_, bytes_)
+    with pytest.raises(ValueError, match=r"images are float32; integers in 0\.\.255"):
+        to_model(floats)

@@ -7,7 +7,7 @@ import dataclasses
 import hashlib
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -179,8 +179,11 @@ def audit(
 
 def _one_grid(sigma_grid: Sequence[float] | float, sigmas: Sequence[float] | float | None) -> Sequence[float]:
     need(sigmas is None or sigma_grid is DEFAULT_SIGMAS, "sigma_grid and sigmas are two names of one argument; give one")
-    grid = sigma_grid if sigmas is None else sigmas
-    return (grid,) if isinstance(grid, int | float) else grid
+    grid: Any = sigma_grid if sigmas is None else sigmas
+    need(not isinstance(grid, str), f"sigma_grid {grid!r} is a text; give numbers, such as (0.0, 0.1)")
+    if not isinstance(grid, Iterable) or getattr(grid, "ndim", 1) == 0:
+        return (grid,)
+    return tuple(grid)  # of a generator too, which can be read once
 
 
 def _victim(loss: Any, params: Any, x: np.ndarray, y: Any, seen: int, attacker: Attacker, client: Client) -> tuple[Any, Any]:

@@ -177,8 +177,8 @@ def check_numbers(
 
 
 def _finite(name: str, value: Any) -> float:
+    need(not isinstance(value, str | bytes), f"{name} {value!r} is not a number but a text")
     try:
-        need(not isinstance(value, str | bytes), f"{name} {value!r} is a text; give the number")
         number = float(value)
     except (TypeError, ValueError):
         raise ConfigError(f"{name} {value!r} is not a number") from None

@@ -228,10 +228,12 @@ def need_devices() -> None:
     try:
         jax.local_devices()
     except Exception as error:  # JAX raises many types for a platform that it cannot start, some without a word
-        asked = jax.config.jax_platforms  # type: ignore[attr-defined]
+        asked, older = jax.config.jax_platforms, os.environ.get("JAX_PLATFORM_NAME")  # type: ignore[attr-defined]
+        said = f"JAX_PLATFORM_NAME={older}" if older else f"JAX_PLATFORMS={asked or 'unset'}"
         raise ConfigError(
-            f"JAX cannot start its devices, JAX_PLATFORMS={asked or 'unset'}: {str(error) or type(error).__name__}; "
-            "JAX_PLATFORMS=cpu runs on the CPU, and the empty one takes what there is"
+            f"JAX cannot start its devices, {said}: {str(error) or type(error).__name__}; "
+            + (f"unset {said.partition('=')[0]}; " if older else "")
+            + "JAX_PLATFORMS=cpu runs on the CPU, and the empty one takes what there is"
         ) from None
 
 

@@ -42,7 +42,9 @@ def check_loss(loss: Loss, params: Any, x: Any, y: Any) -> None:
             f"{type(error).__name__}: {text}{_label_remedy(x, y)}"
         ) from error
     if getattr(out, "shape", None) != () or not jnp.issubdtype(out.dtype, jnp.floating):
-        remedy = _label_remedy(x, y) or ": take the mean over the batch and the classes"
+        several = ": of several values give the loss alone, such as lambda p, x, y: loss(p, x, y)[0]"
+        mean = ": take the mean over the batch and the classes"
+        remedy = several if isinstance(out, tuple | list | dict) else _label_remedy(x, y) or mean
         raise ValueError(f"loss returns {out}; a floating scalar is needed{remedy}")
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         gradient, answer = jax.jit(functools.partial(_probe, loss))(params, x, y)

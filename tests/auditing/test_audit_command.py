@@ -64,6 +64,18 @@ def test_a_wrong_flag_is_one_line_and_exit_code_2(arguments, words, tmp_path, mo
     assert not (tmp_path / "o").exists()
 
 
+def test_another_audits_results_are_not_written_over(tmp_path, monkeypatch, capsys):
+    """Neither by a report of other data nor by an audit, where no records say that it may go on."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "audit.json").write_text(name)
+    assert ended(audit, monkeypatch, f"--from_json={tmp_path / 'a' / 'audit.json'}", f"--out={tmp_path / 'b'}") == 2
+    assert_one_line(capsys.readouterr().err, "holds another audit")
+    assert ended(audit, monkeypatch, f"--out={tmp_path / 'b'}") == 2
+    assert_one_line(capsys.readouterr().err, "without the records of an audit that could go on")
+    assert (tmp_path / "b" / "audit.json").read_text() == "b"
+
+
 def test_so_does_the_process(tmp_path):
     done = run_command([*command_of("audit.py"), "--from_json=nowhere.json", f"--out={tmp_path / 'o'}"])
     assert done.returncode == 2

@@ -12,6 +12,7 @@ from gdiff_jax.auditing import figures, page, sentences, summary
 from gdiff_jax.auditing.record import AuditRecord, curve_key
 from gdiff_jax.auditing.result import Audit
 from gdiff_jax.auditing.run import Question
+from gdiff_jax.auto import UNEXPLAINED
 
 SIGMAS = (0.0, 0.01, 0.1, 1.0)
 
@@ -302,6 +303,16 @@ def test_images_without_a_gradient_are_named():
     rows = [{**r, "gradient_norm": 0.0 if r["image"] == 1 else 10.0} for r in make().trials]
     (said,) = [w for w in sentences.warnings(make(rows)) if "gradient is zero" in w]
     assert "at 1 of the images (1, counted from 0)" in said
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_that_what_was_solved_does_not_have_the_gradient_is_a_warning(known):
+    """Of a gradient whose image nobody knows: then weights or layout may be wrong. Of one's own there is none to mend."""
+    audit = make()
+    trials = [{**r, "how": f"{UNEXPLAINED}: the input of fc; residual 1.5e+00"} for r in audit.trials]
+    about = {**audit.about, "has_truth": known}
+    said = sentences.warnings(dataclasses.replace(audit, trials=trials, about=about))
+    assert any("that image does not have this gradient" in text for text in said) == (not known)
 
 
 def test_a_doubt_about_a_gradient_is_a_warning():

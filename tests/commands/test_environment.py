@@ -72,6 +72,9 @@ def test_a_platform_that_is_not_there_is_named(monkeypatch, error):
     monkeypatch.setattr(jax, "local_devices", fail)
     with pytest.raises(ConfigError, match=rf"JAX_PLATFORMS=.*{str(error) or 'AssertionError'}.*JAX_PLATFORMS=cpu"):
         flags.need_devices()
+    monkeypatch.setenv("JAX_PLATFORM_NAME", "gpu")
+    with pytest.raises(ConfigError, match=r"JAX_PLATFORM_NAME=gpu: .*unset JAX_PLATFORM_NAME; JAX_PLATFORMS=cpu"):
+        flags.need_devices()
 
 
 @pytest.mark.long

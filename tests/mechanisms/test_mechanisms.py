@@ -346,3 +346,19 @@ def test_a_mask_that_later_noise_hides_is_not_read_off_the_leak():
     noisy = Chain((top, GaussianNoise(0.01)))
     leak = flat(noisy(jax.random.key(0), g))
     assert np.abs(flat(noisy.simulate(g, None)) - leak).max() < 0.06 < np.abs(flat(g) - leak).max()
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: Clip(0), "Clip: norm 0 must be above 0"),
+        (lambda: Clip(-1.0), "Clip: norm -1.0 must be above 0"),
+        (lambda: Clip(math.nan), "Clip: norm nan must be above 0"),
+        (lambda: GaussianNoise(-0.1), "GaussianNoise: sigma -0.1 must be 0 or more"),
+        (lambda: LaplaceNoise(math.nan), "LaplaceNoise: sigma nan must be 0 or more"),
+    ],
+)
+def test_numbers_that_make_another_mechanism_are_refused(make, words):
+    """A norm of zero lets nothing through, and one below zero turns the sign."""
+    with pytest.raises(ValueError, match=words):
+        make()
