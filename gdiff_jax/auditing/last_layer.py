@@ -209,8 +209,9 @@ def check_noise(path: str, plan: Plan, leak: Arrays) -> None:
     free = len(kernel) * (len(bias) - 1)  # entries, less those that a matrix of rank one fits
     if free < 50:
         return
-    values = np.linalg.svd(np.concatenate([kernel, bias[None]]), compute_uv=False)
-    found = float(np.sqrt(np.square(values[1:]).sum() / free))
+    rows = np.concatenate([kernel, bias[None]])
+    squares = np.linalg.eigvalsh(rows.T @ rows if len(rows) >= len(bias) else rows @ rows.T)
+    found = float(np.sqrt(max(squares[:-1].sum(), 0.0) / free))
     need(
         found > sigma / 2,
         f"--gradient {path} holds noise of sigma {found:.2g} at most: its last layer's matrix is so nearly of rank one; "
