@@ -183,7 +183,7 @@ def _beside(leak: Arrays, own: Arrays, params: Arrays) -> str:
 
 def _largest(matrix: np.ndarray) -> float:
     """About the largest singular value, and no more: by power iterations, since those of a wide layer take minutes."""
-    v = np.random.default_rng(0).normal(size=matrix.shape[1])
+    v: np.ndarray = np.random.default_rng(0).normal(size=(matrix.shape[1],))
     for _ in range(10):
         v = matrix.T @ (matrix @ (v / (np.linalg.norm(v) or 1.0)))
     return float(np.sqrt(np.linalg.norm(v)))
