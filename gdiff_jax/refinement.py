@@ -11,16 +11,17 @@ from gdiff_jax import expected_masks, gauss_newton
 from gdiff_jax.mechanisms import Clip, GaussianNoise, LaplaceNoise, Mechanism, UniformNoise, stages_of
 from gdiff_jax.parallel import one_by_one_on_cpu
 from gdiff_jax.problem import Problem
-from gdiff_jax.samplers.dpir import TOLERANCE
 from gdiff_jax.weighing import weighed
 
 # About how far the mean of images errs in each pixel, and more; and by which ratio the level falls from there: with 0.88 in
-# place of 0.95 a trained LeNet loses 0.5 to 2 dB, a trained CNN 2 dB at sigma 0.1, in 0.4 of the time. What its conjugate
-# gradients leave: 0.2 in place of 0.1 costs 0.1 dB of a LeNet and a sixth less time; what is near loses 0.3 by it [measured].
-AFAR, SLOWLY, ROUGHLY = 1.0, 0.95, 0.2
+# place of 0.95 a trained LeNet loses 0.5 to 2 dB, a trained CNN 2 dB at sigma 0.1, in 0.4 of the time [measured].
+AFAR, SLOWLY = 1.0, 0.95
 # Of a smooth network's image that was refined beside the one that was searched for: what a search gains by fitting noise, as a
 # share of the pixels, and how much more or less that may be [our choice, measured: 0.1 to 0.16 and 30 to 200 about the same].
 SEARCHED, UNSURE = 1 / 8, 100.0
+# Squared distance, in units of the noise's variance, that a refined image gains on the mean of images by fitting noise: at
+# sigma 1 an untrained LeNet's is 0.4 dB better for it, a CNN's as good, and by 50 0.3 worse [measured].
+REFINED = 10.0
 
 
 class Refinement(NamedTuple):
@@ -35,15 +36,20 @@ def refined(problem: Problem, refinement: Refinement, found: jax.Array) -> jax.A
 
     Which of the two ends is right a search cannot know beforehand: of an untrained network what it found is the better
     start, of one that fits its images well the mean is [measured]. A smooth network's steps end in local minima under much
-    noise, where the search does not: what it found counts as well.
+    noise, where the search does not: what it found counts as well, and the mean of images, which has fitted no noise.
     """
+    mean = jnp.broadcast_to(problem.expected_image, problem.shape).astype(found.dtype)
     if refinement.smooth:
         # Named arguments: a default would be traced as one more.
         near = one_by_one_on_cpu(lambda problem, found: gauss_newton.refine(problem, found))(problem, found)
-        return weighed(problem, near, found, found.size * SEARCHED, UNSURE)
-    mean = jnp.broadcast_to(problem.expected_image, problem.shape).astype(found.dtype)
-    of_found = expected_masks.FIRST, expected_masks.RATIO, TOLERANCE
-    levels = jnp.asarray([of_found, (AFAR, SLOWLY, ROUGHLY)], found.dtype)
+        image = weighed(problem, near, found, found.size * SEARCHED, UNSURE)
+    else:
+        image = _of_relus(problem, found, mean)
+    return weighed(problem, image, mean, -REFINED)
+
+
+def _of_relus(problem: Problem, found: jax.Array, mean: jax.Array) -> jax.Array:
+    levels = jnp.asarray([(expected_masks.FIRST, expected_masks.RATIO), (AFAR, SLOWLY)], found.dtype)
     starts = jnp.stack([found, mean]), *levels.T
     # One program for both starts: it takes half the time to compile.
     both = lambda problem, starts: jax.lax.map(lambda start: expected_masks.refine(problem, *start), starts)

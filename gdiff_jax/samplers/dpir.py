@@ -36,7 +36,7 @@ def gauss_newton(
     x0: jax.Array,
     variance: jax.Array,
     iterations: int,
-    tolerance: jax.Array | float = TOLERANCE,
+    tolerance: float = TOLERANCE,
 ) -> jax.Array:
     """One step from x towards the least || residual ||^2 + || x - x0 ||^2 / variance, by conjugate gradients.
 
@@ -88,7 +88,7 @@ def plug_and_play(
     last: jax.Array | float = LAST,
     ratio: jax.Array | float,
     iterations: int = ITERATIONS,
-    tolerance: jax.Array | float = TOLERANCE,
+    tolerance: float = TOLERANCE,
     momentum: jax.Array | float = 0.0,
     clip: bool = True,
 ) -> jax.Array:
