@@ -88,7 +88,7 @@ class Auto(Method):
         except Exception as error:  # a stranger's loss may have no forward derivative: it is searched for then
             return _failed(problem, error)
         if solution.image is None:
-            return Candidate(nothing, False, f"{_searched(refinement_of(problem))}: {solution.steps[-1]}")
+            return Candidate(nothing, False, f"{_in_words(refinement_of(problem))}: {solution.steps[-1]}")
         steps = "; ".join(solution.steps)
         image, words = solution.image, f"{_solved(solution.exact)}: {steps}; residual {solution.residual:.1e}"
         if solution.open is None:
@@ -162,8 +162,8 @@ def _estimate(problem: Problem) -> Candidate:
     if known_noise(problem) and problem.first_dense is not None:
         return Candidate(nothing, False, f"estimated by {AnalyticMean().describe()}, or searched for where that fails")
     if refinement is None:
-        return Candidate(nothing, False, f"{_searched(refinement)}: under noise nothing of this network is solved")
-    words = _searched(refinement)
+        return Candidate(nothing, False, f"{_in_words(refinement)}: under noise nothing of this network is solved")
+    words = _in_words(refinement)
     if not refinement.smooth:
         return Candidate(nothing, False, words)
     expected = np.broadcast_to(problem.expected_image, problem.shape)
@@ -178,7 +178,7 @@ def _estimate(problem: Problem) -> Candidate:
     return Candidate(image.astype(np.float32), False, f"{words}, beginning with its tokens")
 
 
-def _searched(refinement: Refinement | None) -> str:
+def _in_words(refinement: Refinement | None) -> str:
     return "only searched for" if refinement is None else f"searched for, then refined by {refinement.words}"
 
 

@@ -71,8 +71,12 @@ class Problem:
 
     def leak_rms(self) -> jax.Array:
         """Root mean square of the leak's coordinates."""
-        leaves = jax.tree.leaves(self.match.leak)
-        return jnp.sqrt(jnp.stack([jnp.vdot(g, g) for g in leaves]).sum() / sum(g.size for g in leaves))
+        squares = jnp.stack([jnp.vdot(g, g) for g in jax.tree.leaves(self.match.leak)])
+        return jnp.sqrt(squares.sum() / self.coordinates())
+
+    def coordinates(self) -> int:
+        """How many numbers the leak holds."""
+        return sum(g.size for g in jax.tree.leaves(self.match.leak))
 
     def outcome(self, image: jax.Array, dead_layer: jax.Array | bool = False) -> jax.Array:
         """Of a reconstruction of this problem."""

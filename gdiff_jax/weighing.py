@@ -25,7 +25,7 @@ def weighed(problem: Problem, x: jax.Array, other: jax.Array, freedom: float = 0
     square = lambda x: jnp.where(jnp.isfinite(x).all(), jnp.square(distance(x)), jnp.inf)
     squares = jnp.stack([square(x), square(other)])
     noise = jnp.square(problem.noise())
-    unexplained = jnp.maximum(squares.min() / noise - _coordinates(problem), 0.0)
+    unexplained = jnp.maximum(squares.min() / noise - problem.coordinates(), 0.0)
     doubts = doubt + EXCESS * jnp.where(jnp.isfinite(unexplained), unexplained, 0.0)
     share = jax.nn.sigmoid(((squares[1] - squares[0]) / noise + freedom) / (2 * doubts))
     mean = share * x + (1 - share) * other
@@ -52,8 +52,4 @@ def tells_little(problem: Problem) -> jax.Array:
     [measured].
     """
     pixels, noise = math.prod(problem.shape), jnp.square(problem.noise())
-    return _coordinates(problem) * (jnp.square(problem.leak_rms()) - noise) < pixels * noise
-
-
-def _coordinates(problem: Problem) -> int:
-    return sum(g.size for g in jax.tree.leaves(problem.match.leak))
+    return problem.coordinates() * (jnp.square(problem.leak_rms()) - noise) < pixels * noise
