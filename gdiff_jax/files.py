@@ -37,6 +37,27 @@ def _takes_files(place: Path) -> bool:
     return place.is_dir() and os.access(place, os.W_OK | os.X_OK)
 
 
+def hollow(data: bytes) -> str:
+    """Why the first bytes of a file are those of none that could be read, whatever its kind; "" where they are not."""
+    if not data:
+        return "it is empty"
+    pointer = data.startswith(b"version https://git-lfs")
+    return "it is a pointer of Git LFS, not the file itself: `git lfs pull` fetches it" if pointer else ""
+
+
+def need_content(path: Path) -> None:
+    """That a file is neither empty nor a pointer.
+
+    Raises:
+      ValueError: where it is.
+      OSError: where it cannot be read.
+    """
+    with open(path, "rb") as file:
+        why = hollow(file.read(64))
+    if why:
+        raise ValueError(f"{path} cannot be read: {why}")
+
+
 def cache_folder() -> Path | None:
     """The environment's GDIFF_JAX_CACHE, or gdiff_jax in the user's cache folder; None where that cannot be written to.
 

@@ -14,6 +14,8 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
+from gdiff_jax.files import need_content
+
 Tensors = dict[str, np.ndarray]
 
 
@@ -43,6 +45,7 @@ def read_safetensors(path: Path) -> Tensors:
     Raises:
       ValueError: where the file is broken, or holds a dtype that NumPy has not.
     """
+    need_content(path)
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
             names = list(file.keys())
@@ -64,6 +67,7 @@ def read_torch(path: Path) -> Any:
     Raises:
       ValueError: as `read_tensors`.
     """
+    need_content(path)
     if not zipfile.is_zipfile(path):
         raise ValueError(
             f"{path} is no zip-format torch file: it is truncated, or a legacy pickle, which cannot be read safely. "

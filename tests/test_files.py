@@ -8,7 +8,10 @@ import pytest
 from gdiff_jax.auditing.record import plain
 from gdiff_jax.errors import ConfigError
 from gdiff_jax.files import cache_folder, need_folder, shown
+from gdiff_jax.images import load_images
 from gdiff_jax.sweeping.records import Store, strict_json
+from gdiff_jax.tensor_files import read_tensors
+from gdiff_jax.victims import tree_files
 
 
 def test_bytes_that_are_not_utf8_are_shown_escaped_and_all_else_as_it_is():
@@ -62,3 +65,20 @@ def test_without_a_home_there_is_no_cache_and_no_error(tmp_path, monkeypatch):
     assert cache_folder() is None
     monkeypatch.setenv("GDIFF_JAX_CACHE", str(tmp_path / "mine"))
     assert cache_folder() == tmp_path / "mine"
+
+
+READERS = {
+    "set.npz": load_images,
+    "set.zip": load_images,
+    "model.safetensors": read_tensors,
+    "model.pt": read_tensors,
+    "gradient.npz": lambda path: tree_files.read(str(path)),
+}
+
+
+@pytest.mark.parametrize(("data", "words"), [(b"", "is empty"), (b"version https://git-lfs.example/v1", "git lfs pull")])
+@pytest.mark.parametrize("name", READERS)
+def test_a_file_that_was_not_fetched_is_called_that_and_not_broken(tmp_path, name, data, words):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(ValueError, match=f"{name} cannot be read: .*{words}"):
+        READERS[name](tmp_path / name)

@@ -70,6 +70,8 @@ class _TupleParser(flags.ArgumentParser):
         if self.bare is not None and argument == "true":  # what absl passes for a flag without a value
             return self.bare
         parts = [part.strip() for part in argument.split(",") if part.strip()]
+        if not parts:  # such as --sigma_grid=$GRID where there is no GRID
+            raise ValueError("no value stands after the =; give some, separated by commas, or leave the flag out")
         if self.of is not str and any(re.match(r"[+-]?0[0-9]|.*_", part) for part in parts):
             raise ValueError(f"{argument!r}: a comma separates values and a point their decimals, as in 0,0.01,0.1")
         try:

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Literal
 
+from gdiff_jax.files import need_content
+
 Split = Literal["train", "test"]
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
@@ -22,6 +24,8 @@ _SPLITS: dict[str, Split] = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("test", "testing", "val", "valid", "validation", "dev", "eval", "evaluation"), "test"),
 }
+# What datasets of segmentation keep beside each other, and no one means as two classes.
+_PICTURES, _ABOUT = {"image", "images", "img", "imgs"}, {"mask", "masks", "annotation", "annotations", "segmentation", "labels"}
 _LEFT_BEHIND = {"__macosx", "@eadir", "$recycle.bin", "__pycache__"}  # by systems and devices, beside what begins with a dot
 
 
@@ -55,6 +59,7 @@ def in_folder(path: Path, split: Split) -> PictureFiles:
 
 def in_zip(path: Path, split: Split) -> PictureFiles:
     """Of a .zip; see `arrange`."""
+    need_content(path)
     try:
         archive = zipfile.ZipFile(path)
     except (OSError, zipfile.BadZipFile) as error:
@@ -81,7 +86,7 @@ def arrange(source: Path, entries: Iterable[str], split: Split, read: Callable[[
 
     Raises:
       FileNotFoundError: where the split holds no picture.
-      ValueError: where folders of splits lie beside others, or below some of the classes alone.
+      ValueError: where folders of splits lie beside others, or below some of the classes alone, or pictures beside masks.
     """
     shown = sorted(name for name in entries if not any(map(_is_hidden, name.split("/"))))
     as_found = _without_wrapper({name: _parts(name) for name in shown if _suffix(name) in SUFFIXES})
@@ -112,6 +117,12 @@ def arrange(source: Path, entries: Iterable[str], split: Split, read: Callable[[
             + (f"; {passed}" if passed else "")
         )
     classes, notes = class_order({path[0] for path in paths.values() if len(path) > 1})
+    said = {name.lower(): name for name in classes}
+    if (pictures := _PICTURES & set(said)) and (about := _ABOUT & set(said)):
+        raise ValueError(
+            f"{source} holds {said[min(pictures)]} beside {said[min(about)]}, which are no two classes; "
+            f"give the folder of the pictures, such as {source / said[min(pictures)]}"
+        )
     empty = "" if splits_below else _without_pictures(shown, paths, classes)
     notes += [text for text in (empty, _passed_over(shown), _of_one_class(shown, classes)) if text]
     loose = [name for name in names if len(paths[name]) == 1]

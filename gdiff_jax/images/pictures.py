@@ -7,6 +7,8 @@ import io
 import numpy as np
 from PIL import Image, ImageOps
 
+from gdiff_jax.files import hollow
+
 _ORIENTATION = 0x0112  # EXIF's tag
 _GREY = ("1", "L", "LA", "La")
 
@@ -19,9 +21,11 @@ def decode(data: bytes, channels: int, size: int | None) -> tuple[np.ndarray, tu
     first is taken, of 16 bits a colour the upper 8.
 
     Raises:
-      Exception: of many types, for what is broken, encrypted or too large; ValueError for grey of more than 8 bits, whose
-        scale no file tells.
+      Exception: of many types, for what is broken, encrypted or too large; ValueError for what holds no picture at all, and
+        for grey of more than 8 bits, whose scale no file tells.
     """
+    if why := hollow(data[:64]):
+        raise ValueError(why)
     with Image.open(io.BytesIO(data)) as picture:
         if picture.mode in ("F", "I") or picture.mode.startswith("I;16"):
             raise ValueError(f"its pixels are of mode {picture.mode}, 8 bits a channel are needed, in a scale that you choose")

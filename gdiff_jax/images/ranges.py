@@ -5,6 +5,7 @@ What an array of another type or layout may mean is not guessed: what to do is s
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax.numpy as jnp
@@ -82,4 +83,13 @@ def layout_remedy(shape: tuple[int, ...]) -> str:
         return "one image is images[None]"
     if len(shape) == 3 and shape[0] not in (1, 3):
         return "grey images have a channel too: images[..., None]"
+    if len(shape) == 3:
+        return "one image with its channels first is images.transpose(1, 2, 0)[None], grey images are images[..., None]"
+    if len(shape) == 2 and shape[1] > 3:
+        sides = {c: math.isqrt(shape[1] // c) for c in (1, 3)}
+        square = [c for c, side in sides.items() if c * side**2 == shape[1]]
+        if square:
+            c, side = square[0], sides[square[0]]
+            first = f", or .reshape(-1, {c}, {side}, {side}).transpose(0, 2, 3, 1) if the channels come first" if c > 1 else ""
+            return f"rows of pixels are images.reshape(-1, {side}, {side}, {c}){first}"
     return ""

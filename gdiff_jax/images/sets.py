@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from gdiff_jax.files import need_content
 from gdiff_jax.images import cifar10, folders
 from gdiff_jax.images.folders import PictureFiles, Split
 from gdiff_jax.images.ranges import layout_remedy, to_bytes, too_dark
@@ -175,6 +176,7 @@ _LABELS = {"labels", "label", "y", "target", "targets", "y_train", "y_test", "tr
 
 
 def _from_npz(path: Path) -> ImageSet:
+    need_content(path)
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {k: file[k] for k in file.files}

@@ -16,6 +16,7 @@ import hashlib
 import io
 import json
 import math
+import weakref
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TextIO
@@ -166,6 +167,7 @@ class Store:
         """
         self.close()  # of an earlier run of its own
         self._lock = lock(self.folder, "sweep")
+        weakref.finalize(self, self._lock.close)
         runs = [*self.runs, {"run": run, **this_run(), **self.reading}]
         manifest = {"identity": self.identity, "runs": runs, "sha256": _digest(strict_json([self.identity, runs]).encode())}
         write_atomic(

@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 
 from gdiff_jax import tensor_files
+from gdiff_jax.files import hollow
 
 TAKEN = "give a .npz, .safetensors, torch .pt or Flax .msgpack file, or an orbax folder, of arrays by parameter name"
 _LEGACY_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
@@ -49,8 +50,8 @@ def read(path: str) -> Tree:
         return _flat(path, _read_orbax(file))
     with file.open("rb") as opened:
         start = opened.read(64)
-    if not start:
-        raise ValueError(f"{path} is empty; {TAKEN}")
+    if why := hollow(start):
+        raise ValueError(f"{path} cannot be read: {why}; {TAKEN}")
     for begin, what in _OTHERS.items():
         if start.startswith(begin):
             raise ValueError(f"{path} is {what}, which is not read; {TAKEN}")

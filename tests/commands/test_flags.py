@@ -105,10 +105,15 @@ def test_a_grid_takes_both_spellings():
     for arguments, expected in (
         (["--sigma_grid"], DEFAULT_SIGMAS),
         (["--sigma_grid=0,1e-3"], (0.0, 1e-3)),
-        (["--sigma_grid="], ()),
         ([], ()),
     ):
         assert parsed(SweepConfig(), *arguments).noise.sigma_grid == expected
+
+
+@pytest.mark.parametrize("empty", ["", " ", ","])
+def test_a_list_that_a_shell_left_empty_is_not_the_default(empty):
+    with pytest.raises(absl_flags.IllegalFlagValueError, match="no value stands after the ="):
+        parsed(SweepConfig(), f"--sigma_grid={empty}")
 
 
 @pytest.mark.parametrize("grid", ["0,01", "1,000", "0,1_0", "-0,05"])

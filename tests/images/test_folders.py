@@ -185,3 +185,11 @@ def test_a_split_beside_what_is_none_is_refused(other):
     """A class that is named train has no folders of classes in it."""
     with pytest.raises(ValueError, match="which are splits, beside"):
         found("train/cat/0.png", "train/dog/1.png", other)
+
+
+@pytest.mark.parametrize(("pictures", "about"), [("images", "masks"), ("Images", "annotations"), ("img", "labels")])
+def test_masks_beside_images_are_no_second_class(pictures, about):
+    names = [f"set/{pictures}/0.png", f"set/{about}/0.png"]
+    with pytest.raises(ValueError, match=rf"{pictures} beside {about}, which are no two classes; .* such as set/{pictures}"):
+        found(*names)
+    assert found(f"{pictures}/0.png", "cat/1.png").classes  # nothing says that these are not

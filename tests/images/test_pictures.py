@@ -103,3 +103,9 @@ def test_of_16_bits_a_colour_the_upper_8_are_taken():
 def test_of_grey_with_16_bits_the_scale_is_asked_for():
     with pytest.raises(ValueError, match=r"mode I;16, 8 bits a channel are needed, in a scale that you choose"):
         decode(file_of(Image.fromarray(np.full((4, 4), 20000, np.uint16))), 1, None)
+
+
+@pytest.mark.parametrize(("data", "words"), [(b"", "is empty"), (b"version https://git-lfs.example/v1", "git lfs pull")])
+def test_a_file_without_a_picture_says_what_it_is(data, words):
+    with pytest.raises(ValueError, match=words):
+        decode(data, 3, None)

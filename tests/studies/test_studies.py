@@ -97,7 +97,7 @@ BAD = [
     (VULNERABILITY_STUDY, "--trained=mlp", "gdiff-train-victim"),
     (NOISE_STUDY, "--defences=gaussian", "adds noise"),
     (NOISE_STUDY, "--defences=topk:2", "--defences: mechanism 'topk:2'"),
-    (NOISE_STUDY, "--sigma_grid=", "--sigma_grid '' must be non-empty"),
+    (NOISE_STUDY, "--sigma_grid=", "no value stands after the ="),
     (NOISE_STUDY, "--clients=0", "--clients 0"),
     (NOISE_STUDY, "--clients=7", "7"),
 ]
