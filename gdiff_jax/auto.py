@@ -16,9 +16,12 @@ from gdiff_jax.pytrees import pytree
 from gdiff_jax.refinement import Refinement, compressed, known_noise, refined, refinement_of
 from gdiff_jax.samplers.ensemble import CHAINS
 from gdiff_jax.trace import StepInfo, x0_error
-from gdiff_jax.weighing import preferred, tells_little
+from gdiff_jax.weighing import preferred, tells_little, unexplained
 
 FITTED = 50.0  # squared distance in units of the noise's variance that a search gains where noise is all [measured, up to 43]
+# A search that leaves more than this share of what its refined end leaves unexplained is no reason to doubt that end: the
+# gradient of a network that fits its images well is matched by images that are not the one [measured: at 0.5 and beyond].
+MISLED = 1 / 3
 UNEXPLAINED = "searched for, since what was solved does not have this gradient"
 FILLED = 0.02  # relative residual up to which a picture that the prior completed counts as an explanation of the gradient
 
@@ -117,7 +120,9 @@ class Auto(Method):
         if refinement is not None:
             # What was solved of a smooth network leads to the image; a search, though nearer to the leak, does not.
             begin = jnp.where(refinement.smooth & jnp.isfinite(image).all(), image, x)
-            x = preferred(problem, refined(problem, refinement, begin), x)
+            end = refined(problem, refinement, begin)
+            trusted = ~(unexplained(problem, x) > MISLED * unexplained(problem, end))  # also where the end is not finite
+            x = jnp.where(trusted, preferred(problem, end, x), end)
         x = jnp.where(exact, image, x)
         trace = info.trace  # a measured signal's fields are left out: a solved trial's trace has none
         steps = StepInfo(trace.distance, trace.guidance_norm, trace.x0_error)

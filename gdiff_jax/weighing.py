@@ -25,8 +25,8 @@ def weighed(problem: Problem, x: jax.Array, other: jax.Array, freedom: float = 0
     square = lambda x: jnp.where(jnp.isfinite(x).all(), jnp.square(distance(x)), jnp.inf)
     squares = jnp.stack([square(x), square(other)])
     noise = jnp.square(problem.noise())
-    unexplained = jnp.maximum(squares.min() / noise - problem.coordinates(), 0.0)
-    doubts = doubt + EXCESS * jnp.where(jnp.isfinite(unexplained), unexplained, 0.0)
+    left = jnp.maximum(squares.min() / noise - problem.coordinates(), 0.0)
+    doubts = doubt + EXCESS * jnp.where(jnp.isfinite(left), left, 0.0)
     share = jax.nn.sigmoid(((squares[1] - squares[0]) / noise + freedom) / (2 * doubts))
     mean = share * x + (1 - share) * other
     return jnp.where(jnp.isfinite(mean).all(), mean, jnp.where(squares[0] <= squares[1], x, other))
@@ -43,6 +43,11 @@ def preferred(problem: Problem, x: jax.Array, other: jax.Array, freedom: jax.Arr
     known = 0.0 if problem.match.mechanism is None else problem.sigma  # to the attacker
     better = (gain > (x.size if freedom is None else freedom) * jnp.square(known)) | ~jnp.isfinite(x).all()
     return jnp.where(better & jnp.isfinite(other).all(), other, x)
+
+
+def unexplained(problem: Problem, image: jax.Array) -> jax.Array:
+    """By how much an image's squared distance to the leak exceeds what noise makes of it, as a share of that."""
+    return jnp.square(problem.match.in_l2()(image) / problem.noise()) / problem.coordinates() - 1
 
 
 def tells_little(problem: Problem) -> jax.Array:

@@ -86,7 +86,7 @@ def plug_and_play(
     *,
     first: jax.Array | float,
     last: jax.Array | float = LAST,
-    ratio: jax.Array | float,
+    ratio: jax.Array | float | Callable[[jax.Array], jax.Array],
     iterations: int = ITERATIONS,
     tolerance: float = TOLERANCE,
     momentum: jax.Array | float = 0.0,
@@ -103,7 +103,7 @@ def plug_and_play(
       mean: (H, W, C) of the images that one may expect.
       first: level of the first step, about the first estimate's error.
       last: level below which no step is taken, scalar; above `first` the first estimate is the answer.
-      ratio: of a level to the one before, in (0, 1); in each the denoiser is called once.
+      ratio: of a level to the one before, in (0, 1), or what says it by that; in each the denoiser is called once.
       iterations: conjugate gradients in each of them, at most.
       tolerance: of these, see `gauss_newton`.
       momentum: share of the last step that is added to the estimate before the next, in [0, 1), while the level is above
@@ -118,8 +118,9 @@ def plug_and_play(
     Raises:
       ValueError: where `ratio`, if it is not traced, does not lie in (0, 1).
     """
-    if not isinstance(ratio, jax.Array) and not 0 < ratio < 1:
+    if isinstance(ratio, float | int) and not 0 < ratio < 1:
         raise ValueError(f"ratio {ratio} must lie in (0, 1): levels fall")
+    fall = ratio if callable(ratio) else lambda level: ratio
     start, last = jnp.asarray(first, image.dtype), jnp.maximum(last, 1e-6)
     State = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 
@@ -133,7 +134,7 @@ def plug_and_play(
         lost = ~jnp.isfinite(after).all()  # beyond was too far: the next begins at x, without momentum
         onward = (jnp.vdot(new - beyond, new - x) > 0) & ~lost
         new = jnp.where(lost, x, new)
-        return new, jnp.where(onward, x, new), jnp.where(lost, sizes, after), level * ratio
+        return new, jnp.where(onward, x, new), jnp.where(lost, sizes, after), level * fall(level)
 
     # As many steps as the noise asks for: under vmap as many as the trial with the least noise needs.
     going = lambda state: state[3] > last * (1 - 1e-3)

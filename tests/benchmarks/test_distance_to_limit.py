@@ -70,7 +70,6 @@ def test_what_failed_or_does_not_fit_is_left_out(tmp_path):
     ("flag", "words"),
     [
         ("--sigma_grid=0.1", "--data is needed"),
-        ("--methods=dsg,dps,auto,red-diff", "room for 3, not 4"),
         ("--limit_images=3", "--limit_images 3 must lie in 1..2"),
         ("--victims=cnn-batchnorm --training_steps=0", "BatchNorm sees a batch"),
     ],
