@@ -52,7 +52,7 @@ def refined(problem: Problem, refinement: Refinement, found: jax.Array) -> jax.A
 
 
 def _of_relus(problem: Problem, found: jax.Array, mean: jax.Array) -> jax.Array:
-    """From both, weighed; then again from there, from the level by which the two ends differ, if that explains no leak."""
+    """From both, weighed; then again from there, from the level by which the two ends differ, where that does not explain the leak."""
 
     def run(problem: Problem, starts: jax.Array) -> jax.Array:
         def turn(state: tuple[jax.Array, jax.Array], k: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
@@ -60,8 +60,8 @@ def _of_relus(problem: Problem, found: jax.Array, mean: jax.Array) -> jax.Array:
             differ = jnp.sqrt(jnp.mean(jnp.square(ends[0] - ends[1])))
             unsettled = unexplained(problem, image) > UNSETTLED
             level = jnp.where(unsettled, jnp.minimum(differ, expected_masks.FIRST), 0.0)  # 0: no step is taken
-            first = jnp.stack([jnp.float32(expected_masks.FIRST), jnp.float32(AFAR), level])[k]
-            ratio = jnp.asarray([expected_masks.RATIO, SLOWLY, expected_masks.RATIO], jnp.float32)[k]
+            first = jnp.where(k == 0, expected_masks.FIRST, jnp.where(k == 1, AFAR, level))
+            ratio = jnp.where(k == 1, SLOWLY, expected_masks.RATIO)
             image = expected_masks.refine(problem, jnp.stack([*starts, image])[k], first, ratio)
             ends = ends.at[k].set(image, mode="drop")
             return (ends, jnp.where(k < len(starts), weighed(problem, *ends), image)), None
