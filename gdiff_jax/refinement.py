@@ -52,7 +52,7 @@ def refined(problem: Problem, refinement: Refinement, found: jax.Array) -> jax.A
 
 
 def _of_relus(problem: Problem, found: jax.Array, mean: jax.Array) -> jax.Array:
-    """From both, weighed; then again from there, from the level by which the two ends differ, where that does not explain the leak."""
+    """From both, weighed; then from there, at the level by which the ends differ, where that does not explain the leak."""
 
     def run(problem: Problem, starts: jax.Array) -> jax.Array:
         def turn(state: tuple[jax.Array, jax.Array], k: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
