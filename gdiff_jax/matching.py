@@ -35,7 +35,9 @@ class Client(Protocol):
 
 
 def _dot(a: Gradient, b: Gradient) -> jax.Array:
-    return functools.reduce(jnp.add, jax.tree.leaves(jax.tree.map(jnp.vdot, a, b)))
+    return functools.reduce(
+        jnp.add, jax.tree.leaves(jax.tree.map(lambda a, b: jnp.vdot(at_least_float32(a), at_least_float32(b)), a, b))
+    )
 
 
 def _safe_sqrt(s: jax.Array) -> jax.Array:
@@ -73,7 +75,7 @@ def equal_layers(leak: Gradient) -> Gradient:
     """
 
     def weight(g: jax.Array) -> jax.Array:
-        norm = _safe_sqrt(jnp.vdot(g, g))
+        norm = _safe_sqrt(jnp.vdot(at_least_float32(g), at_least_float32(g)))
         return jnp.where(norm > 0, 1 / jnp.where(norm > 0, norm, 1.0), 0.0)
 
     return jax.tree.map(weight, leak)

@@ -40,12 +40,23 @@ def ssim(a: jax.Array, b: jax.Array) -> jax.Array:
         return dm_pix.ssim(a, b)
 
 
-@jax.jit
 def image_metrics(reconstruction: jax.Array, truth: jax.Array) -> dict[str, jax.Array]:
-    """MSE (of pixels in [0, 1]), PSNR (dB) and, from 11 pixels on, SSIM of images in [-1, 1], which are clipped to it.
+    """MSE (of pixels in [0, 1]), PSNR (dB) and, from 11 pixels on, SSIM of images in [-1, 1], to which the first is clipped.
 
     PSNR ends at 200 dB, where nothing differs: infinity could be neither averaged nor written down.
+
+    Raises:
+      ValueError: for a truth outside [-1, 1], if it is not traced, or for bytes.
     """
+    if not isinstance(truth, jax.core.Tracer) and truth.dtype.kind == "f" and (most := float(jnp.abs(truth).max())) > 1.001:
+        raise ValueError(
+            f"the truth holds {most:g}, images in [-1, 1] are needed: 2 * x - 1 of [0, 1], x / 127.5 - 1 of 0..255"
+        )
+    return _image_metrics(reconstruction, truth)
+
+
+@jax.jit
+def _image_metrics(reconstruction: jax.Array, truth: jax.Array) -> dict[str, jax.Array]:
     import dm_pix
 
     a, b = to_unit(reconstruction), to_unit(truth)

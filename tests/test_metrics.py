@@ -144,3 +144,10 @@ def test_bytes_are_refused():
     images = np.zeros((16, 16, 3), np.uint8)
     with pytest.raises(ValueError, match=r"images are uint8; floats in \[-1, 1\] are needed"):
         image_metrics(images, images)
+
+
+@pytest.mark.parametrize("scale", [255.0, 2.0])
+def test_a_truth_in_another_range_is_refused(scale):
+    truth = jnp.linspace(0, scale, 16 * 16 * 3).reshape(16, 16, 3)
+    with pytest.raises(ValueError, match=r"images in \[-1, 1\] are needed"):
+        image_metrics(truth / scale, truth)

@@ -116,7 +116,7 @@ def command_of(script):
 def flags_of(settings):
     """The flags that give these settings."""
     text = lambda value: ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-    return [f"--{name}={text(value)}" for name, value in flat(settings).items() if value is not None and value != ()]
+    return [f"--{name}={text(value)}" for name, value in flat(settings).items() if value not in (None, (), "")]
 
 
 def command(c):

@@ -18,7 +18,7 @@ import numpy as np
 from gdiff_jax import images as image_files
 from gdiff_jax import modules, numerics
 from gdiff_jax.auditing import checks
-from gdiff_jax.auditing.own_mechanism import with_mechanism
+from gdiff_jax.auditing.own_mechanism import code_of, digest, with_mechanism
 from gdiff_jax.auditing.pick import Picked, pick
 from gdiff_jax.auditing.result import Audit
 from gdiff_jax.auditing.run import DEFAULT_METHODS, Question, run, with_analytic
@@ -165,13 +165,16 @@ def audit(
         if victim.has_batch_norm and attacker.knowledge.statistics == "replaced":
             plan = dataclasses.replace(plan, proxy=prior_samples(plan))
         picked = _picked(plan, beside, worst, progress)
-        store = MemoryStore() if folder is None else Store(Path(folder), _identity(plan, name, batch, picked))
+        store = (
+            MemoryStore()
+            if folder is None
+            else Store(Path(folder).expanduser(), _identity(plan, mechanism, name, batch, picked))
+        )
         about = {"command": "gdiff_jax.audit(...)", "images": f"{len(x)} images given"}
         attack = partial(run_trials, batch=batch, progress=progress)
-        dsg = chosen.get("dsg")
         question = Question(
             others, threshold, share, candidate_labels=their_labels, more_levels=more_levels, picked=picked,
-            film=dsg if isinstance(dsg, DSG) else DSG(),
+            film=dsg if isinstance(dsg := chosen.get("dsg"), DSG) else DSG(),
         )  # fmt: skip
         with contextlib.closing(store):  # a notebook that keeps a traceback keeps the store in it, and its lock
             return run(plan, question, store, attack, about)
@@ -230,7 +233,7 @@ def _classes(labels: Sequence[Any]) -> int:
     return max(int(y[0].max()) for y in leaves) + 1
 
 
-def _identity(plan: Plan, name: str, batch: int, picked: Picked | None) -> dict[str, Any]:
+def _identity(plan: Plan, mechanism: Any, name: str, batch: int, picked: Picked | None) -> dict[str, Any]:
     """What decides the records of a call, by value or by hash; a loss by its program."""
     (params,) = plan.params.values()
     arrays = hashlib.sha256(plan.images.tobytes())
@@ -252,6 +255,8 @@ def _identity(plan: Plan, name: str, batch: int, picked: Picked | None) -> dict[
             "prior_settings": plan.prior.settings_sha256,
             "loss": fingerprint(plan.victims[name].loss, params, *first_leak((plan.images, plan.labels), plan.client.group)),
             "params": modules.digest(params),
+            "mechanism": digest(mechanism, params),
+            "methods": code_of(plan.methods.values()),
             "images and labels": arrays.hexdigest(),
         },
     }

@@ -234,6 +234,13 @@ def check_mechanism(make: Callable[[Any], Mechanism], params: Any) -> None:
         ) from error
     shapes = lambda tree: jax.tree.map(lambda a: a.shape, tree)
     need(shapes(leak) == shapes(params), "mechanism changes the shape of the gradient; give one that keeps it")
+    numbers = jax.Array | np.ndarray | np.generic | float | int
+    other = next((type(leaf).__name__ for leaf in jax.tree.leaves(make(1.0)) if not isinstance(leaf, numbers)), "")
+    need(
+        not other,
+        f"mechanism gives a {other}, which JAX knows as no pytree of numbers: register its class by "
+        "jax.tree_util.register_dataclass",
+    )
 
 
 def check_knowledge(loss: Any, attacker: Attacker, client: Client, methods: dict[str, Method]) -> None:

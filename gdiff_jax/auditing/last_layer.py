@@ -181,8 +181,9 @@ def _check_features(
     factor = float(told @ bias / (told @ told)) if told.any() else 1.0
     need(
         abs(factor - 1) < FACTOR or len(bias) < 3 or away(bias, factor * told) > REST,
-        f"{start} is {factor:.3g} times what the last layer makes of the features that its matrix holds: a mean or a learning "
-        f"rate; divide the file's arrays by {factor:.4g}, or say how it was clipped, such as --mechanism=clip:NORM",
+        f"{start} is {factor:.3g} times what the last layer makes of the features that its matrix holds: a mean, a learning "
+        f"rate, or of smoothed labels; divide the file's arrays by {factor:.4g}, let the loss smooth them, or say how it was "
+        "clipped, such as --mechanism=clip:NORM",
     )
     need(
         away(bias, told) < min(LOOSE * (1 + np.ptp(logits)), LOOSEST),
@@ -196,7 +197,7 @@ def check_noise(path: str, plan: Plan, leak: Arrays) -> None:
     """That the last layer's matrix, which is of rank one without noise, holds about as much of it as is said.
 
     Raises:
-      ConfigError: where it holds much less.
+      ConfigError: where it holds much less, or more.
     """
     state, mechanism = audited(plan)
     spec, sigma = plan.mechanisms[mechanism], plan.sigmas[mechanism][0]
@@ -212,6 +213,13 @@ def check_noise(path: str, plan: Plan, leak: Arrays) -> None:
     rows = np.concatenate([kernel, bias[None]])
     squares = np.linalg.eigvalsh(rows.T @ rows if len(rows) >= len(bias) else rows @ rows.T)
     found = float(np.sqrt(max(squares[:-1].sum(), 0.0) / free))
+    clipped = all(name == "clip" for name, _ in spec.stages[:-1])
+    size = float(np.sqrt(np.mean(np.square(rows))))
+    need(
+        found < 1.5 * sigma or found < 4e-3 * size or not clipped,  # the rounding of bfloat16
+        f"--gradient {path}: its last layer's matrix is of rank one but for {found:.2g} in each entry, of which noise of sigma "
+        f"{sigma:g} is said: say --sigma_grid={found:.2g} if that is noise; else it is of several examples",
+    )
     need(
         found > sigma / 2,
         f"--gradient {path} holds noise of sigma {found:.2g} at most: its last layer's matrix is so nearly of rank one; "

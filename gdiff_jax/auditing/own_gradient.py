@@ -53,10 +53,11 @@ def check_leak(path: str, plan: Plan, update: bool = False) -> str:
 
 def _check_norm(path: str, leak: Arrays, spec: Any, sigma: float) -> None:
     """That a clipped gradient is no longer than it can be."""
-    if spec.clip_norm is None:
+    if not isinstance(spec, Spec) or not {name for name, _ in spec.stages} <= {"clip", "topk", *NOISES}:
         return
+    clip = min((number for name, number in spec.stages if name == "clip"), default=math.inf)
     count, norm = sum(value.size for value in leak.values()), norm_of(leak)
-    most = math.hypot(spec.clip_norm, sigma * math.sqrt(count) * (1 + SURE / math.sqrt(2 * count)))
+    most = math.hypot(clip, sigma * math.sqrt(count) * (1 + SURE / math.sqrt(2 * count)))
     need(
         norm <= most * (1 + ROUNDING),
         f"--gradient {path} has the norm {norm:.4g}, --mechanism {spec.text} with sigma {sigma:g} lets at most {most:.4g} "
@@ -127,16 +128,16 @@ def _held_against_own(path: str, plan: Plan, spec: Spec, sigma: float, leak: Arr
         raise ConfigError(
             f"{before} is the model's own gradient at the image with label {other}, not {int(label)}: say --label={other}"
         )
-    by_array = {name: fit({name: leak[name]}, {name: own[name]}, sigma) for name in own if np.any(own[name])}
-    said = _of_arrays(by_array, leak, own)
-    if said:
-        raise ConfigError(f"{before} {said}")
     sigma_found = found.sigma_over_norm * norm_of(own)
     if sigma_found > sigma and not beside and _is_noise(found, leak, own):
         raise ConfigError(
             f"{before} is the model's own gradient at the image and noise of sigma about {sigma_found:.2g}, of which "
             f"{sigma:g} is said: say --sigma_grid={sigma_found:.2g} with the mechanism that added it"
         )
+    by_array = {name: fit({name: leak[name]}, {name: own[name]}, sigma) for name in own if np.any(own[name])}
+    said = _of_arrays(by_array, leak, own)
+    if said:
+        raise ConfigError(f"{before} {said}")
     text = (
         f"{before} is not the model's own gradient at the image (cosine {found.cosine:.3f}, norm {norm_of(leak):.4g} against "
         f"{norm_of(own):.4g}): other weights, such as a later checkpoint (--weights), another image, scaling of its pixels, "
@@ -202,7 +203,7 @@ def _check_sigma(path: str, found: Fit, sigma: float, norm: float, spec: Spec) -
 def _why(found: Fit, spec: Spec) -> str:
     """What a factor may be, and what to do."""
     a, exponent = abs(found.factor), math.log2(abs(found.factor))
-    causes = ["a sum in place of a mean", "a loss scale"] if a > 1 else ["a mean", "a learning rate"]
+    causes = ["a sum in place of a mean", "a loss scale"] if a > 1 else ["a mean", "a learning rate", "of smoothed labels"]
     if abs(exponent - round(exponent)) < 1e-3 and exponent > 2:
         causes = ["the loss scale of mixed precision", *causes[:1]]
     sign = "an update, minus the gradient, " if found.factor < 0 else ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from typing import Any
 
 import numpy as np
 
@@ -140,6 +141,12 @@ def _epsilon_text(record: AuditRecord, sigma: float) -> str:
     return f", which guarantees epsilon {epsilon:.4g} at delta {record.about['delta']:g} for one release"
 
 
+def _contradicts(row: dict[str, Any]) -> bool:
+    """Whether what was solved of a gradient, by `auto` or by the first layer alone, does not have it."""
+    off = row["method"] == "analytic" and not row["sigma"] and (row["distance"] or 0) > 0.1 * row["gradient_norm"]
+    return off or str(row.get("how")).startswith(UNEXPLAINED)
+
+
 def _without_truth(record: AuditRecord) -> list[str]:
     rows = [r for r in record.attacks if not r["failed"] and r["distance"] is not None]
     if not rows:
@@ -184,7 +191,7 @@ def warnings(record: AuditRecord) -> list[str]:
             "an attack makes of it comes from the prior alone."
         )
     signs += [record.about["doubt"]] if record.about.get("doubt") else []
-    if not record.has_truth and any(str(r.get("how")).startswith(UNEXPLAINED) for r in record.attacks):
+    if not record.has_truth and any(map(_contradicts, record.attacks)):
         signs.append(
             "The layers give an image away, but that image does not have this gradient: its weights (--weights), the order of "
             "its arrays (--flattened), the range of its pixels or its loss may be others than are attacked here, or something "

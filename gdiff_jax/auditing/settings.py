@@ -142,7 +142,11 @@ class AuditConfig(Common):
         group, levels = self.client.group, len(self.noise.sigmas)
         need(group == 1, f"--group {group} with --gradient: a saved gradient is attacked as that of one image")
         need(
-            levels == 1 and not self.noise.epsilon_grid,
+            not self.noise.epsilon_grid,
+            "--gradient holds one noise level: say it by --sigma_grid, not by --epsilon_grid; --sigma_grid=0 if it holds none",
+        )
+        need(
+            levels == 1,
             f"--gradient holds one noise level, --sigma_grid names {levels}: say --sigma_grid=0 if it holds none",
         )
         if self.images_known:

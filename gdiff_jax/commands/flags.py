@@ -18,7 +18,7 @@ from absl import app, flags, logging
 
 from gdiff_jax import options
 from gdiff_jax.commands import help, streams
-from gdiff_jax.errors import ConfigError, RunError
+from gdiff_jax.errors import ConfigError, RunError, need
 from gdiff_jax.files import cache_folder, shown
 
 C = TypeVar("C")
@@ -84,8 +84,17 @@ class _TupleParser(flags.ArgumentParser):
 
 
 def read_flags(defaults: C) -> C:
-    """`defaults` with the values of the parsed flags."""
-    return options.replace(defaults, **{name: flags.FLAGS[name].value for name in options.flat(defaults)})
+    """`defaults` with the values of the parsed flags; ~ is the user's home, which no shell puts in place after a =.
+
+    Raises:
+      ConfigError: where a flag was given an empty text, such as --images=$IMAGES where there is no IMAGES.
+    """
+    values = {name: flags.FLAGS[name].value for name in options.flat(defaults)}
+    for name, value in values.items():
+        if isinstance(value, str):
+            need(value.strip() or not given(name), f"--{name}: no value stands after the =; give one, or leave the flag out")
+            values[name] = os.path.expanduser(value)
+    return options.replace(defaults, **values)
 
 
 def command(

@@ -40,6 +40,10 @@ def decode(data: bytes, channels: int, size: int | None) -> tuple[np.ndarray, tu
         image = _in_channels(image, channels, done)
     if size is not None and image.size != (size, size):
         side = min(image.size)
+        if image.width != image.height:
+            done.append("cropped at their centre to a square")
+        if side != size:
+            done.append(f"{'shrunk' if side > size else 'enlarged'} to {size} pixels")
         left, top = (image.width - side) // 2, (image.height - side) // 2
         image = image.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.LANCZOS)
     return np.asarray(image).reshape(image.height, image.width, channels), tuple(done)

@@ -10,7 +10,7 @@ attacker could make more than its variance.
 from gdiff_jax.mechanisms.base import Chain, Gradient, Mechanism, stages_of
 from gdiff_jax.mechanisms.compression import Clip, RandomSparsification, Sign, StochasticQuantisation, TopK
 from gdiff_jax.mechanisms.dp_sgd import dp_sgd_gradient
-from gdiff_jax.mechanisms.noise import GaussianNoise, LaplaceNoise, UniformNoise
+from gdiff_jax.mechanisms.noise import GaussianNoise, LaplaceNoise, UniformNoise, noise_of
 from gdiff_jax.mechanisms.soteria import PruneRepresentation, soteria_mask
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "TopK",
     "UniformNoise",
     "dp_sgd_gradient",
+    "noise_of",
     "soteria_mask",
     "stages_of",
 ]

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
 from gdiff_jax.mechanisms.base import Gradient, check_number, per_leaf, seen
-from gdiff_jax.pytrees import pytree, static
+from gdiff_jax.pytrees import at_least_float32, pytree, static
 
 
 @pytree
@@ -35,7 +35,7 @@ class Clip:
         return min(norm, float(self.norm))
 
     def simulate(self, gradient: Gradient, leak: Gradient | None) -> Gradient:
-        squared = sum(jnp.vdot(g, g) for g in jax.tree.leaves(gradient))
+        squared = sum(jnp.vdot(g, g) for g in jax.tree.leaves(at_least_float32(gradient)))
         inside = squared <= jnp.square(self.norm)
         scale = jnp.where(inside, 1.0, self.norm / jnp.sqrt(jnp.where(inside, 1.0, squared)))
         return jax.tree.map(lambda g: g * scale.astype(g.dtype), gradient)
@@ -141,10 +141,11 @@ class StochasticQuantisation:
 
     def __call__(self, key: jax.Array, gradient: Gradient) -> Gradient:
         def quantise(k: jax.Array, g: jax.Array) -> jax.Array:
-            norm = jnp.linalg.norm(g.ravel())
-            place = jnp.abs(g) / jnp.where(norm > 0, norm, 1.0) * self.levels
-            level = jnp.floor(place + jax.random.uniform(k, g.shape, g.dtype))
-            return norm * jnp.sign(g) * level / self.levels
+            x = at_least_float32(g)
+            norm = jnp.linalg.norm(x.ravel())
+            place = jnp.abs(x) / jnp.where(norm > 0, norm, 1.0) * self.levels
+            level = jnp.floor(place + jax.random.uniform(k, x.shape, x.dtype))
+            return (norm * jnp.sign(x) * level / self.levels).astype(g.dtype)
 
         return per_leaf(key, gradient, quantise)
 

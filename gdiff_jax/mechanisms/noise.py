@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
+import jax.numpy as jnp
 
-from gdiff_jax.mechanisms.base import Gradient, check_number, per_leaf
+from gdiff_jax.mechanisms.base import Gradient, Mechanism, check_number, per_leaf, stages_of
 from gdiff_jax.pytrees import pytree
 
 
@@ -79,3 +80,9 @@ class UniformNoise(_Noise):
     def __call__(self, key: jax.Array, gradient: Gradient) -> Gradient:
         unit = lambda k, g: jax.random.uniform(k, g.shape, g.dtype, -math.sqrt(3), math.sqrt(3))
         return per_leaf(key, gradient, lambda k, g: g + self.sigma * unit(k, g))
+
+
+def noise_of(mechanism: Mechanism | None, otherwise: Any) -> Any:
+    """Standard deviation of the noise that a mechanism's own stages add; `otherwise` where none of them is a `_Noise`."""
+    sigmas = [stage.sigma for stage in stages_of(mechanism) if isinstance(stage, _Noise)]
+    return otherwise if not sigmas else sigmas[0] if len(sigmas) == 1 else jnp.sqrt(sum(jnp.square(s) for s in sigmas))

@@ -78,18 +78,16 @@ class Noise:
             need(math.isfinite(sigma) and sigma >= 0, f"--sigma_grid holds {sigma}; a standard deviation is finite and >= 0")
         for epsilon in self.epsilon_grid:
             need(math.isfinite(epsilon) and epsilon > 0, f"--epsilon_grid holds {epsilon}; an epsilon is finite and above 0")
-        for name in ("sigma_grid", "epsilon_grid"):
-            if getattr(self, name):
-                check_list(name, getattr(self, name))
+        for name in [name for name in ("sigma_grid", "epsilon_grid") if getattr(self, name)]:
+            check_list(name, getattr(self, name))
         need(0 < self.delta < 1, f"--delta {self.delta} must lie in (0, 1), and be well below 1 over the number of examples")
 
     def levels(self, spec: mechanism_text.Spec, alone: bool = True) -> tuple[float, ...]:
-        """The standard deviations that a mechanism is run at, ascending; 0 alone where it adds no noise.
-
-        `alone`: it is the only mechanism that is asked for, so that each epsilon must be one of its.
-        """
+        """Standard deviations that a mechanism is run at, ascending; 0 where it adds none: one `alone` is refused others."""
         if not spec.noisy:
-            need(not (self.epsilon_grid and alone), f"--epsilon_grid: mechanism {spec.text} adds no noise")
+            grid = "--epsilon_grid" if self.epsilon_grid else "--sigma_grid" if any(self.sigma_grid) else ""
+            remedy = f"say {spec.text}+gaussian, or leave {grid} out".replace("none+", "")
+            need(not (grid and alone), f"{grid}: mechanism {spec.text} adds no noise; {remedy}")
             return (0.0,)
         norm = spec.clip_norm
         need(

@@ -54,6 +54,7 @@ def load(config: SweepConfig, images_known: bool = True, weighted: Weighted = la
     mechanisms = parse_mechanisms(config.mechanisms)
     config = checks.write_out_all(config, mechanisms)
     checks.check(config, mechanisms)
+    numerics.check_seed(config.run.seed)
     sigmas = {text: config.noise.levels(spec, len(mechanisms) == 1) for text, spec in mechanisms.items()}
     prior = load_prior_of(config.prior)
     shape, classes = prior.image_shape, config.private.num_classes

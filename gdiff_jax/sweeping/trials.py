@@ -18,6 +18,7 @@ import numpy as np
 from gdiff_jax import attacks, parallel
 from gdiff_jax.federated import guess_learning_rate
 from gdiff_jax.matching import GradientMatching, cosine, equal_layers, l2, released
+from gdiff_jax.mechanisms import noise_of
 from gdiff_jax.methods import Method, Problem
 from gdiff_jax.metrics import image_metrics, match_images
 from gdiff_jax.sweeping.conditioning import sample_unguided, told
@@ -250,6 +251,7 @@ def leaked(plan: Plan, group: Group, shared: Shared, own: Private) -> tuple[jax.
     """The key that a trial's method draws from, what its client lets out, the labels gone by, and what its attacker has."""
     k_noise, k_sample = jax.random.split(own.key)
     out = release(plan, group, shared, own, k_noise)
+    own = own._replace(sigma=noise_of(out.mechanism, own.sigma))  # a user's mechanism may have levels in units of its own
     guess = guess_labels(plan, group, shared, own, out.leak)
     match = attacker_match(plan, group, shared, own, out, guess)
     return k_sample, out, guess, problem_of(plan, group, shared, own, match, guess)

@@ -65,6 +65,8 @@ def own_victim(loss: Loss, params: Any, num_classes: int) -> tuple[OwnVictim, Pa
         if not hasattr(leaf, "dtype"):
             how = ", as equinox.partition(model, equinox.is_inexact_array) does" if callable(leaf) else ""
             raise ValueError(f"params.{name} is a {type(leaf).__name__}, not an array; leave it to loss{how}")
+        if leaf.dtype == object:
+            raise ValueError(f"params.{name} is an array of Python objects, not of numbers; give one array for each of them")
     if len(set(names)) < len(names):
         raise ValueError(f"two arrays of params have the same path; rename one of {', '.join(names[:9])}")
 
@@ -228,7 +230,11 @@ def fingerprint(loss: Loss, params: Any, image: Any, label: Any) -> str:
     """
     x, y = jnp.asarray(image), jax.tree.map(jnp.asarray, label)
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        program = jax.make_jaxpr(jax.value_and_grad(loss))(params, x, y)
+        return digest_of(jax.make_jaxpr(jax.value_and_grad(loss))(params, x, y))
+
+
+def digest_of(program: core.ClosedJaxpr) -> str:
+    """SHA-256 of a program and of the arrays that it holds."""
     sha = hashlib.sha256(re.sub(r"0x[0-9a-f]+", "0x", str(program)).encode())  # addresses differ from process to process
     for constant in constants(program):
         sha.update(f"{constant.dtype}{constant.shape}".encode())

@@ -9,8 +9,10 @@ from tiny import QUICK_AUDIT, Still, clipped, without_time
 
 import gdiff_jax as gd
 from gdiff_jax.auditing import run as auditing
+from gdiff_jax.auditing.own_mechanism import code_of
 from gdiff_jax.mechanisms import Chain, Clip, GaussianNoise
 from gdiff_jax.methods import DPS, DSG, InvertingGradients
+from gdiff_jax.pytrees import pytree
 from gdiff_jax.sweeping import run as engine
 from gdiff_jax.sweeping.attackers import Attacker
 from gdiff_jax.sweeping.config import Client
@@ -96,6 +98,17 @@ def interrupted_after(chunks, describe):
     return describe_some
 
 
+@pytree
+class Halved(Clip):
+    """Another mechanism that is written as the first one is."""
+
+    def simulate(self, gradient, leak):
+        return jax.tree.map(lambda g: g / 2, super().simulate(gradient, leak))
+
+    def __repr__(self):
+        return repr(Clip(self.norm))
+
+
 def test_a_folder_of_another_audit_is_refused_and_what_changed_is_named(kept, monkeypatch):
     again, first = kept
     monkeypatch.setattr(engine, "compute", fail)
@@ -113,6 +126,8 @@ def test_a_folder_of_another_audit_is_refused_and_what_changed_is_named(kept, mo
         assert ("seed them, as by torch.manual_seed(0), or load" in str(error.value)) == (name == "params")
     with pytest.raises(ValueError, match="sha256 of images and labels is another"):
         again(labels=labels)
+    with pytest.raises(ValueError, match="sha256 of mechanism is another"):  # of the same name and numbers
+        again(mechanism=lambda s: Chain((Halved(1.0), GaussianNoise(s))))
     for changes, words in (
         (dict(seed=7), "seed was 0, is 7"),
         (dict(seeds=2), "seeds was 1, is 2"),
@@ -250,3 +265,32 @@ def test_dlg_looks_for_the_labels_where_the_attacker_is_to(planned, victim, data
     plan = planned(*victim, *data, methods=("dlg",), attacker=Attacker("server", labels="joint"))
     assert plan.methods["dlg"].joint_labels
     assert not planned(*victim, *data, methods=("dlg",)).methods["dlg"].joint_labels
+
+
+def test_an_attacker_knows_the_noise_and_not_the_level_that_a_mechanism_calls_it(plain_prior, data):
+    """Which has units of its own, such as multiples of the norm to which it clips."""
+    seen = []
+
+    @pytree
+    class Seen(Still):
+        def __call__(self, key, problem):
+            jax.debug.callback(lambda sigma: seen.append(float(sigma)), problem.sigma)
+            return super().__call__(key, problem)
+
+    (loss, params), (images, labels) = own_models.make(), data
+    mechanism = lambda z: Chain((Clip(4.0), GaussianNoise(4 * z)))
+    options = dict(prior=plain_prior, methods=[Seen()], **QUICK_AUDIT)
+    gd.audit(loss, params, images[:1], labels[:1], sigmas=(0.5,), mechanism=mechanism, **options)
+    jax.effects_barrier()
+    assert set(seen) == {2.0}
+
+
+def test_a_method_is_another_where_its_source_or_its_arrays_are():
+    one, other = (code_of([Still(shade)]) for shade in (np.zeros(3000), np.eye(1, 3000, 1500)[0]))  # elided in its text
+    assert one != other
+    assert code_of([DSG()]) == code_of([DSG()]) != code_of([DSG(), Still()])
+
+
+def test_folders_are_not_compared_in_place_of_audits():
+    with pytest.raises(ValueError, match=r"Audit\.load\('runs/a/audit\.json'\)"):
+        gd.compare("runs/a", "runs/b")

@@ -247,6 +247,8 @@ def test_noise_that_is_said_is_in_the_last_layer(held, plan_of, saved, tmp_path)
         plan_of(**options, sigma_grid=(0.1,))
     if held:
         assert plan_of(**options, sigma_grid=(held,)).labels == 0
+        with pytest.raises(ConfigError, match=r"but for 0\.0\d* in each entry, of which noise of sigma 0\.005 is said"):
+            plan_of(**options, sigma_grid=(held / 2,))
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 from tiny import QUICK_AUDIT, clipped
 
 import gdiff_jax as gd
-from gdiff_jax.mechanisms import GaussianNoise
+from gdiff_jax.mechanisms import Clip, GaussianNoise
 from gdiff_jax.methods import DSG
 from gdiff_jax.sweeping import run as engine
 from gdiff_jax.sweeping.attackers import Attacker
@@ -64,6 +64,10 @@ WRONG = [
     (dict(mechanism=GaussianNoise(1.0)), "mechanism fails.*a function of a noise level, such as GaussianNoise"),
     (dict(mechanism=lambda s: 3), "mechanism fails.*TypeError"),
     (dict(mechanism=lambda s: lambda key, g: {}), "mechanism changes the shape"),
+    (dict(mechanism=lambda s: lambda key, g: g), "mechanism gives a function, which JAX knows as no pytree"),
+    (dict(mechanism=lambda s: GaussianNoise(0.5)), r"mechanism\(0\) adds noise of standard deviation 0\.5; at 0"),
+    (dict(mechanism=lambda s: GaussianNoise(1 - s), sigmas=(0.1, 0.2)), r"0\.9, and mechanism\(0\.2\) of 0\.8: no more"),
+    (dict(mechanism=Clip, sigmas=(0.1,)), r"mechanism\(0\.1\) adds no noise: put GaussianNoise\(sigma\) into it"),
     (dict(methods=("magic",)), "method 'magic' is not known; known: dsg, .*or objects of gdiff_jax.methods"),
     (dict(methods=(3,)), "method 3 is not known"),
     (dict(methods="magic"), "method 'magic' is not known"),

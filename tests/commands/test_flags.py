@@ -116,6 +116,14 @@ def test_a_list_that_a_shell_left_empty_is_not_the_default(empty):
         parsed(SweepConfig(), f"--sigma_grid={empty}")
 
 
+def test_an_empty_text_is_not_the_default_and_a_tilde_is_the_home(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/some")
+    with pytest.raises(ConfigError, match="--images: no value stands after the ="):
+        parsed(SweepConfig(), "--images=")
+    assert parsed(SweepConfig(), "--out=~/runs").run.out == "/home/some/runs"
+    assert parsed(SweepConfig()).private.images
+
+
 @pytest.mark.parametrize("grid", ["0,01", "1,000", "0,1_0", "-0,05"])
 def test_a_decimal_comma_is_no_list(grid):
     """0,01 would be sigma 0 and 1."""

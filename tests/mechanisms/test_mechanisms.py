@@ -362,3 +362,18 @@ def test_numbers_that_make_another_mechanism_are_refused(make, words):
     """A norm of zero lets nothing through, and one below zero turns the sign."""
     with pytest.raises(ValueError, match=words):
         make()
+
+
+@pytest.mark.parametrize("mechanism", [Clip(1.0), Clip(1e4), StochasticQuantisation(2**12)], ids=str)
+def test_a_gradient_of_half_precision_is_measured_in_single(mechanism):
+    """Its squares overflow from 256 on, which a loss scale of 1024 soon makes of it."""
+    gradient = {"w": jnp.linspace(-300.0, 300.0, 64).astype(jnp.float16)}
+    wide = jax.tree.map(lambda g: g.astype(jnp.float32), gradient)
+    leak = mechanism(jax.random.key(0), gradient)["w"]
+    assert leak.dtype == jnp.float16
+    np.testing.assert_allclose(leak, mechanism(jax.random.key(0), wide)["w"], rtol=2e-3, atol=1)
+    assert l2(gradient, jax.tree.map(jnp.zeros_like, gradient)) == pytest.approx(float(jnp.linalg.norm(wide["w"])), rel=1e-6)
+    np.testing.assert_allclose(
+        mechanisms.noise_of(Chain((mechanism, GaussianNoise(0.3), LaplaceNoise(0.4))), 1.0), 0.5, rtol=1e-6
+    )
+    assert mechanisms.noise_of(mechanism, 1.0) == 1.0

@@ -65,6 +65,9 @@ def compare(*audits: AuditRecord, names: Sequence[str] = ()) -> Comparison:
       ValueError: where there is nothing to compare, with the reason and the remedy: fewer than two audits, gradients without
         images, no image in common, or none that can be told to be the same, no level of noise in common.
     """
+    paths = [str(audit) for audit in audits if isinstance(audit, str | os.PathLike)]
+    if paths:
+        raise ValueError(f"compare takes audits, not their folders: compare(Audit.load({paths[0] + '/audit.json'!r}), ...)")
     found = pair(audits, names or [f"audit {k + 1}" for k in range(len(audits))])
     return Comparison(**{field.name: getattr(found, field.name) for field in dataclasses.fields(found)})
 
