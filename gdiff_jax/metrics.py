@@ -48,7 +48,8 @@ def image_metrics(reconstruction: jax.Array, truth: jax.Array) -> dict[str, jax.
     Raises:
       ValueError: for a truth outside [-1, 1], if it is not traced, or for bytes.
     """
-    if not isinstance(truth, jax.core.Tracer) and truth.dtype.kind == "f" and (most := float(jnp.abs(truth).max())) > 1.001:
+    known = not isinstance(truth, jax.core.Tracer) and truth.dtype.kind == "f"
+    if known and (most := float(np.abs(np.asarray(truth)).max())) > 1.001:
         raise ValueError(
             f"the truth holds {most:g}, images in [-1, 1] are needed: 2 * x - 1 of [0, 1], x / 127.5 - 1 of 0..255"
         )

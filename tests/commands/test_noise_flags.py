@@ -23,7 +23,9 @@ def test_the_levels_are_those_that_are_named():
     assert Noise(epsilon_grid=(1.0,)).levels(CLIPPED) == pytest.approx((2 * SIGMA,))
     assert Noise(sigma_grid=(0.5,), epsilon_grid=(1.0,)).levels(CLIPPED) == pytest.approx((0.5, 2 * SIGMA))
     assert Noise(sigma_grid=DEFAULT_SIGMAS, epsilon_grid=(1.0,)).levels(CLIPPED) == pytest.approx((*DEFAULT_SIGMAS, 2 * SIGMA))
-    assert Noise(sigma_grid=(0.5,)).levels(parse("sign")) == (0.0,)
+    assert Noise().levels(parse("sign")) == Noise(sigma_grid=(0.5,)).levels(parse("sign"), alone=False) == (0.0,)
+    with pytest.raises(ConfigError, match="mechanism sign adds no noise; say sign"):
+        Noise(sigma_grid=(0.5,)).levels(parse("sign"))
     with pytest.raises(ConfigError, match="an epsilon gives a sigma only where gradients are clipped"):
         Noise(sigma_grid=(0.5,), epsilon_grid=(1.0,)).levels(parse("gaussian"))
 

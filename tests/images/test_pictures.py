@@ -109,3 +109,17 @@ def test_of_grey_with_16_bits_the_scale_is_asked_for():
 def test_a_file_without_a_picture_says_what_it_is(data, words):
     with pytest.raises(ValueError, match=words):
         decode(data, 3, None)
+
+
+@pytest.mark.parametrize(
+    ("size", "done"),
+    [
+        ((40, 10), ("cropped at their centre to a square", "enlarged to 16 pixels")),
+        ((32, 32), ("shrunk to 16 pixels",)),
+        ((16, 16), ()),
+    ],
+)
+def test_what_is_cropped_and_resized_is_told(size, done):
+    image, told = decode(file_of(Image.new("RGB", size)), 3, 16)
+    assert image.shape == (16, 16, 3)
+    assert told == done

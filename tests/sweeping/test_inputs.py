@@ -72,7 +72,8 @@ def test_the_label_of_each_class_and_how_pictures_were_read_are_told_and_recorde
     (tmp_path / "set" / "eel").mkdir()
     plan = plan_of(tiny_prior, images=str(tmp_path / "set"), num_images=3)
     classes = {"ant": 0, "zebra": 1, "äffin": 2}
-    assert plan.reading == {"classes": classes, "notes": ["folders without a picture are no class: eel"]}
+    notes = ["folders without a picture are no class: eel", "3 of 3 pictures shrunk to 16 pixels"]
+    assert plan.reading == {"classes": classes, "notes": notes}
     assert plan.labels.tolist() == [0, 1, 2]
     said = capsys.readouterr().out
     assert "by folder, to be held against the model's: ant -> 0, zebra -> 1, äffin -> 2" in said

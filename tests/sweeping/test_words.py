@@ -37,7 +37,9 @@ def test_who_knows_the_noise_is_told_to(tiny_prior):
     assert "knows the victim's weights and loss, the label, the prior and the noise's distribution." in told()
     assert "that noise of mean zero was added" in told(adaptive=False)
     assert "the mechanism, which it matches through" in told(mechanisms=("clip:0.1", "gaussian"))
-    assert "The mechanism is not known: the leak is taken for the gradient" in told(mechanisms=("clip:0.1",), adaptive=False)
+    assert "The mechanism is not known: the leak is taken for the gradient" in told(
+        mechanisms=("clip:0.1",), sigma_grid=(), adaptive=False
+    )
 
 
 def test_labels_of_a_group_are_known_or_told_to_be_inferred(tiny_prior):
