@@ -17,8 +17,7 @@ from gdiff_jax.weighing import tells_little
 # Level below which there is no step where the leak tells little: the image errs by far more there [measured: 0.1 dB and less].
 COARSE = 0.06
 TOLERANCE = 0.2  # of a step's conjugate gradients: as good as 0.1, in a sixth less time [measured]
-# Level below which it falls by RATIO in any case: by a slower one an image gains 0.1 to 0.3 dB at sigma 0.001 and 0.03, for a
-# third of the time [measured].
+# Level below which it falls by RATIO in any case: a slower one gains 0.2 dB at most, for a third of the time [measured].
 FINE = 0.05
 FIRST, RATIO = 0.3, 0.88  # of `samplers.plug_and_play`, for an image that a search found [our choice, measured]
 

@@ -17,7 +17,7 @@ from gdiff_jax.weighing import unexplained, weighed
 # place of 0.95 a trained LeNet loses 0.5 to 2 dB, a trained CNN 2 dB at sigma 0.1, in 0.4 of the time [measured].
 AFAR, SLOWLY = 1.0, 0.95
 # Where an image has a squared distance to the leak that is larger than noise's by that share it is refined again, so many
-# times: of a LeNet 0.5 dB each at sigma 0.01, 1 dB at 0.001; below 1.2 times noise's it costs 0.4 dB [measured].
+# times: of a LeNet 0.6 dB in all at sigma 0.01, 1.6 at 0.001; below 1.2 times noise's it costs 0.4 dB [measured].
 UNSETTLED, AGAIN = 0.25, 3
 # Of a smooth network's image that was refined beside the one that was searched for: what a search gains by fitting noise, as a
 # share of the pixels, and how much more or less that may be [our choice, measured: 0.1 to 0.16 and 30 to 200 about the same].
