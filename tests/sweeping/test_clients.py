@@ -201,7 +201,7 @@ def test_every_mechanism_runs_and_is_told_in_the_summary(tiny_prior, tmp_path):
     """All in one sweep; those without noise once; the aware attacker is at distance 0 from the truth where there is none."""
     asked = dict(methods=("dsg",), num_images=1, sigma_grid=(0.1,), steps=2)
     run = lambda folder, **c: run_in_process(
-        config(tiny_prior, tmp_path / folder, **asked, **c), plain_plan(tiny_prior, **asked, **c)
+        config(tiny_prior, tmp_path / folder, **{**asked, **c}), plain_plan(tiny_prior, **{**asked, **c})
     )
     rows = {r["mechanism"]: r for r in attacks_of(run("a", mechanisms=MECHANISMS))}
     assert {k: r["sigma"] for k, r in rows.items()} == {t: 0.1 if "+" in t else 0.0 for t in MECHANISMS}
@@ -211,6 +211,6 @@ def test_every_mechanism_runs_and_is_told_in_the_summary(tiny_prior, tmp_path):
     assert "which it matches through" in summary
     for reason in ("none: no noise", "none: no clipping", "none: uniform noise"):
         assert reason in summary
-    other = {r["mechanism"]: r for r in attacks_of(run("b", mechanisms=("clip:0.1",), adaptive=False))}
+    other = {r["mechanism"]: r for r in attacks_of(run("b", mechanisms=("clip:0.1",), sigma_grid=(), adaptive=False))}
     assert other["clip:0.1"]["adaptive"] is False
     assert "The mechanism is not known: the leak is taken for the gradient" in (tmp_path / "b" / "summary.md").read_text()
