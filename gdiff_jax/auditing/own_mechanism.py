@@ -18,7 +18,7 @@ import numpy as np
 from gdiff_jax import numerics
 from gdiff_jax.auditing import checks
 from gdiff_jax.auditing.about import gaussian_release
-from gdiff_jax.errors import ConfigError, need
+from gdiff_jax.errors import need
 from gdiff_jax.mechanisms import GaussianNoise, LaplaceNoise, Mechanism, UniformNoise, noise_of, stages_of
 from gdiff_jax.methods import Method
 from gdiff_jax.sweeping.plan import Plan
@@ -73,9 +73,9 @@ def with_mechanism(plan: Plan, make: Callable[[Any], Mechanism], sigmas: Sequenc
         if math.isnan(noise):
             need(sigma == 0, f"mechanism({sigma:g}) adds no noise: put GaussianNoise(sigma) into it, or give sigma_grid=[0]")
         need(sigma > 0 or not noise > 0, f"mechanism(0) adds noise of standard deviation {noise:g}; at 0 there must be none")
-    falls = [(s, n, t, m) for (s, n), (t, m) in itertools.pairwise(noises) if not math.isnan(n) and m <= n]
-    for s, n, t, m in falls:
-        raise ConfigError(f"mechanism({s:g}) adds noise of standard deviation {n:g}, and mechanism({t:g}) of {m:g}: no more")
+    for (s, n), (t, m) in itertools.pairwise(noises):
+        more = math.isnan(n) or m > n
+        need(more, f"mechanism({s:g}) adds noise of standard deviation {n:g}, and mechanism({t:g}) of {m:g}: no more")
     return dataclasses.replace(plan, mechanisms={mechanism.text: mechanism}, sigmas={mechanism.text: levels})
 
 

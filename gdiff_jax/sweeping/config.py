@@ -78,8 +78,9 @@ class Noise:
             need(math.isfinite(sigma) and sigma >= 0, f"--sigma_grid holds {sigma}; a standard deviation is finite and >= 0")
         for epsilon in self.epsilon_grid:
             need(math.isfinite(epsilon) and epsilon > 0, f"--epsilon_grid holds {epsilon}; an epsilon is finite and above 0")
-        for name in [name for name in ("sigma_grid", "epsilon_grid") if getattr(self, name)]:
-            check_list(name, getattr(self, name))
+        for name in ("sigma_grid", "epsilon_grid"):
+            if getattr(self, name):
+                check_list(name, getattr(self, name))
         need(0 < self.delta < 1, f"--delta {self.delta} must lie in (0, 1), and be well below 1 over the number of examples")
 
     def levels(self, spec: mechanism_text.Spec, alone: bool = True) -> tuple[float, ...]:
